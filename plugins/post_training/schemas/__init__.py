@@ -1,0 +1,1 @@
+"""Typed requests, jobs and settings: standard library and pydantic only."""

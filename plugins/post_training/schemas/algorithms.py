@@ -1,0 +1,99 @@
+"""What is trained and how: LoRA, QAT, DPO."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from post_training.schemas.base import StrictModel
+
+
+class LoraFinetuningConfig(StrictModel):
+    """Low-Rank Adaptation: frozen base, trained low-rank updates ``W + (alpha / rank) · B·A``.
+
+    Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
+    https://arxiv.org/abs/2106.09685, section 4.1.
+    """
+
+    type: Literal["LoRA"] = "LoRA"
+    lora_attn_modules: list[Annotated[str, Field(min_length=1)]] = Field(
+        description="Attention projections that get an adapter: q_proj, k_proj, v_proj, output_proj"
+        " (or o_proj); translated to the architecture's own names."
+    )
+    apply_lora_to_mlp: bool = Field(description="Whether the feed-forward projections get adapters too.")
+    apply_lora_to_output: bool = Field(description="Whether the output head gets an adapter too.")
+    rank: int = Field(
+        ge=1, description="Rank r of the update: A is (r, in_features), B is (out_features, r)."
+    )
+    alpha: int = Field(ge=1, description="Scaling numerator: the update is multiplied by alpha / rank.")
+    use_dora: bool | None = Field(
+        default=False,
+        description="Weight-decomposed LoRA (DoRA): a trained magnitude per output feature.",
+    )
+    quantize_base: bool | None = Field(
+        default=False, description="Hold the frozen base weights in 4-bit NF4 (QLoRA)."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> LoraFinetuningConfig:
+        if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
+            raise ValueError(
+                "lora_attn_modules is empty and neither apply_lora_to_mlp nor apply_lora_to_output is true:"
+                " nothing would be trained"
+            )
+        return self
+
+
+class QATFinetuningConfig(StrictModel):
+    """Quantization-aware training: fake-quantized forward passes, then a real conversion.
+
+    Reference: torchao's ``QATConfig`` flow, https://docs.pytorch.org/ao/stable/ .
+    """
+
+    type: Literal["QAT"] = "QAT"
+    quantizer_name: str = Field(min_length=1, description="Name of the quantization scheme.")
+    group_size: int = Field(ge=1, description="Weights that share one scale, counted along in_features.")
+
+
+AlgorithmConfig = Annotated[LoraFinetuningConfig | QATFinetuningConfig, Field(discriminator="type")]
+"""The fine-tuning algorithm, told apart by ``type``."""
+
+
+class RLHFAlgorithm(Enum):
+    """Preference algorithms."""
+
+    dpo = "dpo"
+
+
+class DPOLossType(Enum):
+    """Losses over reward differences; their formulas are in the preference losses."""
+
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"
+    kto_pair = "kto_pair"
+
+
+class DPOAlignmentConfig(StrictModel):
+    """Direct Preference Optimization; every field is optional and neutral by default.
+
+    A sequence's reward is ``clamp(reward_scale · beta · Σ_t gamma^t · ρ_t, ±reward_clip)`` with
+    ``ρ_t = log π_θ − log π_ref`` over completion tokens.
+
+    Reference: Rafailov et al., https://arxiv.org/abs/2305.18290, equation 7.
+    """
+
+    reward_scale: float = Field(default=1.0, gt=0, description="Factor on every reward.")
+    reward_clip: float | None = Field(
+        default=None, gt=0, description="Rewards are clamped to ± this value; null leaves them as they are."
+    )
+    epsilon: float = Field(default=1e-8, ge=0, description="Floor inside the logarithm of the sigmoid loss.")
+    gamma: float = Field(
+        default=1.0, gt=0, le=1, description="Discount for later completion tokens; 1 is none."
+    )
+    beta: float = Field(
+        default=0.1, gt=0, description="Strength of the pull towards the reference, in 1/nat."
+    )
+    loss_type: DPOLossType = Field(default=DPOLossType.sigmoid, strict=False, description="Loss function.")

@@ -1,0 +1,43 @@
+"""The two kinds of model: strict for what comes in, lenient for what goes out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+
+class StrictModel(BaseModel):
+    """What a caller sends: unknown fields and wrong types are errors, not guesses.
+
+    Templated operator arguments arrive as strings; they are read with
+    ``model_validate(..., strict=False)``, which still refuses what does not parse.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class LenientModel(BaseModel):
+    """What the service answers: readers ignore fields that they do not know."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def parse_json_object(value: Any) -> Any:
+    """Read a JSON string as the object that it holds; pass everything else through.
+
+    The published client's command-line tool sends ``algorithm_config`` and
+    ``training_config`` as JSON strings.
+
+    :raises PydanticCustomError: if the string is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise PydanticCustomError(
+            "json_invalid", "must be an object or a JSON string of one: {reason}", {"reason": str(error)}
+        ) from None

@@ -1,0 +1,87 @@
+"""What the service says of a job."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+from pydantic import Field
+
+from post_training.schemas.base import LenientModel
+
+
+class JobStatus(Enum):
+    """State of a job, in the published client's words."""
+
+    completed = "completed"
+    in_progress = "in_progress"
+    failed = "failed"
+    scheduled = "scheduled"
+    cancelled = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further change can come."""
+        return self in (JobStatus.completed, JobStatus.failed, JobStatus.cancelled)
+
+
+class PostTrainingMetric(LenientModel):
+    """The four metrics of a checkpoint. Losses are mean nats per scored token."""
+
+    epoch: int = Field(description="Epoch at whose end the checkpoint was taken, counted from 0.")
+    train_loss: float = Field(description="Mean loss over the epoch's scored training tokens.")
+    validation_loss: float = Field(description="Mean loss over the validation batches.")
+    perplexity: float = Field(description="exp(validation_loss).")
+
+
+class Checkpoint(LenientModel):
+    """One saved state of the trained weights."""
+
+    identifier: str = Field(description="Name, unique within the deployment.")
+    created_at: datetime
+    epoch: int = Field(description="Epoch at whose end it was taken, counted from 0.")
+    post_training_job_id: str = Field(description="The job's job_uuid.")
+    path: str = Field(description="MLflow model URI, ``models:/<model id>``.")
+    training_metrics: PostTrainingMetric | None = None
+
+
+class PostTrainingJob(LenientModel):
+    """A job, by its id."""
+
+    job_uuid: str
+
+
+class ListPostTrainingJobsResponse(LenientModel):
+    """All jobs that the caller may see, newest first."""
+
+    data: list[PostTrainingJob]
+
+
+class PostTrainingJobStatusResponse(LenientModel):
+    """State of a job, its times (UTC), and what it has made so far."""
+
+    job_uuid: str
+    status: JobStatus
+    scheduled_at: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    resources_allocated: dict[str, Any] | None = Field(
+        default=None, description="Of the trainer: device, dtype, peak memory in bytes, seconds, tokens."
+    )
+    checkpoints: list[Checkpoint] = Field(default_factory=list)
+    error: str | None = Field(default=None, description="Why a failed job failed, in one sentence.")
+
+
+class PostTrainingJobArtifactsResponse(LenientModel):
+    """The checkpoints of a job, oldest first."""
+
+    job_uuid: str
+    checkpoints: list[Checkpoint] = Field(default_factory=list)
+
+
+class PostTrainingJobLogStream(LenientModel):
+    """Lines of a job's training log, oldest first."""
+
+    job_uuid: str
+    log_lines: list[str]

@@ -1,0 +1,45 @@
+"""Names in the job's MLflow run, shared by those who write them and those who read them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+REQUEST_TASK_ID: Final = "train"
+"""Task of the request DAGs that runs the job."""
+
+CONF_MLFLOW_RUN: Final = "mlflow_run_id"
+"""Key in a DAG run's conf beside the request's own: the run that was made at submit."""
+
+# Tags of the run.
+TAG_JOB_UUID: Final = "post_training.job_uuid"
+TAG_PAYLOAD_HASH: Final = "post_training.payload_hash"
+TAG_METHOD: Final = "post_training.method"
+TAG_DAG_ID: Final = "airflow.dag_id"
+TAG_RUN_ID: Final = "airflow.run_id"
+TAG_TASK_ID: Final = "airflow.task_id"
+TAG_MAP_INDEX: Final = "airflow.map_index"
+TAG_ATTEMPT: Final = "post_training.attempt"
+TAG_AIRFLOW_URL: Final = "airflow.url"
+TAG_ERROR: Final = "post_training.error"
+TAG_RESOURCES: Final = "post_training.resources"
+TAG_WARNING: Final = "post_training.warning"
+
+# Tags of a checkpoint, which is a logged model.
+TAG_CHECKPOINT: Final = "post_training.checkpoint"
+"""JSON of ``schemas.jobs.PostTrainingMetric``."""
+
+# Metrics by optimizer step.
+METRIC_TRAIN_LOSS: Final = "train_loss"
+METRIC_VALIDATION_LOSS: Final = "validation_loss"
+METRIC_PERPLEXITY: Final = "perplexity"
+METRIC_EPOCH: Final = "epoch"
+METRIC_LEARNING_RATE: Final = "learning_rate"
+METRIC_GRADIENT_NORM: Final = "gradient_norm"
+METRIC_TOKENS_PER_SECOND: Final = "tokens_per_second"
+METRIC_TOKENS_SEEN: Final = "tokens_seen"
+METRIC_PROGRESS: Final = "progress"
+METRIC_SECONDS_LEFT: Final = "seconds_left"
+
+# Folders of the run's artifacts.
+ARTIFACT_REQUEST: Final = "request.json"
+ARTIFACT_LOGS: Final = "logs"

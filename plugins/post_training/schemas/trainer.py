@@ -1,0 +1,47 @@
+"""What the operator hands to a trainer process, and what it gets back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from post_training.schemas.base import LenientModel
+from post_training.schemas.jobs import Checkpoint
+from post_training.schemas.requests import SupervisedFineTuneRequest
+
+RESULT_FILE = "result.json"
+SPEC_FILE = "spec.json"
+LOG_FILE = "train.log"
+
+
+class TrackingTarget(LenientModel):
+    """The MLflow run that a trainer writes to. Credentials travel in the environment."""
+
+    tracking_uri: str
+    run_id: str
+
+
+class TrainerSpec(LenientModel):
+    """One attempt at one job. The trainer trusts it: it was validated before."""
+
+    request: SupervisedFineTuneRequest
+    model: str = Field(description="Resolved base model: an absolute path or a hub id.")
+    train_data: str = Field(description="Resolved training data: an absolute path or a URI.")
+    validation_data: str | None = Field(description="The same for validation; null is the training data.")
+    checkpoint_dir: Path | None = Field(description="The job's own folder for copies of checkpoints.")
+    work_dir: Path = Field(description="The job's folder; shared by all attempts of the job.")
+    attempt: int = Field(ge=1, description="Airflow's try number.")
+    tracking: TrackingTarget | None = Field(description="Null trains without a record.")
+
+
+class TrainerResult(LenientModel):
+    """Written once, by rename, as the trainer's last act."""
+
+    status: Literal["completed", "failed"]
+    error: str | None = Field(default=None, description="Why it failed, in one sentence.")
+    permanent: bool = Field(default=False, description="Whether another attempt would fail the same way.")
+    checkpoints: list[Checkpoint] = Field(default_factory=list)
+    metrics: dict[str, float] = Field(default_factory=dict, description="Last value of each metric.")
+    resources: dict[str, Any] = Field(default_factory=dict)

@@ -1,0 +1,152 @@
+"""How training runs: data, optimizer, efficiency, schedule, and where it runs."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from post_training.schemas.base import StrictModel
+
+RESERVED_TAG_PREFIXES = ("post_training.", "airflow.", "mlflow.")
+"""Tags of a run that the service and MLflow write themselves."""
+
+
+class OptimizerType(Enum):
+    """Optimizers: Adam, AdamW (decoupled weight decay), SGD."""
+
+    adam = "adam"
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class DatasetFormat(Enum):
+    """Shape of a row: one question with its answer, or a conversation."""
+
+    instruct = "instruct"
+    dialog = "dialog"
+
+
+class DataConfig(StrictModel):
+    """Which rows are read and how they become batches."""
+
+    dataset_id: str = Field(
+        min_length=1, description="Training data: a path under an allowed root, or a URI."
+    )
+    batch_size: int = Field(ge=1, description="Sequences in one micro-batch on one device.")
+    shuffle: bool = Field(description="Whether each epoch has its own seeded order.")
+    data_format: DatasetFormat = Field(strict=False, description="Shape of a row: instruct or dialog.")
+    validation_dataset_id: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Held-out data; null validates on the training set's own first rows, and says so.",
+    )
+    packed: bool | None = Field(
+        default=False, description="Whether several sequences share a row, without seeing each other."
+    )
+    train_on_input: bool | None = Field(
+        default=False, description="Whether the prompt's tokens count in the loss as well as the answer's."
+    )
+
+
+class OptimizerConfig(StrictModel):
+    """The optimizer, its learning rate and its warm-up."""
+
+    optimizer_type: OptimizerType = Field(strict=False, description="adam, adamw or sgd.")
+    lr: float = Field(gt=0, description="Peak learning rate, reached at the end of the warm-up.")
+    weight_decay: float = Field(ge=0, description="Decay on weight matrices; none on norms and biases.")
+    num_warmup_steps: int = Field(
+        ge=0, description="Optimizer steps of warm-up; step k of n has learning rate lr · k / n."
+    )
+
+
+class EfficiencyConfig(StrictModel):
+    """Trades of time for memory; what the hardware cannot do is refused."""
+
+    enable_activation_checkpointing: bool | None = Field(
+        default=False, description="Recompute activations in the backward pass instead of keeping them."
+    )
+    enable_activation_offloading: bool | None = Field(
+        default=False, description="Keep activations in host memory between forward and backward (GPU)."
+    )
+    memory_efficient_fsdp_wrap: bool | None = Field(
+        default=False, description="Shard embedding and head apart from the layers (FSDP)."
+    )
+    fsdp_cpu_offload: bool | None = Field(
+        default=False, description="Keep sharded parameters and optimizer state in host memory (FSDP)."
+    )
+
+
+class TrainingConfig(StrictModel):
+    """The training loop."""
+
+    n_epochs: int = Field(ge=1, description="Passes over the training data.")
+    max_steps_per_epoch: int | None = Field(
+        default=1, ge=0, description="Optimizer steps per epoch; 0 or null is the whole epoch."
+    )
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Micro-batches summed into one optimizer step."
+    )
+    max_validation_steps: int | None = Field(
+        default=1, ge=0, description="Batches per validation; null is all of them, 0 is none."
+    )
+    data_config: DataConfig | None = Field(default=None, description="Data; required by the training routes.")
+    optimizer_config: OptimizerConfig | None = Field(
+        default=None, description="Null is AdamW with the algorithm's own rate, cosine and 10 % warm-up."
+    )
+    efficiency_config: EfficiencyConfig | None = Field(default=None, description="Memory and compute trades.")
+    dtype: Literal["bf16", "fp16", "fp32"] | None = Field(
+        default="bf16", description="Type of the frozen weights and of the arithmetic; null is bf16."
+    )
+
+
+class RuntimeConfig(StrictModel):
+    """Beyond the published schema: where and within which limits a job runs.
+
+    Unset fields take the defaults of the ``post_training`` connection's ``runtime`` extra.
+    """
+
+    max_seq_length: int = Field(
+        default=2048, ge=8, description="Longest sequence in tokens; longer rows are cut at the end."
+    )
+    seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of weights, data order and dropout.")
+    devices: int = Field(default=1, ge=1, le=1, description="Devices on each node; one in this version.")
+    num_nodes: int = Field(default=1, ge=1, le=1, description="Nodes; one in this version.")
+    strategy: Literal["auto"] = Field(default="auto", description="How the model spreads over devices.")
+    launcher: Literal["local"] = Field(default="local", description="What starts the trainer process.")
+    attn_implementation: Literal["sdpa", "eager"] = Field(
+        default="sdpa", description="Attention kernel, by its name in transformers."
+    )
+    save_total_limit: int | None = Field(
+        default=None, ge=1, description="Checkpoints kept, newest first; null keeps all of them."
+    )
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Learning rate after the warm-up: decay to 0, or none."
+    )
+    max_bad_row_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of unreadable rows that is skipped instead of refused."
+    )
+
+
+class LoggerConfig(StrictModel):
+    """What ``logger_config`` may hold."""
+
+    experiment_name: str | None = Field(
+        default=None, min_length=1, max_length=200, description="MLflow experiment; null is the connection's."
+    )
+    run_name: str | None = Field(
+        default=None, min_length=1, max_length=200, description="MLflow run name; null is the job's id."
+    )
+    tags: dict[str, str] = Field(default_factory=dict, description="Further tags of the MLflow run.")
+    log_every_n_steps: int = Field(
+        default=1, ge=1, description="Optimizer steps between two points of the training metrics."
+    )
+
+    @field_validator("tags")
+    @classmethod
+    def _leaves_our_tags(cls, tags: dict[str, str]) -> dict[str, str]:
+        taken = sorted(key for key in tags if key.startswith(RESERVED_TAG_PREFIXES))
+        if taken:
+            raise ValueError(f"keys must not start with {', '.join(RESERVED_TAG_PREFIXES)}, got {taken[0]!r}")
+        return tags

@@ -1,0 +1,1 @@
+"""The HTTP API, mounted into Airflow's api-server."""

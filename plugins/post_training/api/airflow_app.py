@@ -1,0 +1,28 @@
+"""The API with its real collaborators: Airflow's database and users, the connection's MLflow."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from post_training.airflow_runs import AirflowRuns
+from post_training.api.app import create_app
+from post_training.api.auth import current_access
+from post_training.datasets import Resolver
+from post_training.jobs import JobService
+from post_training.operators.hooks import MLflowHook
+from post_training.settings import load_settings
+from post_training.tracking import Tracking
+
+
+def build_app() -> FastAPI:
+    """Build the app of this deployment.
+
+    :raises ValueError: if a setting is out of range.
+    """
+    settings = load_settings()
+
+    def tracking() -> Tracking:
+        return MLflowHook(settings.mlflow_conn_id).get_conn()
+
+    service = JobService(AirflowRuns(), tracking, Resolver(settings))
+    return create_app(service, current_access, max_body_bytes=settings.max_body_bytes)

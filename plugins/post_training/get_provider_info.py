@@ -1,0 +1,134 @@
+"""What Airflow reads of the provider: connection types, settings, operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from post_training import __version__
+
+SECTION = "post_training"
+
+OPTIONS: dict[str, tuple[str, str, str]] = {
+    "home": (
+        "string",
+        "{AIRFLOW_HOME}/post_training",
+        "Folder of the jobs' working files; the workers of one deployment share it or keep one each.",
+    ),
+    "allowed_roots": (
+        "string",
+        "",
+        "Comma-separated folders below which requests may name data sets, models and checkpoint folders.",
+    ),
+    "default_model": ("string", "", "Base model of requests that name none; empty refuses them."),
+    "trainer_python": (
+        "string",
+        "",
+        "Interpreter of the trainer, with the extra 'train' installed; empty is Airflow's own.",
+    ),
+    "mlflow_conn_id": ("string", "mlflow_default", "Connection of type mlflow: the tracking server."),
+    "post_training_conn_id": (
+        "string",
+        "post_training_default",
+        "Connection of type post_training: the HTTP API, and the defaults of the runtime block.",
+    ),
+    "pool": ("string", "default_pool", "Airflow pool that training tasks take their slots from."),
+    "max_body_bytes": ("integer", "12582912", "Largest request body in bytes."),
+    "max_data_uri_bytes": ("integer", "10485760", "Largest data: URI in bytes."),
+}
+"""Setting -> (type, default, description)."""
+
+
+def get_provider_info() -> dict[str, Any]:
+    """Return the provider's description in Airflow's provider schema."""
+    return {
+        "package-name": "airflow-provider-post-training",
+        "name": "Post-training",
+        "description": "LLM post-training as Airflow tasks, recorded in MLflow.",
+        "versions": [__version__],
+        "integrations": [
+            {
+                "integration-name": "Post-training",
+                "external-doc-url": "https://pypi.org/project/airflow-provider-post-training/",
+                "tags": ["ai"],
+            }
+        ],
+        "operators": [
+            {
+                "integration-name": "Post-training",
+                "python-modules": ["post_training.operators.training", "post_training.operators.jobs"],
+            }
+        ],
+        "sensors": [
+            {"integration-name": "Post-training", "python-modules": ["post_training.operators.sensors"]}
+        ],
+        "hooks": [{"integration-name": "Post-training", "python-modules": ["post_training.operators.hooks"]}],
+        "triggers": [
+            {"integration-name": "Post-training", "python-modules": ["post_training.operators.triggers"]}
+        ],
+        "extra-links": ["post_training.operators.links.MLflowRunLink"],
+        "connection-types": [_mlflow_connection(), _post_training_connection()],
+        "config": {
+            SECTION: {
+                "description": "Post-training jobs.",
+                "options": {
+                    name: {
+                        "description": description,
+                        "version_added": "0.1.0",
+                        "type": type_,
+                        "example": None,
+                        "default": default,
+                    }
+                    for name, (type_, default, description) in OPTIONS.items()
+                },
+            }
+        },
+    }
+
+
+def _mlflow_connection() -> dict[str, Any]:
+    return {
+        "hook-class-name": "post_training.operators.hooks.MLflowHook",
+        "hook-name": "MLflow tracking server",
+        "connection-type": "mlflow",
+        "conn-fields": {
+            "experiment": {
+                "label": "Experiment",
+                "description": "Experiment that new runs go to.",
+                "schema": {"type": ["string", "null"], "default": "post-training"},
+            },
+            "public_url": {
+                "label": "Public URL",
+                "description": "Address of the server in a browser, where it differs from the host.",
+                "schema": {"type": ["string", "null"]},
+            },
+        },
+        "ui-field-behaviour": {
+            "hidden-fields": ["schema", "port", "extra"],
+            "relabeling": {"host": "Tracking URI"},
+            "placeholders": {"host": "http://mlflow:5000"},
+        },
+    }
+
+
+def _post_training_connection() -> dict[str, Any]:
+    return {
+        "hook-class-name": "post_training.operators.hooks.PostTrainingHook",
+        "hook-name": "Post-training API",
+        "connection-type": "post_training",
+        "conn-fields": {
+            "runtime": {
+                "label": "Runtime defaults",
+                "description": "JSON object: defaults of the requests' runtime block.",
+                "schema": {"type": ["object", "null"]},
+            },
+        },
+        "ui-field-behaviour": {
+            "hidden-fields": ["schema", "port", "extra"],
+            "relabeling": {
+                "host": "Base URL",
+                "login": "Airflow user",
+                "password": "Password, or a token if there is no user",
+            },
+            "placeholders": {"host": "http://airflow:8080/post-training"},
+        },
+    }

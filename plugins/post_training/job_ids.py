@@ -1,0 +1,47 @@
+"""A job's id and its place in Airflow: each follows from the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from post_training.schemas.requests import REQUESTS
+
+REQUEST_DAGS = frozenset(REQUESTS)
+"""DAGs behind the HTTP API and the form: one run is one job."""
+
+
+@dataclass(frozen=True)
+class TaskKey:
+    """One task of one DAG run; ``map_index`` is -1 where the task is not mapped."""
+
+    dag_id: str
+    run_id: str
+    task_id: str
+    map_index: int = -1
+
+
+def job_uuid_of(key: TaskKey) -> str:
+    """Return the id of the job that this task runs.
+
+    In a request DAG it is the run's id; elsewhere ``{dag_id}.{run_id}.{task_id}``, and ``.{map_index}``
+    behind it for a mapped task.
+    """
+    if key.dag_id in REQUEST_DAGS:
+        return key.run_id
+    mapped = "" if key.map_index < 0 else f".{key.map_index}"
+    return f"{key.dag_id}.{key.run_id}.{key.task_id}{mapped}"
+
+
+def candidate_keys(job_uuid: str) -> Iterator[TaskKey]:
+    """Yield every task outside the request DAGs whose job would have this id.
+
+    Dots are allowed in all three names, so an id may be cut in several ways.
+    """
+    parts = job_uuid.split(".")
+    for first in range(1, len(parts) - 1):
+        for second in range(first + 1, len(parts)):
+            dag_id, run_id = ".".join(parts[:first]), ".".join(parts[first:second])
+            yield TaskKey(dag_id, run_id, ".".join(parts[second:]))
+            if len(parts) - second > 1 and parts[-1].isdecimal():
+                yield TaskKey(dag_id, run_id, ".".join(parts[second:-1]), int(parts[-1]))

@@ -1,0 +1,238 @@
+"""The six methods of PostTraining over Airflow and MLflow; every collaborator is passed in."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
+
+from post_training.airflow_runs import JobTask, RunExistsError
+from post_training.datasets import Resolver
+from post_training.errors import (
+    ForbiddenError,
+    InvalidRequestError,
+    JobConflictError,
+    JobNotFoundError,
+    RecordUnavailableError,
+)
+from post_training.job_ids import TaskKey
+from post_training.reconcile import Verdict, reconcile
+from post_training.record import run_params, run_tags
+from post_training.schemas import record as names
+from post_training.schemas.flat import flatten
+from post_training.schemas.jobs import (
+    ListPostTrainingJobsResponse,
+    PostTrainingJob,
+    PostTrainingJobArtifactsResponse,
+    PostTrainingJobLogStream,
+    PostTrainingJobStatusResponse,
+)
+from post_training.schemas.requests import AnyTrainingRequest, unsupported
+from post_training.tracking import JobRun, Tracking
+
+logger = logging.getLogger(__name__)
+
+
+class Access(Protocol):
+    """What the caller may do, by DAG."""
+
+    user_name: str
+
+    def may_read(self, dag_id: str) -> bool: ...
+
+    def may_trigger(self, dag_id: str) -> bool: ...
+
+    def may_cancel(self, dag_id: str) -> bool: ...
+
+
+class Runs(Protocol):
+    """The jobs' tasks in Airflow; ``airflow_runs.AirflowRuns`` says what each method does."""
+
+    def trigger(self, dag_id: str, run_id: str, conf: dict[str, Any], user_name: str | None) -> None: ...
+
+    def find(self, job_uuid: str) -> JobTask | None: ...
+
+    def job_uuids(self, dag_ids: Collection[str]) -> list[str]: ...
+
+    def dag_ids(self) -> set[str]: ...
+
+    def cancel(self, key: TaskKey) -> None: ...
+
+    def log_lines(self, task: JobTask) -> list[str]: ...
+
+
+class JobService:
+    """Submit, list, status, cancel, artifacts and logs of jobs.
+
+    :param runs: the jobs' tasks in Airflow.
+    :param tracking: makes the access to the jobs' runs in MLflow; called once a request, so that a
+        connection that was corrected takes effect.
+    :param resolver: checks the names of data sets and models.
+    """
+
+    def __init__(self, runs: Runs, tracking: Callable[[], Tracking], resolver: Resolver) -> None:
+        self._runs = runs
+        self._tracking = tracking
+        self._resolver = resolver
+
+    def submit(self, request: AnyTrainingRequest, access: Access) -> PostTrainingJob:
+        """Start a job, or find the one that the same request started before.
+
+        :raises ForbiddenError: if the caller may not trigger the method's DAG.
+        :raises InvalidRequestError: if the request names what cannot be had.
+        :raises JobConflictError: if another request has this job_uuid.
+        :raises RecordUnavailableError: if MLflow or Airflow does not answer; nothing is left then.
+        """
+        dag_id = request.method
+        if not access.may_trigger(dag_id):
+            raise ForbiddenError(f"{access.user_name} may not start runs of the DAG {dag_id!r}")
+        conf = flatten(request)
+        if self._is_known(request.job_uuid, dag_id, conf):
+            return PostTrainingJob(job_uuid=request.job_uuid)
+        problems = unsupported(request)
+        if problems:
+            raise InvalidRequestError(problems)
+        self._resolver.check(request)
+        run = self._create_run(request)
+        try:
+            self._runs.trigger(
+                dag_id, request.job_uuid, {**conf, names.CONF_MLFLOW_RUN: run.run_id}, access.user_name
+            )
+        except RunExistsError:
+            self._discard(run)
+            if not self._is_known(request.job_uuid, dag_id, conf):
+                raise RecordUnavailableError(f"job {request.job_uuid!r} is being started") from None
+        except Exception:
+            self._discard(run)
+            raise
+        return PostTrainingJob(job_uuid=request.job_uuid)
+
+    def _is_known(self, job_uuid: str, dag_id: str, conf: dict[str, Any]) -> bool:
+        known = self._runs.find(job_uuid)
+        if known is None:
+            return False
+        submitted = {key: value for key, value in known.conf.items() if key != names.CONF_MLFLOW_RUN}
+        if known.key.dag_id != dag_id or submitted != conf:
+            raise JobConflictError(f"job_uuid {job_uuid!r} belongs to a job with another request")
+        return True
+
+    def _create_run(self, request: AnyTrainingRequest) -> JobRun:
+        key = TaskKey(request.method, request.job_uuid, names.REQUEST_TASK_ID)
+        return self._tracking().create_run(
+            name=request.logger_config.get("run_name") or request.job_uuid,
+            experiment=request.logger_config.get("experiment_name"),
+            tags=run_tags(request, key),
+            params=run_params(request),
+            request=request.model_dump(mode="json"),
+        )
+
+    def _discard(self, run: JobRun) -> None:
+        try:
+            self._tracking().discard(run.run_id)
+        except RecordUnavailableError:
+            logger.warning("MLflow run %s was made for no job and could not be deleted", run.run_id)
+
+    def list(self, access: Access) -> ListPostTrainingJobsResponse:
+        """Return all jobs that the caller may see, newest first. Asks Airflow alone."""
+        readable = {dag_id for dag_id in self._runs.dag_ids() if access.may_read(dag_id)}
+        ids = self._runs.job_uuids(readable) if readable else []
+        return ListPostTrainingJobsResponse(data=[PostTrainingJob(job_uuid=job_uuid) for job_uuid in ids])
+
+    def status(self, job_uuid: str, access: Access) -> PostTrainingJobStatusResponse:
+        """Return a job's state, and mend its record where Airflow knows better.
+
+        :raises JobNotFoundError: if there is no such job, or the caller may not see it.
+        """
+        task, run = self._locate(job_uuid, access)
+        verdict = self._mended(task, run)
+        ended_at = run.ended_at if run is not None else None
+        return PostTrainingJobStatusResponse(
+            job_uuid=job_uuid,
+            status=verdict.status,
+            scheduled_at=task.scheduled_at
+            if task is not None
+            else run.created_at
+            if run is not None
+            else None,
+            started_at=task.started_at if task is not None else None,
+            completed_at=(ended_at or (task.ended_at if task is not None else None))
+            if verdict.status.ended
+            else None,
+            resources_allocated=_resources(run),
+            checkpoints=self._tracking().checkpoints(run) if run is not None else [],
+            error=_error(verdict, run),
+        )
+
+    def _mended(self, task: JobTask | None, run: JobRun | None) -> Verdict:
+        verdict = reconcile(
+            run.status if run is not None else None,
+            task.state if task is not None else None,
+            has_task=task is not None,
+        )
+        if verdict.mend is not None and run is not None:
+            self._tracking().set_status(run.run_id, verdict.mend, error=_error(verdict, run))
+        return verdict
+
+    def artifacts(self, job_uuid: str, access: Access) -> PostTrainingJobArtifactsResponse:
+        """Return a job's checkpoints, oldest first.
+
+        :raises JobNotFoundError: if there is no such job, or the caller may not see it.
+        """
+        _, run = self._locate(job_uuid, access)
+        checkpoints = self._tracking().checkpoints(run) if run is not None else []
+        return PostTrainingJobArtifactsResponse(job_uuid=job_uuid, checkpoints=checkpoints)
+
+    def cancel(self, job_uuid: str, access: Access) -> None:
+        """Stop a job; its checkpoints so far are kept.
+
+        :raises JobNotFoundError: if there is no such job, or the caller may not see it.
+        :raises ForbiddenError: if the caller may see but not stop it.
+        :raises JobConflictError: if it has ended.
+        """
+        task, run = self._locate(job_uuid, access)
+        if task is not None and not access.may_cancel(task.key.dag_id):
+            raise ForbiddenError(f"{access.user_name} may not stop runs of the DAG {task.key.dag_id!r}")
+        status = self._mended(task, run).status
+        if task is None or status.ended:
+            raise JobConflictError(f"job {job_uuid!r} has ended: {status.value}")
+        self._runs.cancel(task.key)
+        if run is not None:
+            self._tracking().set_status(run.run_id, "KILLED")
+
+    def logs(self, job_uuid: str, access: Access) -> PostTrainingJobLogStream:
+        """Return the lines of a job's log so far, all attempts.
+
+        :raises JobNotFoundError: if there is no such job, or the caller may not see it.
+        """
+        task, _ = self._locate(job_uuid, access)
+        lines = self._runs.log_lines(task) if task is not None else []
+        return PostTrainingJobLogStream(job_uuid=job_uuid, log_lines=lines)
+
+    def _locate(self, job_uuid: str, access: Access) -> tuple[JobTask | None, JobRun | None]:
+        """Find a job's task and run; a job that Airflow has forgotten is found by its run's tags."""
+        task = self._runs.find(job_uuid)
+        run = self._run_of(job_uuid, task)
+        dag_id = task.key.dag_id if task is not None else (run.tags.get(names.TAG_DAG_ID) if run else None)
+        if dag_id is None or not access.may_read(dag_id):
+            raise JobNotFoundError(job_uuid)
+        return task, run
+
+    def _run_of(self, job_uuid: str, task: JobTask | None) -> JobRun | None:
+        run_id = task.conf.get(names.CONF_MLFLOW_RUN) if task is not None else None
+        run = self._tracking().get(run_id) if isinstance(run_id, str) else None
+        if run is not None and run.tags.get(names.TAG_JOB_UUID) == job_uuid:
+            return run
+        return self._tracking().find(job_uuid)
+
+
+def _resources(run: JobRun | None) -> dict[str, Any] | None:
+    text = run.tags.get(names.TAG_RESOURCES) if run is not None else None
+    return json.loads(text) if text else None
+
+
+def _error(verdict: Verdict, run: JobRun | None) -> str | None:
+    if verdict.status.value != "failed":
+        return None
+    recorded = run.tags.get(names.TAG_ERROR) if run is not None else None
+    return recorded or "The Airflow task ended without a result; its log says more."

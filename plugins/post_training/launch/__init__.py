@@ -1,0 +1,1 @@
+"""How a trainer process is started and ended."""

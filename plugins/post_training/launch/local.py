@@ -1,0 +1,42 @@
+"""Command line and environment of a trainer on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import post_training
+
+_KEPT_BACK = "AIRFLOW"
+_SITE_FOLDERS = ("site-packages", "dist-packages")
+
+
+def trainer_argv(python: str, spec: Path) -> list[str]:
+    """Return the command that trains what ``spec`` says."""
+    return [python, "-m", "lightning_modules.train", str(spec)]
+
+
+def trainer_environment(inherited: Mapping[str, str], credentials: Mapping[str, str]) -> dict[str, str]:
+    """Return the trainer's environment: the task's own, without Airflow's variables, which hold secrets.
+
+    :param credentials: variables by which the trainer's MLflow client logs in.
+    """
+    environment = {
+        key: value for key, value in inherited.items() if not key.lstrip("_").startswith(_KEPT_BACK)
+    }
+    search_path = [*_source_folders(), *filter(None, [inherited.get("PYTHONPATH")])]
+    return {
+        **environment,
+        **credentials,
+        "PYTHONPATH": os.pathsep.join(search_path),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def _source_folders() -> list[str]:
+    """Return the folders of the sources where they run from a checkout; an installed package needs none."""
+    plugins = Path(post_training.__file__).resolve().parents[1]
+    return [] if plugins.name in _SITE_FOLDERS else [str(plugins), str(plugins.parent)]

@@ -1,0 +1,119 @@
+"""One child process that is read line by line, stopped on request, and dies with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+# Loaded here: between fork and exec a child may call it, but not load it.
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_POLL_SECONDS = 0.2
+
+
+class TrainerProcess:
+    """A child in the caller's process group, its output merged and read as lines.
+
+    Airflow ends a task by SIGTERM to the whole process group and SIGKILL five seconds later, so the child
+    has ``grace_seconds`` to end by itself.
+
+    :param argv: the command.
+    :param environment: all of its variables.
+    :param log: file that receives a copy of the output.
+    :param grace_seconds: time between SIGTERM and SIGKILL.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], environment: Mapping[str, str], log: Path, grace_seconds: float = 3.0
+    ) -> None:
+        self._log = log
+        self._grace_seconds = grace_seconds
+        self._stopped_at: float | None = None
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._process = subprocess.Popen(  # noqa: S603
+            argv,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=_die_with(os.getpid()),
+        )
+        self._reader = threading.Thread(target=self._read, name="trainer-output", daemon=True)
+        self._reader.start()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody asked it to stop."""
+        return self._stopped_at is not None
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    def lines(self) -> Iterator[str]:
+        """Yield the output until the child has ended, killing it when its grace is over."""
+        while True:
+            try:
+                line = self._lines.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                # A process that the child started may outlive it and hold the pipe open.
+                if self._process.poll() is not None:
+                    break
+                self._enforce_grace()
+                continue
+            if line is None:
+                break
+            yield line
+            self._enforce_grace()
+        while self._process.poll() is None:
+            self._enforce_grace()
+            time.sleep(_POLL_SECONDS)
+
+    def exit_code(self) -> int:
+        """Return the exit code once ``lines`` is exhausted; negative is the signal that ended it."""
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """Ask the child to end. Safe inside a signal handler: it sends a signal and waits for nothing."""
+        if self._stopped_at is None:
+            self._stopped_at = time.monotonic()
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """End the child at once and wait for it."""
+        self._process.kill()
+        self._process.wait()
+
+    def _enforce_grace(self) -> None:
+        if self._stopped_at is not None and time.monotonic() - self._stopped_at > self._grace_seconds:
+            self._process.kill()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101
+        with self._log.open("a", encoding="utf-8") as copy, self._process.stdout as output:
+            for line in output:
+                copy.write(line)
+                copy.flush()
+                self._lines.put(line.rstrip("\n"))
+        self._lines.put(None)
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """Return what the child runs before exec: be killed when the parent's thread ends, also if it has."""
+
+    def bind() -> None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return bind

@@ -1,0 +1,1 @@
+"""Operators, sensor, trigger, hooks and links."""

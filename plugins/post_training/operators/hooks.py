@@ -1,0 +1,215 @@
+"""Hooks of the provider's two connection types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from airflow.sdk import BaseHook
+
+from post_training.errors import (
+    ForbiddenError,
+    InvalidRequestError,
+    JobConflictError,
+    JobNotFoundError,
+    PostTrainingError,
+    RecordUnavailableError,
+)
+from post_training.schemas.jobs import (
+    ListPostTrainingJobsResponse,
+    PostTrainingJobArtifactsResponse,
+    PostTrainingJobStatusResponse,
+)
+from post_training.schemas.training import RuntimeConfig
+from post_training.tracking import Tracking, TrackingServer
+
+if TYPE_CHECKING:
+    from airflow.sdk import Connection
+
+
+TIMEOUT_SECONDS = 30.0
+
+
+class MLflowHook(BaseHook):
+    """The tracking server of a connection of type ``mlflow``.
+
+    :param mlflow_conn_id: the connection; its host is the tracking URI, its extra may hold ``experiment``
+        and ``public_url``.
+    """
+
+    conn_name_attr = "mlflow_conn_id"
+    default_conn_name = "mlflow_default"
+    conn_type = "mlflow"
+    hook_name = "MLflow tracking server"
+
+    def __init__(self, mlflow_conn_id: str = default_conn_name) -> None:
+        super().__init__()
+        self.mlflow_conn_id = mlflow_conn_id
+
+    def get_conn(self) -> Tracking:
+        """Return the access to the jobs' runs."""
+        return Tracking(tracking_server(self.get_connection(self.mlflow_conn_id)))
+
+    def test_connection(self) -> tuple[bool, str]:
+        """Ask the server for its experiments; the button in the connection form."""
+        try:
+            self.get_conn().ping()
+        except PostTrainingError as error:
+            return False, str(error)
+        return True, "MLflow answers"
+
+
+def tracking_server(connection: Connection) -> TrackingServer:
+    """Read a connection of type ``mlflow``.
+
+    :raises ValueError: if it names no host.
+    """
+    if not connection.host:
+        raise ValueError(f"connection {connection.conn_id!r} has no host: it must be MLflow's tracking URI")
+    extra = connection.extra_dejson
+    host = connection.host if "://" in connection.host else f"http://{connection.host}"
+    port = f":{connection.port}" if connection.port else ""
+    return TrackingServer(
+        uri=f"{host.rstrip('/')}{port}",
+        experiment=extra.get("experiment") or TrackingServer.experiment,
+        username=connection.login or None,
+        password=connection.password or None,
+        public_url=extra.get("public_url") or None,
+    )
+
+
+class PostTrainingHook(BaseHook):
+    """The HTTP API of a deployment, by a connection of type ``post_training``.
+
+    :param post_training_conn_id: the connection; its host is the base URL that ends in ``/post-training``.
+    :param transport: replaces the network in tests.
+    """
+
+    conn_name_attr = "post_training_conn_id"
+    default_conn_name = "post_training_default"
+    conn_type = "post_training"
+    hook_name = "Post-training API"
+
+    def __init__(
+        self,
+        post_training_conn_id: str = default_conn_name,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        super().__init__()
+        self.post_training_conn_id = post_training_conn_id
+        self._transport = transport
+
+    def get_conn(self) -> httpx.Client:
+        """Return a client that is logged in.
+
+        :raises RecordUnavailableError: if the server does not answer.
+        :raises ForbiddenError: if it refuses the login.
+        """
+        connection = self.get_connection(self.post_training_conn_id)
+        token = self._token(connection)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return httpx.Client(
+            base_url=_base_url(connection),
+            headers=headers,
+            timeout=TIMEOUT_SECONDS,
+            transport=self._transport,
+        )
+
+    def _token(self, connection: Connection) -> str | None:
+        if not connection.login:
+            return connection.password
+        url = _base_url(connection).removesuffix("/post-training") + "/auth/token"
+        login = {"username": connection.login, "password": connection.password}
+        with httpx.Client(timeout=TIMEOUT_SECONDS, transport=self._transport) as client, _answers():
+            answer = client.post(url, json=login)
+        if answer.status_code != httpx.codes.CREATED:
+            raise ForbiddenError(f"Airflow refuses the login of {connection.login!r}: {answer.status_code}")
+        return str(answer.json()["access_token"])
+
+    def runtime_defaults(self) -> dict[str, Any]:
+        """Return the connection's defaults of the runtime block.
+
+        :raises InvalidRequestError: if they are no valid runtime block.
+        """
+        defaults = self.get_connection(self.post_training_conn_id).extra_dejson.get("runtime") or {}
+        if isinstance(defaults, str):
+            defaults = json.loads(defaults)
+        return RuntimeConfig.model_validate(defaults).model_dump(exclude_unset=True)
+
+    def list_jobs(self) -> ListPostTrainingJobsResponse:
+        """Return all jobs that the connection's user may see."""
+        return ListPostTrainingJobsResponse.model_validate(self._call("GET", "jobs"))
+
+    def job_status(self, job_uuid: str) -> PostTrainingJobStatusResponse:
+        """Return a job's status.
+
+        :raises JobNotFoundError: if there is no such job.
+        """
+        body = self._call("GET", "job/status", job_uuid, params={"job_uuid": job_uuid})
+        return PostTrainingJobStatusResponse.model_validate(body)
+
+    def job_artifacts(self, job_uuid: str) -> PostTrainingJobArtifactsResponse:
+        """Return a job's checkpoints.
+
+        :raises JobNotFoundError: if there is no such job.
+        """
+        body = self._call("GET", "job/artifacts", job_uuid, params={"job_uuid": job_uuid})
+        return PostTrainingJobArtifactsResponse.model_validate(body)
+
+    def cancel_job(self, job_uuid: str) -> None:
+        """Stop a job.
+
+        :raises JobNotFoundError: if there is no such job.
+        :raises JobConflictError: if it has ended.
+        """
+        self._call("POST", "job/cancel", job_uuid, json={"job_uuid": job_uuid})
+
+    def test_connection(self) -> tuple[bool, str]:
+        """List the jobs; the button in the connection form."""
+        try:
+            count = len(self.list_jobs().data)
+        except PostTrainingError as error:
+            return False, str(error)
+        return True, f"{count} jobs"
+
+    def _call(self, method: str, path: str, job_uuid: str = "", **kwargs: Any) -> Any:
+        with self.get_conn() as client, _answers():
+            answer = client.request(method, f"/v1alpha/post-training/{path}", **kwargs)
+        if answer.is_success:
+            return answer.json()
+        raise _error(answer, job_uuid)
+
+
+def _base_url(connection: Connection) -> str:
+    if not connection.host:
+        raise ValueError(f"connection {connection.conn_id!r} has no host: it must be the API's base URL")
+    host = connection.host if "://" in connection.host else f"http://{connection.host}"
+    port = f":{connection.port}" if connection.port else ""
+    return f"{host.rstrip('/')}{port}"
+
+
+@contextmanager
+def _answers() -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise RecordUnavailableError(f"the post-training API does not answer: {error}") from error
+
+
+def _error(answer: httpx.Response, job_uuid: str) -> PostTrainingError:
+    """Return the error of the tree that the API's answer stands for."""
+    body = answer.json() if answer.headers.get("content-type", "").startswith("application/json") else {}
+    detail: Any = body.get("detail", answer.reason_phrase) if isinstance(body, Mapping) else answer.text
+    match answer.status_code:
+        case 404:
+            return JobNotFoundError(job_uuid)
+        case 409:
+            return JobConflictError(str(detail))
+        case 401 | 403:
+            return ForbiddenError(str(detail))
+        case 400 if isinstance(detail, Mapping) and "errors" in detail:
+            return InvalidRequestError(detail["errors"])
+    return RecordUnavailableError(f"the post-training API answers {answer.status_code}: {detail}")

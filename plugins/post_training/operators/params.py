@@ -1,0 +1,88 @@
+"""The params of the request DAGs: one typed field of the trigger form for each leaf of a request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airflow.sdk import Param
+
+from post_training.schemas.flat import Leaf, leaves
+from post_training.schemas.requests import AnyTrainingRequest
+
+FORM_DEFAULTS: dict[str, dict[str, Any]] = {
+    "supervised_fine_tune": {
+        "training_config.n_epochs": 1,
+        "training_config.max_steps_per_epoch": 0,
+        "training_config.max_validation_steps": 8,
+        "training_config.data_config.batch_size": 4,
+        "training_config.data_config.shuffle": True,
+        "training_config.data_config.data_format": "instruct",
+        "algorithm_config.type": "LoRA",
+        "algorithm_config.lora_attn_modules": ["q_proj", "v_proj"],
+        "algorithm_config.apply_lora_to_mlp": False,
+        "algorithm_config.apply_lora_to_output": False,
+        "algorithm_config.rank": 8,
+        "algorithm_config.alpha": 16,
+        "algorithm_config.use_dora": False,
+        "algorithm_config.quantize_base": False,
+        "hyperparam_search_config": {},
+        "logger_config": {},
+    },
+    "preference_optimize": {
+        "training_config.n_epochs": 1,
+        "training_config.max_steps_per_epoch": 0,
+        "training_config.max_validation_steps": 8,
+        "training_config.data_config.batch_size": 4,
+        "training_config.data_config.shuffle": True,
+        "training_config.data_config.data_format": "instruct",
+        "hyperparam_search_config": {},
+        "logger_config": {},
+    },
+}
+"""What the form shows before anything is typed; other leaves show the schema's default."""
+
+SECTIONS: dict[str, str] = {
+    "model": "Model",
+    "finetuned_model": "Model",
+    "checkpoint_dir": "Model",
+    "training_config.data_config": "Data",
+    "algorithm_config": "Algorithm",
+    "training_config.optimizer_config": "Optimizer",
+    "training_config.efficiency_config": "Memory and compute",
+    "training_config": "Training",
+    "runtime": "Runtime",
+    "logger_config": "Record",
+    "hyperparam_search_config": "Search",
+}
+"""Path prefix -> section of the form, in the order of the form; the first that fits is taken."""
+
+
+def request_params(model: type[AnyTrainingRequest]) -> dict[str, Param]:
+    """Return the params of a request class, keyed by dotted path."""
+    defaults = FORM_DEFAULTS[model.method]
+    ordered = sorted(leaves(model).values(), key=lambda leaf: list(SECTIONS).index(_prefix(leaf.path)))
+    return {leaf.path: _param(leaf, defaults) for leaf in ordered}
+
+
+def _prefix(path: str) -> str:
+    return next(prefix for prefix in SECTIONS if path == prefix or path.startswith(f"{prefix}."))
+
+
+def _param(leaf: Leaf, defaults: dict[str, Any]) -> Param:
+    schema = {key: value for key, value in leaf.schema.items() if key not in ("default", "title")}
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if (leaf.optional or leaf.tags) and "null" not in types:
+        types = [*types, "null"]
+    if "enum" in schema and "null" in types and None not in schema["enum"]:
+        schema["enum"] = [*schema["enum"], None]
+    schema["type"] = types if len(types) > 1 else types[0]
+    schema["title"] = leaf.path.rpartition(".")[2]
+    schema["section"] = SECTIONS[_prefix(leaf.path)]
+    if leaf.path in defaults:
+        return Param(defaults[leaf.path], **schema)
+    if "null" in types:
+        # Null is "not given"; a default would make a group present that may be absent.
+        return Param(None if leaf.optional else leaf.schema.get("default"), **schema)
+    if "default" in leaf.schema:
+        return Param(leaf.schema["default"], **schema)
+    return Param(**schema)

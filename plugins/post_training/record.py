@@ -1,0 +1,29 @@
+"""What a job's MLflow run says from the start: its params and the tags that lead back to Airflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from post_training.job_ids import TaskKey, job_uuid_of
+from post_training.schemas import record as names
+from post_training.schemas.flat import flatten
+from post_training.schemas.requests import AnyTrainingRequest
+
+
+def run_tags(request: AnyTrainingRequest, key: TaskKey) -> dict[str, str]:
+    """Return the run's tags; the caller's own come first, so that they cannot replace ours."""
+    return {
+        **request.logger_config.get("tags", {}),
+        names.TAG_JOB_UUID: job_uuid_of(key),
+        names.TAG_PAYLOAD_HASH: request.payload_hash(),
+        names.TAG_METHOD: request.method,
+        names.TAG_DAG_ID: key.dag_id,
+        names.TAG_RUN_ID: key.run_id,
+        names.TAG_TASK_ID: key.task_id,
+        names.TAG_MAP_INDEX: str(key.map_index),
+    }
+
+
+def run_params(request: AnyTrainingRequest) -> dict[str, Any]:
+    """Return the request's set fields by dotted path; null ones say nothing and are left out."""
+    return {path: value for path, value in flatten(request).items() if value not in (None, {})}

@@ -1,0 +1,56 @@
+"""The provider's section of Airflow's configuration, read and checked once."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from airflow.configuration import AIRFLOW_HOME, conf
+
+from post_training.get_provider_info import OPTIONS, SECTION
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Deployment-wide settings; ``get_provider_info.OPTIONS`` says what each means."""
+
+    home: Path
+    allowed_roots: tuple[Path, ...]
+    default_model: str | None
+    trainer_python: str
+    mlflow_conn_id: str
+    post_training_conn_id: str
+    pool: str
+    max_body_bytes: int
+    max_data_uri_bytes: int
+
+
+def load_settings() -> Settings:
+    """Read ``[post_training]``; the defaults hold too where the provider is not installed but only a folder.
+
+    :raises ValueError: if a size is no positive number of bytes.
+    """
+    roots = _get("allowed_roots").split(",")
+    return Settings(
+        home=Path(_get("home").replace("{AIRFLOW_HOME}", AIRFLOW_HOME)).expanduser(),
+        allowed_roots=tuple(Path(root.strip()).expanduser().resolve() for root in roots if root.strip()),
+        default_model=_get("default_model") or None,
+        trainer_python=_get("trainer_python") or sys.executable,
+        mlflow_conn_id=_get("mlflow_conn_id"),
+        post_training_conn_id=_get("post_training_conn_id"),
+        pool=_get("pool"),
+        max_body_bytes=_positive("max_body_bytes"),
+        max_data_uri_bytes=_positive("max_data_uri_bytes"),
+    )
+
+
+def _get(option: str) -> str:
+    return conf.get(SECTION, option, fallback=OPTIONS[option][1]) or ""
+
+
+def _positive(option: str) -> int:
+    value = int(_get(option))
+    if value <= 0:
+        raise ValueError(f"[{SECTION}] {option} must be positive, got {value}")
+    return value

@@ -1,0 +1,115 @@
+"""What a standalone Airflow and MLflow are told: ports, folders, users, environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Ports:
+    """TCP ports on loopback."""
+
+    airflow: int
+    mlflow: int
+    worker_logs: int
+    triggerer_logs: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What both servers are told: where things are and who may sign in.
+
+    :param users: Airflow's ``name:role`` pairs, comma separated.
+    """
+
+    home: Path
+    dags_folder: Path
+    allowed_roots: tuple[Path, ...]
+    ports: Ports
+    users: str = "admin:admin"
+
+    @property
+    def airflow_url(self) -> str:
+        """Address of Airflow's pages and API."""
+        return f"http://{LOOPBACK}:{self.ports.airflow}"
+
+    @property
+    def mlflow_url(self) -> str:
+        """Address of MLflow's pages and API."""
+        return f"http://{LOOPBACK}:{self.ports.mlflow}"
+
+    @property
+    def service_url(self) -> str:
+        """The ``base_url`` of a post-training client."""
+        return f"{self.airflow_url}/post-training"
+
+    @property
+    def passwords_file(self) -> Path:
+        """Where Airflow reads the users' passwords, and never writes any."""
+        return self.home / "passwords.json"
+
+
+def free_ports(count: int) -> list[int]:
+    """Find TCP ports on loopback that nothing listens on, all different."""
+    with ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind((LOOPBACK, 0))
+        return [int(probe.getsockname()[1]) for probe in sockets]
+
+
+def server_environment(
+    layout: Layout, passwords: Mapping[str, str], inherited: Mapping[str, str], extra: Mapping[str, str]
+) -> dict[str, str]:
+    """Build the environment of both servers.
+
+    Inherited settings of Airflow and MLflow are left out: a demo must not migrate the
+    database that a shell happens to point to.
+    """
+    ours = {k: v for k, v in inherited.items() if not k.startswith(("AIRFLOW_", "MLFLOW_"))}
+    bin_folder = str(Path(sys.executable).parent)
+    ours["PATH"] = os.pathsep.join([bin_folder, inherited.get("PATH", os.defpath)])
+    return ours | _airflow_settings(layout) | _connections(layout, passwords) | dict(extra)
+
+
+def _airflow_settings(layout: Layout) -> dict[str, str]:
+    return {
+        "AIRFLOW_HOME": str(layout.home / "airflow"),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(layout.dags_folder),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__CORE__PARALLELISM": "4",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": layout.users,
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(layout.passwords_file),
+        "AIRFLOW__API__HOST": LOOPBACK,
+        "AIRFLOW__API__PORT": str(layout.ports.airflow),
+        "AIRFLOW__API__BASE_URL": layout.airflow_url,
+        "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "10",
+        "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(layout.ports.worker_logs),
+        "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(layout.ports.triggerer_logs),
+        "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+        "AIRFLOW__POST_TRAINING__HOME": str(layout.home / "jobs"),
+        "AIRFLOW__POST_TRAINING__ALLOWED_ROOTS": ",".join(map(str, layout.allowed_roots)),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight idle processes, over 1 GiB
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _connections(layout: Layout, passwords: Mapping[str, str]) -> dict[str, str]:
+    mlflow = {"conn_type": "mlflow", "host": layout.mlflow_url}
+    service = {"conn_type": "post_training", "host": layout.service_url}
+    service |= {"login": "admin", "password": passwords["admin"]} if "admin" in passwords else {}
+    return {
+        "AIRFLOW_CONN_MLFLOW_DEFAULT": json.dumps(mlflow),
+        "AIRFLOW_CONN_POST_TRAINING_DEFAULT": json.dumps(service),
+    }

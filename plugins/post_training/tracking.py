@@ -1,0 +1,260 @@
+"""The job's record in MLflow. The only file of the plugin that imports mlflow, and only when it is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from post_training.errors import RecordUnavailableError
+from post_training.schemas import record as names
+from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+
+MAX_PARAM_LENGTH = 6_000
+"""MLflow cuts longer values in silence."""
+
+TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
+
+
+@dataclass(frozen=True)
+class TrackingServer:
+    """Where MLflow is and how to enter it.
+
+    :param public_url: its address in a browser.
+    """
+
+    uri: str
+    experiment: str = "post-training"
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    public_url: str | None = None
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables by which an MLflow client finds the credentials."""
+        pairs = {"MLFLOW_TRACKING_USERNAME": self.username, "MLFLOW_TRACKING_PASSWORD": self.password}
+        return {name: value for name, value in pairs.items() if value}
+
+    def run_url(self, experiment_id: str, run_id: str) -> str:
+        """Return the address of a run's page."""
+        base = (self.public_url or self.uri).rstrip("/")
+        return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+@dataclass(frozen=True)
+class JobRun:
+    """What MLflow holds of one job. Times are UTC."""
+
+    run_id: str
+    experiment_id: str
+    status: str
+    created_at: datetime
+    ended_at: datetime | None
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+class Tracking:
+    """Reads and writes the runs of jobs. Every method raises RecordUnavailableError when MLflow fails.
+
+    :param server: the tracking server.
+    """
+
+    def __init__(self, server: TrackingServer) -> None:
+        self.server = server
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        os.environ.update(self.server.environment())
+        # MLflow's own defaults repeat a failed call for minutes; a caller of ours waits for the answer.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=self.server.uri)
+
+    def ping(self) -> None:
+        """Ask the server for one experiment."""
+        with _answers():
+            self._client.search_experiments(max_results=1)
+
+    def create_run(
+        self,
+        *,
+        name: str,
+        experiment: str | None,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+        request: dict[str, Any],
+    ) -> JobRun:
+        """Make a SCHEDULED run that holds the request; on an error nothing is left.
+
+        :param experiment: the experiment's name; None is the server's default.
+        """
+        with _answers():
+            experiment_id = self._experiment_id(experiment or self.server.experiment)
+            run = self._client.create_run(experiment_id, tags=dict(tags), run_name=name)
+        try:
+            with _answers():
+                self._client.update_run(run.info.run_id, status="SCHEDULED")
+                self._log_params(run.info.run_id, params)
+                self._client.log_dict(run.info.run_id, request, names.ARTIFACT_REQUEST)
+                return _job_run(self._client.get_run(run.info.run_id))
+        except RecordUnavailableError:
+            self.discard(run.info.run_id)
+            raise
+
+    def _experiment_id(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        try:
+            return str(self._client.create_experiment(name))
+        except MlflowException:
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return str(found.experiment_id)
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        entries = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
+        for start in range(0, len(entries), 100):
+            self._client.log_batch(run_id, params=entries[start : start + 100])
+
+    def add_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Write the params that the run does not have yet; MLflow refuses to change one."""
+        with _answers():
+            present = self._client.get_run(run_id).data.params
+            self._log_params(run_id, {key: value for key, value in params.items() if key not in present})
+
+    def add_file(self, run_id: str, path: Path, folder: str) -> None:
+        """Upload a file into a folder of the run's artifacts."""
+        with _answers():
+            self._client.log_artifact(run_id, str(path), folder)
+
+    def discard(self, run_id: str) -> None:
+        """Delete a run that no job came to use; a server that does not answer leaves it SCHEDULED."""
+        with _answers():
+            self._client.delete_run(run_id)
+
+    def find(self, job_uuid: str) -> JobRun | None:
+        """Return the job's run, the oldest if there are several, or None."""
+        quoted = job_uuid.replace("'", "")
+        with _answers():
+            ids = [e.experiment_id for e in self._client.search_experiments()]
+            runs = self._client.search_runs(
+                ids,
+                filter_string=f"tags.`{names.TAG_JOB_UUID}` = '{quoted}'",
+                order_by=["attributes.start_time ASC"],
+                max_results=1,
+            )
+        return _job_run(runs[0]) if runs else None
+
+    def get(self, run_id: str) -> JobRun | None:
+        """Return a run by its id, None where it does not exist or was deleted."""
+        from mlflow.exceptions import MlflowException
+
+        with _answers():
+            try:
+                run = self._client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return None
+                raise
+        return _job_run(run) if run.info.lifecycle_stage == "active" else None
+
+    def set_status(self, run_id: str, status: str, *, error: str | None = None) -> None:
+        """Write the run's status, and the one sentence that says why it failed.
+
+        :param status: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED.
+        """
+        with _answers():
+            if error is not None:
+                self._client.set_tag(run_id, names.TAG_ERROR, error)
+            if status in TERMINAL:
+                self._client.set_terminated(run_id, status=status)
+            else:
+                self._client.update_run(run_id, status=status)
+                self._forget_error(run_id)
+
+    def _forget_error(self, run_id: str) -> None:
+        """Remove the reason of an earlier attempt's failure from a run that goes on."""
+        if names.TAG_ERROR in self._client.get_run(run_id).data.tags:
+            self._client.delete_tag(run_id, names.TAG_ERROR)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Write tags of a run."""
+        from mlflow.entities import RunTag
+
+        with _answers():
+            self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def checkpoints(self, run: JobRun) -> list[Checkpoint]:
+        """Return the run's finished checkpoints, oldest first."""
+        with _answers():
+            models = self._client.search_logged_models(
+                experiment_ids=[run.experiment_id],
+                filter_string=f"source_run_id = '{run.run_id}'",
+                order_by=[{"field_name": "creation_timestamp", "ascending": True}],
+            )
+        job_uuid = run.tags.get(names.TAG_JOB_UUID, "")
+        return [_checkpoint(model, job_uuid) for model in models if _is_checkpoint(model)]
+
+
+@contextmanager
+def _answers() -> Iterator[None]:
+    """Turn every failure of the server into the one error that callers know."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException  # noqa: PLC0415
+
+    try:
+        yield
+    except (MlflowException, RequestException, OSError) as error:
+        first_line = str(error).partition("\n")[0][:200]
+        raise RecordUnavailableError(f"MLflow does not answer: {first_line}") from error
+
+
+def _job_run(run: Run) -> JobRun:
+    ended = run.info.end_time
+    return JobRun(
+        run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        status=run.info.status,
+        created_at=_time(run.info.start_time),
+        ended_at=_time(ended) if ended and run.info.status in TERMINAL else None,
+        tags=dict(run.data.tags),
+        metrics=dict(run.data.metrics),
+    )
+
+
+def _is_checkpoint(model: LoggedModel) -> bool:
+    return names.TAG_CHECKPOINT in model.tags and str(model.status) == "READY"
+
+
+def _checkpoint(model: LoggedModel, job_uuid: str) -> Checkpoint:
+    metrics = PostTrainingMetric.model_validate_json(model.tags[names.TAG_CHECKPOINT])
+    return Checkpoint(
+        identifier=f"{job_uuid}-{model.name}",
+        created_at=_time(model.creation_timestamp),
+        epoch=metrics.epoch,
+        post_training_job_id=job_uuid,
+        path=f"models:/{model.model_id}",
+        training_metrics=metrics,
+    )
+
+
+def _time(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)

@@ -1,0 +1,127 @@
+"""Stand-ins for Airflow, MLflow and the caller's rights, for tests of what lies between them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from post_training.airflow_runs import JobTask, RunExistsError
+from post_training.errors import RecordUnavailableError
+from post_training.job_ids import TaskKey, job_uuid_of
+from post_training.schemas.jobs import Checkpoint
+from post_training.tracking import JobRun, TrackingServer
+
+NOW = datetime(2026, 11, 24, tzinfo=UTC)
+
+
+@dataclass
+class FakeAccess:
+    user_name: str = "somebody"
+    read: bool = True
+    trigger: bool = True
+    cancel: bool = True
+
+    def may_read(self, dag_id: str) -> bool:
+        return self.read
+
+    def may_trigger(self, dag_id: str) -> bool:
+        return self.trigger
+
+    def may_cancel(self, dag_id: str) -> bool:
+        return self.cancel
+
+
+@dataclass
+class FakeRuns:
+    tasks: dict[str, JobTask] = field(default_factory=dict)
+    trigger_error: Exception | None = None
+    appears_during_trigger: JobTask | None = None
+    triggered: list[str] = field(default_factory=list)
+
+    def trigger(self, dag_id: str, run_id: str, conf: dict[str, Any], user_name: str | None) -> None:
+        if self.appears_during_trigger is not None:
+            self.add(self.appears_during_trigger)
+            raise RunExistsError(run_id)
+        if self.trigger_error is not None:
+            raise self.trigger_error
+        self.triggered.append(run_id)
+        self.add(task(TaskKey(dag_id, run_id, "train"), None, conf))
+
+    def add(self, task: JobTask) -> None:
+        self.tasks[task.job_uuid] = task
+
+    def find(self, job_uuid: str) -> JobTask | None:
+        return self.tasks.get(job_uuid)
+
+    def job_uuids(self, dag_ids: Collection[str]) -> list[str]:
+        return [job_uuid_of(t.key) for t in reversed(self.tasks.values()) if t.key.dag_id in dag_ids]
+
+    def dag_ids(self) -> set[str]:
+        return {"supervised_fine_tune", "preference_optimize"}
+
+    def cancel(self, key: TaskKey) -> None:
+        job_uuid = job_uuid_of(key)
+        self.tasks[job_uuid] = replace(self.tasks[job_uuid], state="failed")
+
+    def log_lines(self, task: JobTask) -> list[str]:
+        return [f"log of {task.job_uuid}"]
+
+
+@dataclass
+class FakeTracking:
+    runs: dict[str, JobRun] = field(default_factory=dict)
+    made: list[Checkpoint] = field(default_factory=list)
+    down: bool = False
+    asked: bool = False
+    server: TrackingServer = field(default_factory=lambda: TrackingServer("http://mlflow"))
+
+    def create_run(
+        self,
+        *,
+        name: str,
+        experiment: str | None,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+        request: dict[str, Any],
+    ) -> JobRun:
+        self._answer()
+        run = JobRun(f"run-{len(self.runs) + 1}", "1", "SCHEDULED", NOW, None, dict(tags), {})
+        self.runs[run.run_id] = run
+        return run
+
+    def discard(self, run_id: str) -> None:
+        self._answer()
+        del self.runs[run_id]
+
+    def find(self, job_uuid: str) -> JobRun | None:
+        self._answer()
+        found = [run for run in self.runs.values() if run.tags["post_training.job_uuid"] == job_uuid]
+        return found[0] if found else None
+
+    def get(self, run_id: str) -> JobRun | None:
+        self._answer()
+        return self.runs.get(run_id)
+
+    def set_status(self, run_id: str, status: str, *, error: str | None = None) -> None:
+        self._answer()
+        run = self.runs[run_id]
+        tags = {**run.tags, **({"post_training.error": error} if error else {})}
+        ended = NOW if status in ("FINISHED", "FAILED", "KILLED") else None
+        self.runs[run_id] = replace(run, status=status, tags=tags, ended_at=ended)
+
+    def checkpoints(self, run: JobRun) -> list[Checkpoint]:
+        self._answer()
+        return self.made
+
+    def _answer(self) -> None:
+        self.asked = True
+        if self.down:
+            raise RecordUnavailableError("MLflow does not answer")
+
+
+def task(key: TaskKey, state: str | None, conf: Mapping[str, Any] | None = None) -> JobTask:
+    """Return a task that was scheduled, and has ended where its state says so."""
+    ended = NOW if state in ("success", "failed") else None
+    return JobTask(key, state, 1, NOW, NOW if state else None, ended, conf or {})

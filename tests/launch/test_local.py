@@ -1,0 +1,38 @@
+"""Command line and environment of a trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from post_training.launch.local import trainer_argv, trainer_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_trainer_is_started_by_name() -> None:
+    assert trainer_argv("/opt/train/python", Path("/jobs/1/spec.json")) == [
+        "/opt/train/python",
+        "-m",
+        "lightning_modules.train",
+        "/jobs/1/spec.json",
+    ]
+
+
+def test_airflows_secrets_stay_behind_and_mlflows_come_along() -> None:
+    inherited = {
+        "PATH": "/bin",
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": "secret",
+        "AIRFLOW_CONN_X": "secret",
+        "_AIRFLOW_PROCESS_CONTEXT": "client",
+        "PYTHONPATH": "/own",
+    }
+    environment = trainer_environment(inherited, {"MLFLOW_TRACKING_PASSWORD": "theirs"})
+    assert not [name for name in environment if "AIRFLOW" in name]
+    assert environment["PATH"] == "/bin"
+    assert environment["MLFLOW_TRACKING_PASSWORD"] == "theirs"
+
+
+def test_a_checkouts_sources_come_first_on_the_search_path() -> None:
+    environment = trainer_environment({"PYTHONPATH": "/own"}, {})
+    assert environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT / "plugins"), str(ROOT), "/own"]

@@ -1,0 +1,82 @@
+"""The real API over fakes on a real port, for what reaches it through a connection."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import Body, FastAPI, HTTPException, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from post_training.api.app import create_app
+from post_training.jobs import JobService
+from tests.fakes import FakeAccess, FakeRuns, FakeTracking
+from tests.test_jobs import Accepting
+
+
+class ApiServer:
+    """An api-server: Airflow's login and our app."""
+
+    def __init__(self) -> None:
+        self.runs, self.tracking = FakeRuns(), FakeTracking()
+        self.service = JobService(self.runs, lambda: self.tracking, Accepting())  # type: ignore[arg-type, return-value]
+        root = FastAPI()
+
+        @root.post("/auth/token", status_code=201)
+        def login(username: str = Body(), password: str = Body()) -> dict[str, str]:
+            if password != "right":
+                raise HTTPException(401, "Invalid credentials")
+            return {"access_token": f"token-of-{username}"}
+
+        def current_access(
+            token: HTTPAuthorizationCredentials = Security(HTTPBearer()),
+        ) -> FakeAccess:
+            if token.credentials != "token-of-admin":
+                raise HTTPException(401, "Not authenticated")
+            return FakeAccess("admin")
+
+        root.mount("/post-training", create_app(self.service, current_access, max_body_bytes=10_000))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._server = uvicorn.Server(
+            uvicorn.Config(root, host="127.0.0.1", port=self.port, log_level="warning")
+        )
+        self._thread = threading.Thread(target=self._server.run)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/post-training"
+
+    def start(self) -> None:
+        self._thread.start()
+        deadline = monotonic() + 30
+        while not self._server.started:
+            assert monotonic() < deadline
+            sleep(0.01)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    """A running API; the connection ``post_training_default`` leads to it."""
+    server = ApiServer()
+    connect(monkeypatch, host=server.url, login="admin", password="right")
+    server.start()
+    yield server
+    server.stop()
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    """Point the connection ``post_training_default`` somewhere."""
+    connection = {"conn_type": "post_training", **fields}
+    monkeypatch.setenv("AIRFLOW_CONN_POST_TRAINING_DEFAULT", json.dumps(connection))

@@ -1,0 +1,95 @@
+"""The hooks, against a real server and its refusals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from post_training.errors import (
+    ForbiddenError,
+    JobConflictError,
+    JobNotFoundError,
+    RecordUnavailableError,
+)
+from post_training.job_ids import TaskKey
+from post_training.operators.hooks import MLflowHook, PostTrainingHook
+from post_training.schemas.jobs import JobStatus
+from tests.fakes import task
+from tests.operators.conftest import ApiServer, connect
+
+KEY = TaskKey("supervised_fine_tune", "job-1", "train")
+
+
+def test_a_job_is_listed_read_and_cancelled(api: ApiServer) -> None:
+    api.runs.add(task(KEY, "running"))
+    hook = PostTrainingHook()
+    assert [job.job_uuid for job in hook.list_jobs().data] == ["job-1"]
+    assert hook.job_status("job-1").status is JobStatus.in_progress
+    assert hook.job_artifacts("job-1").checkpoints == []
+    hook.cancel_job("job-1")
+    assert api.runs.tasks["job-1"].state == "failed"
+    with pytest.raises(JobConflictError, match="has ended"):
+        hook.cancel_job("job-1")
+
+
+def test_refusals_become_the_errors_of_the_tree(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(JobNotFoundError, match="'nothing'"):
+        PostTrainingHook().job_status("nothing")
+    connect(monkeypatch, host=api.url, login="admin", password="wrong")
+    with pytest.raises(ForbiddenError, match="refuses the login of 'admin'"):
+        PostTrainingHook().list_jobs()
+    connect(monkeypatch, host=api.url, password="another-token")
+    with pytest.raises(ForbiddenError, match="Not authenticated"):
+        PostTrainingHook().list_jobs()
+
+
+def test_a_password_without_a_user_is_a_token(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect(monkeypatch, host=api.url, password="token-of-admin")
+    assert PostTrainingHook().list_jobs().data == []
+
+
+def test_a_silent_server_is_told_apart(api: ApiServer) -> None:
+    api.stop()
+    with pytest.raises(RecordUnavailableError, match="does not answer"):
+        PostTrainingHook().list_jobs()
+    assert PostTrainingHook().test_connection()[0] is False
+
+
+def test_an_unavailable_record_is_told_apart(api: ApiServer) -> None:
+    api.runs.add(task(KEY, "running"))
+    api.tracking.down = True
+    with pytest.raises(RecordUnavailableError, match="503"):
+        PostTrainingHook().job_status("job-1")
+
+
+def test_the_connection_test_counts_the_jobs(api: ApiServer) -> None:
+    assert PostTrainingHook().test_connection() == (True, "0 jobs")
+
+
+@pytest.mark.parametrize("runtime", [{"seed": 7}, '{"seed": 7}'])
+def test_runtime_defaults_come_from_the_connection(monkeypatch: pytest.MonkeyPatch, runtime: Any) -> None:
+    connect(monkeypatch, host="http://airflow/post-training", extra={"runtime": runtime})
+    assert PostTrainingHook().runtime_defaults() == {"seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("fields", "uri"),
+    [
+        ({"host": "http://mlflow:5000/"}, "http://mlflow:5000"),
+        ({"host": "mlflow", "port": 5000}, "http://mlflow:5000"),
+        ({"host": "https://mlflow.example.org/path"}, "https://mlflow.example.org/path"),
+    ],
+)
+def test_the_tracking_server_of_a_connection(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], uri: str
+) -> None:
+    connection = {"conn_type": "mlflow", "login": "me", "password": "secret", **fields}
+    monkeypatch.setenv("AIRFLOW_CONN_MLFLOW_DEFAULT", json.dumps(connection))
+    server = MLflowHook().get_conn().server
+    assert server.uri == uri
+    assert server.experiment == "post-training"
+    assert server.environment() == {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "secret"}
+    assert "secret" not in repr(server)
+    assert server.run_url("3", "abc") == f"{uri}/#/experiments/3/runs/abc"

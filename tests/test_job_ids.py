@@ -1,0 +1,29 @@
+"""A job's id and its place in Airflow."""
+
+from __future__ import annotations
+
+import pytest
+
+from post_training.job_ids import TaskKey, candidate_keys, job_uuid_of
+
+
+def test_in_a_request_dag_the_run_is_the_job() -> None:
+    assert job_uuid_of(TaskKey("supervised_fine_tune", "my-job", "train")) == "my-job"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        TaskKey("nightly", "manual__2026-11-24T00:00:00.5+00:00", "sft"),
+        TaskKey("team.nightly", "run.1", "group.sft"),
+        TaskKey("nightly", "run", "sft", 3),
+    ],
+)
+def test_elsewhere_the_id_leads_back_to_the_task(key: TaskKey) -> None:
+    assert key in list(candidate_keys(job_uuid_of(key)))
+
+
+def test_ids_of_mapped_tasks_differ() -> None:
+    assert job_uuid_of(TaskKey("d", "r", "t", 0)) == "d.r.t.0"
+    assert job_uuid_of(TaskKey("d", "r", "t")) == "d.r.t"
+    assert list(candidate_keys("plain-id")) == []

@@ -1,0 +1,248 @@
+"""The job service between a fake Airflow and a fake MLflow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from post_training.errors import (
+    ForbiddenError,
+    InvalidRequestError,
+    JobConflictError,
+    JobNotFoundError,
+    RecordUnavailableError,
+)
+from post_training.job_ids import TaskKey
+from post_training.jobs import JobService
+from post_training.schemas.flat import flatten
+from post_training.schemas.jobs import JobStatus
+from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
+from tests.fakes import NOW, FakeAccess, FakeRuns, FakeTracking, task
+from tests.requests_of import dpo_body, sft_body
+
+KEY = TaskKey("supervised_fine_tune", "job-1", "train")
+
+
+class Accepting:
+    """A resolver that finds everything, or nothing."""
+
+    def __init__(self) -> None:
+        self.error: InvalidRequestError | None = None
+
+    def check(self, request: Any) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def runs() -> FakeRuns:
+    return FakeRuns()
+
+
+@pytest.fixture
+def tracking() -> FakeTracking:
+    return FakeTracking()
+
+
+@pytest.fixture
+def resolver() -> Accepting:
+    return Accepting()
+
+
+@pytest.fixture
+def service(runs: FakeRuns, tracking: FakeTracking, resolver: Accepting) -> JobService:
+    return JobService(runs, lambda: tracking, resolver)  # type: ignore[arg-type, return-value]
+
+
+def request(**changes: Any) -> SupervisedFineTuneRequest:
+    return SupervisedFineTuneRequest.model_validate(sft_body(**changes))
+
+
+def submitted(runs: FakeRuns, tracking: FakeTracking, service: JobService, state: str, status: str) -> None:
+    """Leave one job whose task and record are in these states."""
+    service.submit(request(), FakeAccess())
+    ended = NOW if state in ("success", "failed") else None
+    runs.tasks["job-1"] = replace(runs.tasks["job-1"], state=state, started_at=NOW, ended_at=ended)
+    tracking.set_status("run-1", status)
+
+
+def test_submit_makes_a_scheduled_run_and_triggers_the_dag(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    assert service.submit(request(), FakeAccess()).job_uuid == "job-1"
+    run = tracking.runs["run-1"]
+    assert run.status == "SCHEDULED"
+    assert run.tags["post_training.job_uuid"] == "job-1"
+    assert run.tags["airflow.dag_id"] == "supervised_fine_tune"
+    assert run.tags["airflow.run_id"] == "job-1"
+    assert runs.tasks["job-1"].conf == {**flatten(request()), "mlflow_run_id": "run-1"}
+
+
+def test_the_same_again_answers_the_same_and_makes_nothing(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    first = service.submit(request(), FakeAccess())
+    assert service.submit(request(), FakeAccess()) == first
+    assert len(tracking.runs) == len(runs.triggered) == 1
+
+
+def test_another_payload_under_the_same_id_conflicts(service: JobService) -> None:
+    service.submit(request(), FakeAccess())
+    with pytest.raises(JobConflictError, match="'job-1' belongs to a job with another request"):
+        service.submit(request(training_config__n_epochs=2), FakeAccess())
+    with pytest.raises(JobConflictError):
+        service.submit(PreferenceOptimizeRequest.model_validate(dpo_body()), FakeAccess())
+
+
+def test_losing_the_race_to_the_same_request_is_no_error(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    runs.appears_during_trigger = task(KEY, None, {**flatten(request()), "mlflow_run_id": "theirs"})
+    assert service.submit(request(), FakeAccess()).job_uuid == "job-1"
+    assert tracking.runs == {}
+
+
+@pytest.mark.parametrize("error", [RecordUnavailableError("busy"), ValueError("broken")])
+def test_a_failed_trigger_leaves_no_run(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking, error: Exception
+) -> None:
+    runs.trigger_error = error
+    with pytest.raises(type(error)):
+        service.submit(request(), FakeAccess())
+    assert tracking.runs == {}
+
+
+def test_without_mlflow_nothing_is_triggered(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    tracking.down = True
+    with pytest.raises(RecordUnavailableError):
+        service.submit(request(), FakeAccess())
+    assert runs.triggered == []
+
+
+def test_a_request_that_cannot_be_trained_makes_nothing(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking, resolver: Accepting
+) -> None:
+    with pytest.raises(InvalidRequestError, match=r"algorithm_config\.quantize_base"):
+        service.submit(request(algorithm_config__quantize_base=True), FakeAccess())
+    resolver.error = InvalidRequestError.of("model", "no such file")
+    with pytest.raises(InvalidRequestError, match="model: no such file"):
+        service.submit(request(), FakeAccess())
+    assert (tracking.runs, runs.triggered) == ({}, [])
+
+
+def test_submit_needs_the_right_to_trigger(service: JobService, tracking: FakeTracking) -> None:
+    with pytest.raises(ForbiddenError, match="somebody may not start runs of the DAG 'supervised_fine_tune'"):
+        service.submit(request(), FakeAccess(trigger=False))
+    assert tracking.runs == {}
+
+
+def test_list_is_newest_first_and_only_what_may_be_read(service: JobService) -> None:
+    for name in ("a", "b"):
+        service.submit(request(job_uuid=name), FakeAccess())
+    assert [job.job_uuid for job in service.list(FakeAccess()).data] == ["b", "a"]
+    assert service.list(FakeAccess(read=False)).data == []
+
+
+def test_status_speaks_of_task_and_record(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    service.submit(request(), FakeAccess())
+    assert service.status("job-1", FakeAccess()).status is JobStatus.scheduled
+    runs.tasks["job-1"] = replace(runs.tasks["job-1"], state="running", started_at=NOW)
+    tracking.set_status("run-1", "RUNNING")
+    status = service.status("job-1", FakeAccess())
+    assert (status.status, status.scheduled_at, status.started_at) == (JobStatus.in_progress, NOW, NOW)
+    assert (status.completed_at, status.error) == (None, None)
+
+
+def test_status_mends_a_record_that_its_task_has_outlived(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    submitted(runs, tracking, service, "failed", "RUNNING")
+    status = service.status("job-1", FakeAccess())
+    assert status.status is JobStatus.failed
+    assert status.error == "The Airflow task ended without a result; its log says more."
+    assert tracking.runs["run-1"].status == "FAILED"
+    assert service.status("job-1", FakeAccess()) == replace_completed(status)
+
+
+def replace_completed(status: Any) -> Any:
+    """The second look has the end that the mended record now has."""
+    return status.model_copy(update={"completed_at": NOW})
+
+
+def test_status_gives_the_recorded_reason_and_resources(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    submitted(runs, tracking, service, "failed", "RUNNING")
+    tracking.set_status("run-1", "FAILED", error="Row 3 is bad.")
+    run = tracking.runs["run-1"]
+    tracking.runs["run-1"] = replace(run, tags={**run.tags, "post_training.resources": '{"device": "cpu"}'})
+    status = service.status("job-1", FakeAccess())
+    assert (status.error, status.resources_allocated) == ("Row 3 is bad.", {"device": "cpu"})
+
+
+def test_a_job_that_airflow_has_forgotten_is_found_by_its_record(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    submitted(runs, tracking, service, "success", "FINISHED")
+    runs.tasks.clear()
+    assert service.status("job-1", FakeAccess()).status is JobStatus.completed
+    with pytest.raises(JobConflictError):
+        service.cancel("job-1", FakeAccess())
+
+
+@pytest.mark.parametrize("method", ["status", "artifacts", "cancel", "logs"])
+def test_a_job_that_is_not_there_or_not_visible_is_not_found(service: JobService, method: str) -> None:
+    with pytest.raises(JobNotFoundError, match="no post-training job 'nothing'"):
+        getattr(service, method)("nothing", FakeAccess())
+    service.submit(request(), FakeAccess())
+    with pytest.raises(JobNotFoundError):
+        getattr(service, method)("job-1", FakeAccess(read=False))
+
+
+def test_cancel_stops_the_task_and_kills_the_record(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    submitted(runs, tracking, service, "running", "RUNNING")
+    service.cancel("job-1", FakeAccess())
+    assert runs.tasks["job-1"].state == "failed"
+    assert tracking.runs["run-1"].status == "KILLED"
+    assert service.status("job-1", FakeAccess()).status is JobStatus.cancelled
+
+
+@pytest.mark.parametrize(
+    ("state", "status"), [("success", "FINISHED"), ("failed", "FAILED"), ("failed", "KILLED")]
+)
+def test_an_ended_job_cannot_be_cancelled(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking, state: str, status: str
+) -> None:
+    submitted(runs, tracking, service, state, status)
+    with pytest.raises(JobConflictError, match="has ended"):
+        service.cancel("job-1", FakeAccess())
+    assert tracking.runs["run-1"].status == status
+
+
+def test_cancel_needs_the_right_to_change_the_run(service: JobService, runs: FakeRuns) -> None:
+    service.submit(request(), FakeAccess())
+    with pytest.raises(ForbiddenError):
+        service.cancel("job-1", FakeAccess(cancel=False))
+    assert runs.tasks["job-1"].state is None
+
+
+def test_a_forged_run_id_in_the_conf_is_not_followed(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    service.submit(request(job_uuid="other"), FakeAccess())
+    runs.add(task(KEY, "running", {"mlflow_run_id": "run-1"}))
+    assert service.status("job-1", FakeAccess()).checkpoints == []
+    assert service.artifacts("job-1", FakeAccess()).job_uuid == "job-1"
+
+
+def test_logs_come_from_the_task(service: JobService) -> None:
+    service.submit(request(), FakeAccess())
+    assert service.logs("job-1", FakeAccess()).log_lines == ["log of job-1"]

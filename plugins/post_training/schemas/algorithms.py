@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from post_training.schemas.base import StrictModel
 
 
+TYPE_DESCRIPTION = "Which algorithm the fields beside it belong to; no algorithm trains every weight."
+
+
 class LoraFinetuningConfig(StrictModel):
     """Low-Rank Adaptation: frozen base, trained low-rank updates ``W + (alpha / rank) · B·A``.
 
@@ -17,7 +20,7 @@ class LoraFinetuningConfig(StrictModel):
     https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    type: Literal["LoRA"] = "LoRA"
+    type: Literal["LoRA"] = Field(default="LoRA", description=TYPE_DESCRIPTION)
     lora_attn_modules: list[Annotated[str, Field(min_length=1)]] = Field(
         description="Attention projections that get an adapter: q_proj, k_proj, v_proj, output_proj"
         " (or o_proj); translated to the architecture's own names."
@@ -52,7 +55,7 @@ class QATFinetuningConfig(StrictModel):
     Reference: torchao's ``QATConfig`` flow, https://docs.pytorch.org/ao/stable/ .
     """
 
-    type: Literal["QAT"] = "QAT"
+    type: Literal["QAT"] = Field(default="QAT", description=TYPE_DESCRIPTION)
     quantizer_name: str = Field(min_length=1, description="Name of the quantization scheme.")
     group_size: int = Field(ge=1, description="Weights that share one scale, counted along in_features.")
 

@@ -17,6 +17,10 @@ from post_training.errors import InvalidRequestError
 from post_training.schemas.requests import AnyTrainingRequest
 
 
+REQUIRED_GROUPS = frozenset({"training_config.data_config"})
+"""Groups that the schema lets be absent and every training request must have."""
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One field of a request that holds no further fields.
@@ -54,7 +58,8 @@ def _walk(model: type[BaseModel], group: Leaf, found: dict[str, Leaf]) -> None:
         variants = _models_in(info)
         for variant in variants:
             tags = (variant.model_fields["type"].default,) if len(variants) > 1 else group.tags
-            optional = group.optional or type(None) in get_args(info.annotation)
+            may_be_absent = type(None) in get_args(info.annotation) and path not in REQUIRED_GROUPS
+            optional = group.optional or may_be_absent
             _walk(variant, Leaf(path, {}, True, tags, optional), found)
         if variants:
             continue

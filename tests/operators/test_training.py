@@ -1,0 +1,277 @@
+"""The training operators around a stand-in for the trainer: a program that a setting names."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from post_training.errors import InvalidRequestError
+from post_training.job_ids import TaskKey
+from post_training.operators.params import FORM_DEFAULTS
+from post_training.operators.training import PreferenceOptimizeOperator, SupervisedFineTuneOperator
+from post_training.schemas.flat import flatten
+from post_training.schemas.requests import SupervisedFineTuneRequest
+from post_training.schemas.trainer import TrainerSpec
+from tests.fakes import FakeTracking
+from tests.operators.conftest import connect
+from tests.requests_of import sft_body
+
+KEY = TaskKey("supervised_fine_tune", "job-1", "train")
+RESULT = {"status": "completed", "metrics": {"train_loss": 1.5}}
+
+
+class Workplace:
+    """Settings, a data set, and a trainer that does what ``program`` says."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.home = folder / "home"
+        self.data = folder / "data" / "train.jsonl"
+        self.data.parent.mkdir()
+        self.data.write_text("{}\n")
+        self.trainer = folder / "trainer"
+        self.tracking = FakeTracking()
+        self.links: dict[str, str] = {}
+        monkeypatch.setenv("AIRFLOW__POST_TRAINING__HOME", str(self.home))
+        monkeypatch.setenv("AIRFLOW__POST_TRAINING__ALLOWED_ROOTS", str(self.data.parent))
+        monkeypatch.setenv("AIRFLOW__POST_TRAINING__TRAINER_PYTHON", str(self.trainer))
+        connect(monkeypatch, host="http://airflow/post-training", extra={"runtime": {"seed": 7}})
+        self.trains(f"result = {RESULT!r}")
+
+    def trains(self, program: str) -> None:
+        """Let the trainer run ``program``; what it leaves in ``result`` is written."""
+        self.trainer.write_text(
+            f"#!{sys.executable} -u\n"
+            "import json, os, sys, time\n"
+            "from pathlib import Path\n"
+            "spec = Path(sys.argv[3])\n"
+            "result = None\n"
+            f"{program}\n"
+            "if result is not None:\n"
+            "    (spec.parent / 'result.json').write_text(json.dumps(result))\n"
+        )
+        self.trainer.chmod(self.trainer.stat().st_mode | stat.S_IXUSR)
+
+    def operator(self, **fields: Any) -> SupervisedFineTuneOperator:
+        body = sft_body()
+        given = {name: body[name] for name in ("model", "training_config", "algorithm_config")}
+        operator = SupervisedFineTuneOperator(task_id="train", **(given | fields))
+        operator.tracking = self.tracking  # type: ignore[assignment]
+        return operator
+
+    def context(self, key: TaskKey = KEY, conf: dict[str, Any] | None = None) -> Any:
+        ti = SimpleNamespace(
+            dag_id=key.dag_id,
+            run_id=key.run_id,
+            task_id=key.task_id,
+            map_index=key.map_index,
+            try_number=1,
+            log_url="http://airflow/run",
+            xcom_push=lambda key, value: self.links.update({key: value}),
+        )
+        return {"ti": ti, "dag_run": SimpleNamespace(conf=conf or {}, run_id=key.run_id)}
+
+    @property
+    def work_dir(self) -> Path:
+        return self.home / "jobs" / "job-1"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    return Workplace(tmp_path, monkeypatch)
+
+
+def test_a_job_is_trained_and_recorded(workplace: Workplace) -> None:
+    workplace.trains(f"print('loss 1.5'); result = {RESULT!r}")
+    returned = workplace.operator().execute(workplace.context())
+    assert returned == {
+        "job_uuid": "job-1",
+        "mlflow_run_id": "run-1",
+        "checkpoints": [],
+        "metrics": {"train_loss": 1.5},
+    }
+    tracking = workplace.tracking
+    assert tracking.statuses == ["RUNNING", "FINISHED"]
+    assert tracking.files == {"logs/train-1.log": "loss 1.5\n"}
+    assert tracking.runs["run-1"].tags["airflow.url"] == "http://airflow/run"
+    assert tracking.runs["run-1"].tags["post_training.attempt"] == "1"
+    assert workplace.links == {"_link_MLflowRunLink": "http://mlflow/#/experiments/1/runs/run-1"}
+    assert not workplace.work_dir.exists()
+
+
+def test_the_trainer_is_told_everything(workplace: Workplace) -> None:
+    workplace.trains("result = {'status': 'failed', 'error': 'stop here'}")
+    with pytest.raises(AirflowException):
+        workplace.operator(runtime={"max_seq_length": 64}).execute(workplace.context())
+    spec = TrainerSpec.model_validate_json((workplace.work_dir / "spec.json").read_text())
+    assert spec.model == "org/model"
+    assert spec.train_data == str(workplace.data)
+    assert (spec.validation_data, spec.checkpoint_dir, spec.attempt) == (None, None, 1)
+    assert spec.tracking is not None
+    assert (spec.tracking.tracking_uri, spec.tracking.run_id) == ("http://mlflow", "run-1")
+    assert spec.request.runtime is not None
+    assert (spec.request.runtime.seed, spec.request.runtime.max_seq_length) == (7, 64)
+    assert workplace.tracking.params["runtime.seed"] == 7
+
+
+@pytest.mark.parametrize(("permanent", "error"), [(True, AirflowFailException), (False, AirflowException)])
+def test_a_failure_is_recorded_and_repeated_only_if_it_helps(
+    workplace: Workplace, permanent: bool, error: type[Exception]
+) -> None:
+    workplace.trains(f"result = {{'status': 'failed', 'error': 'Row 3 is bad.', 'permanent': {permanent}}}")
+    with pytest.raises(error, match=r"Row 3 is bad\.") as caught:
+        workplace.operator().execute(workplace.context())
+    assert isinstance(caught.value, AirflowFailException) is permanent
+    run = workplace.tracking.runs["run-1"]
+    assert (run.status, run.tags["post_training.error"]) == ("FAILED", "Row 3 is bad.")
+    assert workplace.work_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [
+        ("os.kill(os.getpid(), 9)", "killed by signal 9; out of memory is a usual cause"),
+        ("sys.exit(4)", "ended with exit code 4 and no result"),
+    ],
+)
+def test_a_trainer_that_leaves_no_result_is_told_apart(
+    workplace: Workplace, program: str, sentence: str
+) -> None:
+    workplace.trains(program)
+    with pytest.raises(AirflowException, match=sentence):
+        workplace.operator().execute(workplace.context())
+    assert sentence in workplace.tracking.runs["run-1"].tags["post_training.error"]
+
+
+def test_an_earlier_attempts_result_is_not_taken_for_this_ones(workplace: Workplace) -> None:
+    workplace.work_dir.mkdir(parents=True)
+    (workplace.work_dir / "result.json").write_text(json.dumps(RESULT))
+    workplace.trains("sys.exit(4)")
+    with pytest.raises(AirflowException, match="no result"):
+        workplace.operator().execute(workplace.context())
+
+
+def test_a_killed_task_stops_its_trainer_and_is_recorded_as_killed(workplace: Workplace) -> None:
+    workplace.trains("(spec.parent / 'ready').touch(); time.sleep(600)")
+    operator = workplace.operator()
+
+    def kill_when_ready() -> None:
+        while not (workplace.work_dir / "ready").exists():
+            threading.Event().wait(0.01)
+        operator.on_kill()
+
+    killer = threading.Thread(target=kill_when_ready)
+    killer.start()
+    with pytest.raises(AirflowException, match="The job was stopped"):
+        operator.execute(workplace.context())
+    killer.join()
+    assert workplace.tracking.statuses == ["RUNNING", "KILLED"]
+
+
+def test_the_run_made_at_submit_is_used(workplace: Workplace) -> None:
+    workplace.tracking.create_run(
+        name="", experiment=None, tags={"post_training.job_uuid": "job-1"}, params={}, request={}
+    )
+    workplace.operator().execute(workplace.context(conf={"mlflow_run_id": "run-1"}))
+    assert list(workplace.tracking.runs) == ["run-1"]
+
+
+def test_a_run_of_another_job_is_not_written_to(workplace: Workplace) -> None:
+    workplace.tracking.create_run(
+        name="", experiment=None, tags={"post_training.job_uuid": "other"}, params={}, request={}
+    )
+    workplace.operator().execute(workplace.context(conf={"mlflow_run_id": "run-1"}))
+    assert workplace.tracking.runs["run-1"].status == "SCHEDULED"
+    assert workplace.tracking.runs["run-2"].status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"training_config": {"n_epochs": 0}}, r"training_config\.n_epochs: .* got 0"),
+        ({"model": "/no/model"}, "model: must lie under"),
+        ({"algorithm_config": {"type": "QAT", "quantizer_name": "x", "group_size": 32}}, "QAT is not"),
+    ],
+)
+def test_a_request_that_is_refused_has_a_record_that_says_why(
+    workplace: Workplace, fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(AirflowFailException, match=sentence):
+        workplace.operator(**fields).execute(workplace.context())
+    (run,) = workplace.tracking.runs.values()
+    assert run.status == "FAILED"
+    assert run.tags["post_training.job_uuid"] == "job-1"
+    assert run.tags["post_training.error"]
+
+
+def test_preference_optimization_is_refused_with_a_clear_error(workplace: Workplace) -> None:
+    operator = PreferenceOptimizeOperator(
+        task_id="train",
+        finetuned_model="org/model",
+        algorithm_config={},
+        training_config=sft_body()["training_config"],
+    )
+    operator.tracking = workplace.tracking  # type: ignore[assignment]
+    with pytest.raises(AirflowFailException, match=r"preference optimization \(DPO\) is not available"):
+        operator.execute(workplace.context(TaskKey("preference_optimize", "job-1", "train")))
+
+
+def test_a_stage_of_a_larger_dag_has_an_id_of_its_own(workplace: Workplace) -> None:
+    request = workplace.operator().build_request(TaskKey("nightly", "run-1", "sft"))
+    assert request.job_uuid == "nightly.run-1.sft"
+
+
+def test_rendered_text_counts_as_the_value_it_says(workplace: Workplace) -> None:
+    config = sft_body(training_config__n_epochs="3", training_config__data_config__shuffle="true")
+    request = workplace.operator(training_config=config["training_config"]).build_request(KEY)
+    assert request.training_config.n_epochs == 3
+    assert request.training_config.data_config is not None
+    assert request.training_config.data_config.shuffle is True
+
+
+def test_the_whole_request_may_be_given_nested_flat_or_as_text(workplace: Workplace) -> None:
+    body = sft_body()
+    expected = SupervisedFineTuneRequest.model_validate(body)
+    del body["job_uuid"]
+    flat = {**flatten(expected), "mlflow_run_id": "run-1"}
+    for given in (body, flat, json.dumps(body), json.dumps(flat)):
+        operator = SupervisedFineTuneOperator(task_id="train", request=given)
+        assert operator.build_request(KEY) == expected
+
+
+def test_the_form_as_it_is_shown_makes_a_lora_request(workplace: Workplace) -> None:
+    defaults = FORM_DEFAULTS["supervised_fine_tune"]
+    typed = {"model": "org/model", "training_config.data_config.dataset_id": "train.jsonl"}
+    operator = SupervisedFineTuneOperator(task_id="train", request={**defaults, **typed})
+    request = operator.build_request(KEY)
+    assert request.algorithm_config is not None
+    assert request.training_config.max_steps_per_epoch == 0
+
+
+def test_a_request_beside_single_fields_is_refused(workplace: Workplace) -> None:
+    with pytest.raises(InvalidRequestError, match="training_config: was given beside request"):
+        workplace.operator(request={}).build_request(KEY)
+
+
+def test_every_field_of_the_request_is_templated() -> None:
+    for operator, names in (
+        (SupervisedFineTuneOperator, ("model", "checkpoint_dir")),
+        (PreferenceOptimizeOperator, ("finetuned_model",)),
+    ):
+        expected = {
+            "request",
+            "training_config",
+            "algorithm_config",
+            "hyperparam_search_config",
+            "logger_config",
+            "runtime",
+            *names,
+        }
+        assert set(operator.template_fields) == expected

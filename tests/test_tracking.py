@@ -1,0 +1,140 @@
+"""The record, against a real MLflow server."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput
+
+from post_training.errors import RecordUnavailableError
+from post_training.schemas import record as names
+from post_training.schemas.jobs import PostTrainingMetric
+from post_training.tracking import JobRun, Tracking, TrackingServer
+from tests.conftest import MLflowServer
+
+
+@pytest.fixture
+def tracking(mlflow_server: MLflowServer) -> Tracking:
+    return Tracking(TrackingServer(mlflow_server.uri))
+
+
+@pytest.fixture
+def client(mlflow_server: MLflowServer) -> MlflowClient:
+    return MlflowClient(mlflow_server.uri)
+
+
+def create(tracking: Tracking, job_uuid: str, **fields: Any) -> JobRun:
+    defaults: dict[str, Any] = {
+        "name": job_uuid,
+        "experiment": None,
+        "tags": {names.TAG_JOB_UUID: job_uuid},
+        "params": {"a": 1},
+        "request": {"job_uuid": job_uuid},
+    }
+    return tracking.create_run(**{**defaults, **fields})
+
+
+def test_a_new_run_is_scheduled_and_holds_the_request(tracking: Tracking, client: MlflowClient) -> None:
+    run = create(tracking, "new", params={f"p{i}": "x" * 7000 for i in range(150)})
+    assert (run.status, run.ended_at) == ("SCHEDULED", None)
+    assert tracking.get(run.run_id) == run
+    stored = client.get_run(run.run_id)
+    assert len(stored.data.params) == 150
+    assert {len(value) for value in stored.data.params.values()} == {6000}
+    path = client.download_artifacts(run.run_id, names.ARTIFACT_REQUEST)
+    assert json.loads(Path(path).read_text()) == {"job_uuid": "new"}
+
+
+def test_runs_are_found_by_job_over_all_experiments(tracking: Tracking) -> None:
+    mine = create(tracking, "find-me", experiment="another experiment")
+    create(tracking, "not-me")
+    found = tracking.find("find-me")
+    assert found is not None
+    assert found.run_id == mine.run_id
+    assert tracking.find("nobody") is None
+    assert tracking.find("' OR '1'='1") is None
+
+
+def test_a_discarded_run_is_gone(tracking: Tracking) -> None:
+    run = create(tracking, "discarded")
+    tracking.discard(run.run_id)
+    assert tracking.get(run.run_id) is None
+    assert tracking.find("discarded") is None
+    assert tracking.get("0" * 32) is None
+
+
+def test_status_and_reason(tracking: Tracking) -> None:
+    run = create(tracking, "status")
+    tracking.set_status(run.run_id, "RUNNING")
+    tracking.set_status(run.run_id, "FAILED", error="Row 3 is bad.")
+    failed = tracking.get(run.run_id)
+    assert failed is not None
+    assert (failed.status, failed.tags[names.TAG_ERROR]) == ("FAILED", "Row 3 is bad.")
+    assert failed.ended_at is not None
+    assert failed.ended_at >= failed.created_at
+    tracking.set_status(run.run_id, "RUNNING")
+    again = tracking.get(run.run_id)
+    assert again is not None
+    assert (again.status, again.ended_at) == ("RUNNING", None)
+    assert names.TAG_ERROR not in again.tags
+
+
+def test_params_are_added_and_never_changed(tracking: Tracking, client: MlflowClient) -> None:
+    run = create(tracking, "params")
+    tracking.add_params(run.run_id, {"a": 2, "b": 3})
+    assert client.get_run(run.run_id).data.params == {"a": "1", "b": "3"}
+
+
+def test_files_and_tags(tracking: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    run = create(tracking, "files")
+    (tmp_path / "train.log").write_text("loss")
+    tracking.add_file(run.run_id, tmp_path / "train.log", "logs")
+    tracking.set_tags(run.run_id, {"x": "y"})
+    assert [f.path for f in client.list_artifacts(run.run_id, "logs")] == ["logs/train.log"]
+    assert client.get_run(run.run_id).data.tags["x"] == "y"
+
+
+def test_checkpoints_are_the_finished_models_oldest_first(tracking: Tracking, client: MlflowClient) -> None:
+    run = create(tracking, "checkpoints")
+    for epoch, ready in ((0, True), (1, True), (2, False)):
+        metrics = PostTrainingMetric(epoch=epoch, train_loss=2.0, validation_loss=1.0, perplexity=2.7)
+        model = client.create_logged_model(
+            run.experiment_id,
+            name=f"epoch-{epoch}",
+            source_run_id=run.run_id,
+            tags={names.TAG_CHECKPOINT: metrics.model_dump_json()},
+        )
+        if ready:
+            client.finalize_logged_model(model.model_id, "READY")
+            client.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, epoch)])
+    first, second = tracking.checkpoints(run)
+    assert (first.identifier, second.identifier) == ("checkpoints-epoch-0", "checkpoints-epoch-1")
+    assert first.path.startswith("models:/m-")
+    assert second.training_metrics is not None
+    assert second.training_metrics.model_dump() == {
+        "epoch": 1,
+        "train_loss": 2.0,
+        "validation_loss": 1.0,
+        "perplexity": 2.7,
+    }
+    assert first.created_at <= second.created_at
+
+
+def test_a_server_that_does_not_answer_is_one_error(tmp_path: Path) -> None:
+    server = MLflowServer(tmp_path)
+    tracking = Tracking(TrackingServer(server.uri))
+    with pytest.raises(RecordUnavailableError, match="MLflow does not answer"):
+        tracking.ping()
+
+
+def test_the_run_url_is_a_page(tracking: Tracking, mlflow_server: MLflowServer) -> None:
+    run = create(tracking, "url")
+    url = tracking.server.run_url(run.experiment_id, run.run_id)
+    assert url.startswith(mlflow_server.uri)
+    with urllib.request.urlopen(url.partition("#")[0]) as page:
+        assert page.status == 200

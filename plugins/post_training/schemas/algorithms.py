@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from post_training.schemas.base import StrictModel
 
-
 TYPE_DESCRIPTION = "Which algorithm the fields beside it belong to; no algorithm trains every weight."
 
 

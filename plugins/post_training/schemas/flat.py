@@ -16,7 +16,6 @@ from pydantic.fields import FieldInfo
 from post_training.errors import InvalidRequestError
 from post_training.schemas.requests import AnyTrainingRequest
 
-
 REQUIRED_GROUPS = frozenset({"training_config.data_config"})
 """Groups that the schema lets be absent and every training request must have."""
 

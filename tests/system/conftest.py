@@ -1,0 +1,118 @@
+"""The real servers, a tiny model and its data, and the published client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import httpx
+import pytest
+from llama_stack_client import LlamaStackClient
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from tests.tiny_model import write_tiny_model
+
+from post_training.standalone import DAG_IDS, Standalone
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ENDED = ("completed", "failed", "cancelled")
+JOB_SECONDS = 150.0
+
+
+@dataclass
+class Deployment:
+    """Running servers, and what a client needs to use them."""
+
+    servers: Standalone
+    model: Path
+    data: Path
+
+    def client(self, user: str = "admin") -> LlamaStackClient:
+        """The published client, logged in."""
+        return LlamaStackClient(base_url=self.servers.service_url, api_key=self.servers.token(user))
+
+    def http(self, user: str = "admin") -> httpx.Client:
+        """Plain HTTP below Airflow's address, logged in."""
+        headers = {"Authorization": f"Bearer {self.servers.token(user)}"}
+        return httpx.Client(base_url=self.servers.airflow_url, headers=headers, timeout=60)
+
+    @property
+    def mlflow(self) -> MlflowClient:
+        """MLflow's own client."""
+        return MlflowClient(self.servers.mlflow_url)
+
+    def runs_of(self, job_uuid: str) -> list[Run]:
+        """The MLflow runs of a job."""
+        experiments = [e.experiment_id for e in self.mlflow.search_experiments()]
+        return list(self.mlflow.search_runs(experiments, f"tags.`post_training.job_uuid` = '{job_uuid}'"))
+
+    def body(self, job_uuid: str, **training: Any) -> dict[str, Any]:
+        """A small LoRA request; ``training`` replaces fields of training_config."""
+        config = {
+            "n_epochs": 2,
+            "max_steps_per_epoch": 3,
+            "gradient_accumulation_steps": 1,
+            "max_validation_steps": 2,
+            "dtype": "fp32",
+            "data_config": {
+                "dataset_id": str(self.data / "train.jsonl"),
+                "batch_size": 2,
+                "shuffle": True,
+                "data_format": "instruct",
+            },
+        }
+        return {
+            "job_uuid": job_uuid,
+            "model": str(self.model),
+            "training_config": config | training,
+            "algorithm_config": {
+                "type": "LoRA",
+                "lora_attn_modules": ["q_proj", "v_proj"],
+                "apply_lora_to_mlp": True,
+                "apply_lora_to_output": False,
+                "rank": 4,
+                "alpha": 8,
+            },
+            "hyperparam_search_config": {},
+            "logger_config": {},
+        }
+
+    def wait(self, job_uuid: str, *statuses: str) -> Any:
+        """Return the job's status once it is one of these, by default any that ends."""
+        client, deadline = self.client(), monotonic() + JOB_SECONDS
+        while True:
+            status = client.post_training.job.status(job_uuid=job_uuid)
+            if status.status in (statuses or ENDED):
+                return status
+            assert status.status not in ENDED, status
+            assert monotonic() < deadline, status
+            sleep(0.3)
+
+
+@pytest.fixture(scope="session")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Airflow and MLflow with our DAGs, and one DAG of a user's."""
+    home = tmp_path_factory.mktemp("servers")
+    shutil.copytree(ROOT / "dags", home / "dags")
+    shutil.copy(HERE / "stage_dag.py.txt", home / "dags" / "stage.py")
+    data = home / "data"
+    data.mkdir()
+    rows = [{"question": f"How many are {i} apples?", "answer": f"There are {i} apples."} for i in range(12)]
+    (data / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (data / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"question": "?"}) + "\n")
+    model = write_tiny_model(data / "tiny-llama")
+    servers = Standalone(
+        home,
+        dags_folder=home / "dags",
+        allowed_roots=[data],
+        dag_ids=(*DAG_IDS, "stage"),
+        users="admin:admin,viewer:viewer,user:user",
+    )
+    with servers:
+        yield Deployment(servers, model, data)

@@ -22,16 +22,6 @@ from post_training.schemas.record import METRIC_TRAIN_LOSS, METRIC_VALIDATION_LO
 from post_training.standalone import Standalone
 
 POLL_SECONDS = 1.0
-EPOCHS = 2
-BATCH_SIZE = 8
-TRAINING_CONFIG: Any = {
-    "n_epochs": EPOCHS,
-    "max_steps_per_epoch": 0,
-    "gradient_accumulation_steps": 1,
-    "max_validation_steps": None,
-    "data_config": {"batch_size": BATCH_SIZE, "shuffle": True, "data_format": "instruct"},
-    "optimizer_config": {"optimizer_type": "adamw", "lr": 1e-3, "weight_decay": 0.0, "num_warmup_steps": 5},
-}
 LORA: Any = {
     "type": "LoRA",
     "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
@@ -90,15 +80,28 @@ class Job:
 def submit(servers: Standalone, *, model: Path, train: Path, validation: Path) -> Job:
     """Start the demo's LoRA job."""
     client = LlamaStackClient(base_url=servers.service_url, api_key=servers.token())
-    data = {
-        **TRAINING_CONFIG["data_config"],
-        "dataset_id": str(train),
-        "validation_dataset_id": str(validation),
-    }
     job = client.post_training.supervised_fine_tune(
         job_uuid=f"demo-{datetime.now():%Y%m%d-%H%M%S}",
         model=str(model),
-        training_config={**TRAINING_CONFIG, "data_config": data},
+        training_config={
+            "n_epochs": 2,
+            "max_steps_per_epoch": 0,
+            "gradient_accumulation_steps": 1,
+            "max_validation_steps": 6,
+            "data_config": {
+                "dataset_id": str(train),
+                "validation_dataset_id": str(validation),
+                "batch_size": 8,
+                "shuffle": True,
+                "data_format": "instruct",
+            },
+            "optimizer_config": {
+                "optimizer_type": "adamw",
+                "lr": 1e-3,
+                "weight_decay": 0.0,
+                "num_warmup_steps": 5,
+            },
+        },
         algorithm_config=LORA,
         hyperparam_search_config={},
         logger_config={},

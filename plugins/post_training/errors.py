@@ -12,6 +12,7 @@
     ├── DataError                       the data set cannot be read or has bad rows
     ├── ModelError                      the base model cannot be found, read or adapted
     ├── HardwareError                   the machine cannot do what was asked
+    ├── DivergenceError                 the loss is no longer a finite number
     └── TrainerError                    the trainer process ended without a result
 
 The message of each is one sentence that may be shown to the caller.
@@ -84,6 +85,10 @@ class ModelError(PostTrainingError):
 
 class HardwareError(PostTrainingError):
     """The machine cannot do what the request asks."""
+
+
+class DivergenceError(PostTrainingError):
+    """The loss is no longer a finite number."""
 
 
 class TrainerError(PostTrainingError):

@@ -205,13 +205,25 @@ class Tracking:
     def checkpoints(self, run: JobRun) -> list[Checkpoint]:
         """Return the run's finished checkpoints, oldest first."""
         with _answers():
-            models = self._client.search_logged_models(
+            models = self._logged_models(run)
+        job_uuid = run.tags.get(names.TAG_JOB_UUID, "")
+        return [_checkpoint(model, job_uuid) for model in models if _is_checkpoint(model)]
+
+    def _logged_models(self, run: JobRun) -> list[LoggedModel]:
+        """Return the run's logged models of every page, oldest first."""
+        models: list[LoggedModel] = []
+        token: str | None = None
+        while True:
+            page = self._client.search_logged_models(
                 experiment_ids=[run.experiment_id],
                 filter_string=f"source_run_id = '{run.run_id}'",
                 order_by=[{"field_name": "creation_timestamp", "ascending": True}],
+                page_token=token,
             )
-        job_uuid = run.tags.get(names.TAG_JOB_UUID, "")
-        return [_checkpoint(model, job_uuid) for model in models if _is_checkpoint(model)]
+            models.extend(page)
+            token = page.token
+            if not token:
+                return models
 
 
 @contextmanager

@@ -15,9 +15,9 @@ import pytest
 from llama_stack_client import LlamaStackClient
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from tests.tiny_model import write_tiny_model
 
 from post_training.standalone import DAG_IDS, Standalone
+from tests.tiny_model import write_tiny_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from post_training.schemas.base import LenientModel
+
+
+def _null_unless_finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+FiniteOrNull = Annotated[float | None, AfterValidator(_null_unless_finite)]
+"""A number; null where it is NaN or infinite, which JSON cannot say."""
 
 
 class JobStatus(Enum):
@@ -30,9 +39,9 @@ class PostTrainingMetric(LenientModel):
     """The four metrics of a checkpoint. Losses are mean nats per scored token."""
 
     epoch: int = Field(description="Epoch at whose end the checkpoint was taken, counted from 0.")
-    train_loss: float = Field(description="Mean loss over the epoch's scored training tokens.")
-    validation_loss: float = Field(description="Mean loss over the validation batches.")
-    perplexity: float = Field(description="exp(validation_loss).")
+    train_loss: FiniteOrNull = Field(description="Mean loss over the epoch's scored training tokens.")
+    validation_loss: FiniteOrNull = Field(description="Mean loss over the validation batches.")
+    perplexity: FiniteOrNull = Field(description="exp(validation_loss).")
 
 
 class Checkpoint(LenientModel):

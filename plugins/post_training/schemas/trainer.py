@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from post_training.schemas.base import LenientModel
-from post_training.schemas.jobs import Checkpoint
+from post_training.schemas.jobs import Checkpoint, FiniteOrNull
 from post_training.schemas.requests import SupervisedFineTuneRequest
 
 RESULT_FILE = "result.json"
@@ -43,5 +43,5 @@ class TrainerResult(LenientModel):
     error: str | None = Field(default=None, description="Why it failed, in one sentence.")
     permanent: bool = Field(default=False, description="Whether another attempt would fail the same way.")
     checkpoints: list[Checkpoint] = Field(default_factory=list)
-    metrics: dict[str, float] = Field(default_factory=dict, description="Last value of each metric.")
+    metrics: dict[str, FiniteOrNull] = Field(default_factory=dict, description="Last value of each metric.")
     resources: dict[str, Any] = Field(default_factory=dict)

@@ -1,0 +1,209 @@
+"""What the orchestration costs: import, submit, first step, list and status.
+
+``python -m benchmarks.orchestration`` starts both servers in a temporary folder, runs one job on a tiny model
+and fills Airflow and MLflow with jobs. Prints a table; ``--json FILE`` keeps the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter, sleep, time
+from typing import Any
+
+import httpx
+from mlflow import MlflowClient
+from rich.console import Console
+from rich.table import Table
+
+from post_training.standalone import Standalone
+from tests.tiny_model import write_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+API = "/post-training/v1/post-training"
+IMPORT_DAGS = """
+import sys, time
+from airflow.sdk import DAG
+from airflow.plugins_manager import AirflowPlugin
+before, start = set(sys.modules), time.perf_counter()
+import post_training_plugin, runpy
+for path in sys.argv[1:]:
+    runpy.run_path(path)
+seconds = time.perf_counter() - start
+new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+print(seconds, ",".join(sorted(new)))
+"""
+
+
+def main() -> None:
+    """Measure everything once."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=1000, help="jobs to fill the servers with")
+    parser.add_argument("--calls", type=int, default=50, help="calls behind each median")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args()
+    figures: dict[str, Any] = import_cost()
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        data.mkdir()
+        rows = [{"question": f"How many are {i}?", "answer": f"There are {i}."} for i in range(64)]
+        (data / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        model = write_tiny_model(data / "tiny-llama")
+        home = Path(folder) / "home"
+        with Standalone(home, dags_folder=ROOT / "dags", allowed_roots=[data]) as servers:
+            figures |= first_step(servers, model, data)
+            figures |= with_many_jobs(servers, model, data, options.jobs, options.calls)
+    report(figures)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2))
+
+
+def import_cost() -> dict[str, Any]:
+    """Return the seconds that a process of Airflow spends on our plugin and DAGs, and what they import."""
+    dags = sorted(str(path) for path in (ROOT / "dags").glob("*.py"))
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", IMPORT_DAGS, *dags], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(5)
+    ]
+    return {
+        "import of plugin and DAGs, beyond airflow.sdk (s)": statistics.median(float(o[0]) for o in outputs),
+        "packages that the import adds": outputs[0][1] if len(outputs[0]) > 1 else "",
+    }
+
+
+def first_step(servers: Standalone, model: Path, data: Path) -> dict[str, Any]:
+    """Return the seconds from POST to the job's start and to the end of its first training step."""
+    with client(servers) as http:
+        posted = time()
+        submit(http, body("first", model, data))
+        status = wait_until_ended(http, "first")
+    started = status["started_at"]
+    mlflow = MlflowClient(servers.mlflow_url)
+    experiments = [e.experiment_id for e in mlflow.search_experiments()]
+    (run,) = mlflow.search_runs(experiments, "tags.`post_training.job_uuid` = 'first'")
+    step = mlflow.get_metric_history(run.info.run_id, "train_loss")[0].timestamp / 1000
+    return {
+        "POST to the task's start (s)": _seconds(started) - posted,
+        "POST to the end of the first step (s)": step - posted,
+    }
+
+
+def _seconds(iso: str) -> float:
+    from datetime import datetime
+
+    return datetime.fromisoformat(iso).timestamp()
+
+
+def with_many_jobs(servers: Standalone, model: Path, data: Path, jobs: int, calls: int) -> dict[str, Any]:
+    """Submit many jobs to a paused DAG, then time list and status."""
+    with client(servers) as http:
+        http.patch("/api/v2/dags/supervised_fine_tune", json={"is_paused": True}).raise_for_status()
+        start = perf_counter()
+        with ThreadPoolExecutor(4) as pool:
+            seconds = list(
+                pool.map(lambda i: timed(lambda: submit(http, body(f"many-{i}", model, data))), range(jobs))
+            )
+        total = perf_counter() - start
+        listed = [timed(lambda: http.get(f"{API}/jobs").raise_for_status()) for _ in range(calls)]
+        read = [
+            timed(
+                lambda i=i: http.get(
+                    f"{API}/job/status", params={"job_uuid": f"many-{i * jobs // calls}"}
+                ).raise_for_status()
+            )
+            for i in range(calls)
+        ]
+        found = len(http.get(f"{API}/jobs").json()["data"])
+    return {
+        "jobs in Airflow and MLflow": found,
+        "submits a second, four at once": jobs / total,
+        **_spread("submit, four at once", seconds),
+        **_spread("GET jobs", listed),
+        **_spread("GET job/status", read),
+    }
+
+
+def _spread(name: str, seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    return {
+        f"{name}, median (ms)": 1000 * statistics.median(ordered),
+        f"{name}, 95th percentile (ms)": 1000 * ordered[int(0.95 * (len(ordered) - 1))],
+    }
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes."""
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def client(servers: Standalone) -> httpx.Client:
+    """Return an HTTP client that is logged in."""
+    headers = {"Authorization": f"Bearer {servers.token()}"}
+    return httpx.Client(base_url=servers.airflow_url, headers=headers, timeout=120)
+
+
+def submit(http: httpx.Client, request: dict[str, Any]) -> None:
+    """Start a job."""
+    http.post(f"{API}/supervised-fine-tune", json=request).raise_for_status()
+
+
+def wait_until_ended(http: httpx.Client, job_uuid: str) -> dict[str, Any]:
+    """Return the status of a completed job."""
+    while True:
+        status: dict[str, Any] = http.get(f"{API}/job/status", params={"job_uuid": job_uuid}).json()
+        if status["status"] not in ("scheduled", "in_progress"):
+            assert status["status"] == "completed", status
+            return status
+        sleep(0.2)
+
+
+def body(job_uuid: str, model: Path, data: Path) -> dict[str, Any]:
+    """Return a small LoRA request."""
+    return {
+        "job_uuid": job_uuid,
+        "model": str(model),
+        "training_config": {
+            "n_epochs": 1,
+            "max_steps_per_epoch": 4,
+            "max_validation_steps": 0,
+            "data_config": {
+                "dataset_id": str(data / "train.jsonl"),
+                "batch_size": 8,
+                "shuffle": True,
+                "data_format": "instruct",
+            },
+        },
+        "algorithm_config": {
+            "type": "LoRA",
+            "lora_attn_modules": ["q_proj", "v_proj"],
+            "apply_lora_to_mlp": False,
+            "apply_lora_to_output": False,
+            "rank": 8,
+            "alpha": 16,
+        },
+        "hyperparam_search_config": {},
+        "logger_config": {},
+    }
+
+
+def report(figures: dict[str, Any]) -> None:
+    """Print the figures."""
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""LoRA and DoRA adapters: which modules get one, under the architecture's own names."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from post_training.errors import ModelError
+from post_training.schemas.algorithms import LoraFinetuningConfig
+
+log = logging.getLogger(__name__)
+
+ALIASES = {"output_proj": "o_proj"}
+"""Other names of the schema's attention projections."""
+
+DEFAULT_NAMES: Mapping[str, str] = {
+    "q_proj": "q_proj",
+    "k_proj": "k_proj",
+    "v_proj": "v_proj",
+    "o_proj": "o_proj",
+}
+
+ATTENTION_NAMES: Mapping[str, Mapping[str, str]] = {
+    "gpt2": dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attn.c_attn") | {"o_proj": "attn.c_proj"},
+    "phi3": dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | {"o_proj": "o_proj"},
+}
+"""Attention projections of the model types that do not use the default names; a module's path ends so."""
+
+DEFAULT_MLP = ("gate_proj", "up_proj", "down_proj")
+
+MLP_NAMES: Mapping[str, tuple[str, ...]] = {
+    "gpt2": ("mlp.c_fc", "mlp.c_proj"),
+    "phi3": ("gate_up_proj", "down_proj"),
+}
+"""Feed-forward projections, likewise."""
+
+
+def add_adapters(model: PreTrainedModel, config: LoraFinetuningConfig, base_model: str) -> PeftModel:
+    """Freeze the model and inject trainable fp32 adapters, without dropout.
+
+    :param base_model: what the saved adapter names as its base.
+    :raises ModelError: if a requested name matches no module, or the output head is tied.
+    """
+    targets = target_modules(model, config)
+    names = [name for name, _ in model.named_modules() if _matches(name, targets)]
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        use_dora=bool(config.use_dora),
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
+    )
+    with warnings.catch_warnings():
+        # GPT-2's head is no Conv1D like its other projections; peft settles each by its type.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    lora.base_model_name_or_path = base_model  # get_peft_model would warn of a name not its own
+    log.info("adapters of rank %d on %d modules: %s", config.rank, len(names), ", ".join(targets))
+    return adapted
+
+
+def target_modules(model: PreTrainedModel, config: LoraFinetuningConfig) -> list[str]:
+    """Translate the request into endings of module paths.
+
+    :raises ModelError: naming the requested name and the names that exist, if nothing matches; or
+        if the output head shares its weight with the embedding.
+    """
+    kind = model.config.model_type
+    attention = ATTENTION_NAMES.get(kind, DEFAULT_NAMES)
+    targets: dict[str, str] = {}  # module name -> the name that asked for it
+    for requested in config.lora_attn_modules:
+        alias = ALIASES.get(requested, requested)
+        name = attention.get(alias, alias)
+        if name in targets and targets[name] != alias:
+            log.info("%s is part of the fused module %s, which gets one adapter", requested, name)
+        targets.setdefault(name, alias)
+        if name != alias:
+            log.info("%s is %s in a %s model", requested, name, kind)
+    if config.apply_lora_to_mlp:
+        targets |= {name: "apply_lora_to_mlp" for name in MLP_NAMES.get(kind, DEFAULT_MLP)}
+    for name, requested in targets.items():
+        _check_exists(model, name, requested)
+    return [*targets, *([_output_head(model)] if config.apply_lora_to_output else [])]
+
+
+def _matches(path: str, endings: list[str]) -> bool:
+    return any(path == ending or path.endswith(f".{ending}") for ending in endings)
+
+
+def _check_exists(model: PreTrainedModel, name: str, requested: str) -> None:
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    if any(_matches(path, [name]) for path in linear):
+        return
+    existing = sorted({path.rpartition(".")[2] for path in linear})
+    raise ModelError(
+        f"{requested} matches no module of this {model.config.model_type} model;"
+        f" its projections are {', '.join(existing)}"
+    )
+
+
+def _output_head(model: PreTrainedModel) -> str:
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding = model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        raise ModelError(
+            "apply_lora_to_output is refused: this model's output head shares its weight with the input"
+            " embedding, so an adapter on it could not be merged"
+        )
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[head]

@@ -1,0 +1,181 @@
+"""What a fit tells while it runs and when it has ended: a line of progress, and what it used."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import lightning.pytorch as pl
+import torch
+
+Clock = Callable[[], float]
+
+
+class TrainingProgress(Protocol):
+    """What the callbacks read from the module that is trained."""
+
+    tokens_seen: int
+    """Tokens that went through the model, padding left out; only its growth is used."""
+    steps_total: int
+    """Optimizer steps of the whole job."""
+    optimizer_steps: int
+    """Optimizer steps done, those of earlier attempts included."""
+    last_loss: float
+    """Mean loss per scored token of the last step, in nats."""
+    dtype_name: str
+    """bf16, fp16 or fp32."""
+
+
+def progress_line(
+    *,
+    step: int,
+    steps_total: int,
+    epoch: int,
+    loss: float,
+    tokens_per_second: float,
+    seconds_left: float | None,
+) -> str:
+    """Write one line of progress, without its newline.
+
+    :param epoch: counted from 0.
+    :param seconds_left: None leaves the time out, where nothing is known yet.
+    """
+    line = (
+        f"progress step {step}/{steps_total} epoch {epoch} loss {loss:.3f} tokens/s {tokens_per_second:.0f}"
+    )
+    return line if seconds_left is None else f"{line} time left {duration(seconds_left)}"
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in its two largest units: 1m 40s."""
+    whole = max(0, round(seconds))
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minute}m"
+    return f"{minute}m {second}s" if minute else f"{second}s"
+
+
+class Progress(pl.Callback):
+    """Prints a line at most every ``every_seconds`` seconds, and one at the end.
+
+    Rates are those of this fit alone: a resumed job starts its clock anew.
+    """
+
+    def __init__(self, every_seconds: float = 5.0, clock: Clock = time.monotonic) -> None:
+        self._every = every_seconds
+        self._clock = clock
+        self._started = self._printed_at = 0.0
+        self._first_step = self._first_tokens = self._printed_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        module = _progress(pl_module)
+        self._started = self._printed_at = self._clock()
+        self._first_step = self._printed_step = module.optimizer_steps
+        self._first_tokens = module.tokens_seen
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Print if a step was made and the last line is old enough."""
+        due = self._clock() - self._printed_at >= self._every
+        if due and _progress(pl_module).optimizer_steps > self._printed_step:
+            self._print(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the last step, unless its line is there."""
+        if _progress(pl_module).optimizer_steps > self._printed_step:
+            self._print(trainer, pl_module)
+
+    def _print(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        module = _progress(pl_module)
+        self._printed_at = self._clock()
+        self._printed_step = module.optimizer_steps
+        elapsed = self._printed_at - self._started
+        steps = module.optimizer_steps - self._first_step
+        line = progress_line(
+            step=module.optimizer_steps,
+            steps_total=module.steps_total,
+            epoch=trainer.current_epoch,
+            loss=module.last_loss,
+            tokens_per_second=_rate(module.tokens_seen - self._first_tokens, elapsed),
+            seconds_left=elapsed / steps * (module.steps_total - module.optimizer_steps) if steps else None,
+        )
+        print(line, flush=True)
+
+
+class Resources(pl.Callback):
+    """Measures what one fit used; read ``summary`` after it, or after its failure."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._started: float | None = None
+        self._first_tokens = 0
+        self._summary: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock and the device's memory counter."""
+        self._started = self._clock()
+        self._first_tokens = _progress(pl_module).tokens_seen
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the figures of a fit that ended well."""
+        self._measure(pl_module)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Take the figures of a fit that failed."""
+        self._measure(pl_module)
+
+    def summary(self) -> dict[str, Any]:
+        """Device, dtype, bytes, seconds and tokens of the fit; empty before its end."""
+        return dict(self._summary)
+
+    def _measure(self, pl_module: pl.LightningModule) -> None:
+        if self._started is None:  # it failed before it began
+            return
+        module = _progress(pl_module)
+        seconds = self._clock() - self._started
+        tokens = module.tokens_seen - self._first_tokens
+        self._summary = {
+            "device": _device_name(pl_module.device),
+            "dtype": module.dtype_name,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "seconds": round(seconds, 3),
+            "tokens": tokens,
+            "tokens_per_second": round(_rate(tokens, seconds), 1),
+        }
+        if pl_module.device.type == "cuda":
+            self._summary["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(pl_module.device)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held at once, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes but for macOS
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds > 0 else 0.0
+
+
+def _progress(module: pl.LightningModule) -> TrainingProgress:
+    return cast(TrainingProgress, module)

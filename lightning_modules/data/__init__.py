@@ -1,0 +1,1 @@
+"""From a file or URI to batches: reading, formats, tokens, packing, order."""

@@ -1,0 +1,186 @@
+"""The base model and its tokenizer, from safetensors or gguf only."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from post_training.errors import HardwareError, ModelError
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+FALLBACK_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] + ':\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+)
+"""For tokenizers without a template: the role on a line of its own, the text, the end token.
+
+It is saved with every checkpoint, so that whoever uses the model speaks to it in the same form.
+"""
+
+PICKLE_SUFFIXES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def effective_dtype(requested: str | None, device: str) -> str:
+    """Return the dtype that is used for a requested one: ``bf16``, ``fp16`` or ``fp32``.
+
+    bf16 becomes fp32 where the processor has no instructions for it: there it is slower and coarser.
+
+    :param requested: as in the request; None is bf16.
+    :param device: ``cpu`` or ``cuda``.
+    :raises HardwareError: for fp16 on a CPU.
+    """
+    dtype = requested or "bf16"
+    if dtype == "fp16" and device == "cpu":
+        raise HardwareError("dtype fp16 needs a GPU: on this machine's CPU use bf16 or fp32")
+    if dtype == "bf16" and not _has_bf16(device):
+        log.warning("this machine's %s has no bf16 instructions: training in fp32", device)
+        return "fp32"
+    return dtype
+
+
+def _has_bf16(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    flags = set(re.findall(r"\w+", cpuinfo.read_text())) if cpuinfo.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def load_model(
+    source: str, *, dtype: torch.dtype, attn_implementation: str, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """Load the base model in evaluation mode, on the CPU.
+
+    :param source: a folder with safetensors, a ``.gguf`` file, or a hub id.
+    :param dtype: type of the weights.
+    :param config: its configuration where it was loaded before: a gguf file takes seconds to parse.
+    :raises ModelError: if it cannot be found or read, or has no safe weights.
+    """
+    location, file = _locate(source)
+    # Left packed, the weights of a gguf file could be neither trained nor saved.
+    options: dict[str, Any] = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
+    with _as_model_error(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            location,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
+            **({"use_safetensors": True} if file is None else options),
+        )
+    return cast(PreTrainedModel, model)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; give it a padding token and a chat template where it lacks them.
+
+    :raises ModelError: if it cannot be found, is not a fast one, or has no end token.
+    """
+    location, file = _locate(source)
+    with _as_model_error(source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, trust_remote_code=False, **({} if file is None else {"gguf_file": file})
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer of {source} gives no character offsets, which the loss mask needs")
+    if tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer of {source} has no end-of-sequence token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        log.warning("the tokenizer of %s has no chat template: a plain one is used and saved", source)
+        tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_config(source: str) -> PretrainedConfig:
+    """Load the model's configuration alone.
+
+    :raises ModelError: if it cannot be found or read.
+    """
+    location, file = _locate(source)
+    with _as_model_error(source):
+        config = AutoConfig.from_pretrained(
+            location, trust_remote_code=False, **({} if file is None else {"gguf_file": file})
+        )
+    return cast(PretrainedConfig, config)
+
+
+def cap_sequence_length(config: PretrainedConfig, requested: int) -> int:
+    """Return the requested length in tokens, or the model's own limit where that is shorter."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or requested <= limit:
+        return requested
+    log.warning("max_seq_length %d is above the model's %d positions: %d is used", requested, limit, limit)
+    return int(limit)
+
+
+def _locate(source: str) -> tuple[str, str | None]:
+    """Split the source into what transformers loads from and the name of a gguf file in it."""
+    path = Path(source)
+    if path.is_dir():
+        return source, _check_folder(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"the model file {source} is not a .gguf file")
+        return str(path.parent), path.name
+    if path.is_absolute() or source.startswith("."):
+        raise ModelError(f"the model {source} does not exist")
+    return source, None
+
+
+def _check_folder(folder: Path) -> str | None:
+    """Return the folder's gguf file if it has no safetensors, or raise if it has neither."""
+    if any(folder.glob("*.safetensors")):
+        if not (folder / "config.json").is_file():
+            what = (
+                "an adapter"
+                if (folder / "adapter_config.json").is_file()
+                else "no model: config.json is missing"
+            )
+            raise ModelError(f"the model folder {folder} holds {what}; name the folder of a base model")
+        return None
+    gguf = sorted(folder.glob("*.gguf"))
+    if len(gguf) == 1:
+        return gguf[0].name
+    if gguf:
+        raise ModelError(f"the model folder {folder} holds {len(gguf)} .gguf files: name one of them")
+    if any(any(folder.glob(pattern)) for pattern in PICKLE_SUFFIXES):
+        raise ModelError(
+            f"the model folder {folder} holds pickled weights only, which can run code when read:"
+            " save them as safetensors"
+        )
+    raise ModelError(f"the model folder {folder} holds neither safetensors nor a .gguf file")
+
+
+@contextmanager
+def _as_model_error(source: str) -> Iterator[None]:
+    """Reduce whatever the loaders raise to one sentence; their messages fill screens."""
+    try:
+        yield
+    except Exception as error:  # OSError, ValueError, ImportError, safetensors' and the hub's own
+        if "does not support an attention implementation" in str(error):
+            raise ModelError(f"the model {source} needs runtime.attn_implementation eager") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ModelError(
+            f"cannot load the model {source}: {lines[0] if lines else type(error).__name__}"
+        ) from error

@@ -1,0 +1,176 @@
+"""Where a trainer writes what it does: the job's MLflow run, or the job's folder alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from lightning_modules.spool import Spool
+from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
+from post_training.schemas.trainer import TrainerSpec
+
+_log = logging.getLogger(__name__)
+
+SPOOL_FILE = "metrics.jsonl"
+CLOSE_TIMEOUT = 60.0
+MAX_PARAM_CHARACTERS = 6000
+MAX_TAG_CHARACTERS = 8000
+
+HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+"""Retries and seconds per request; MLflow's own limits let one call wait for eight minutes."""
+
+
+class JobRecord(Protocol):
+    """What a trainer tells of itself. Only ``log_checkpoint`` waits for the record and may fail on it."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record values of one optimizer step; NaN and infinities are recorded as NaN."""
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Record settings, nested ones by dotted names."""
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Record a tag, replacing its older value."""
+
+    def log_dataset(
+        self, *, name: str, digest: str, source: str, rows: int, context: Literal["training", "validation"]
+    ) -> None:
+        """Record a data set. MLflow knows a run's data set by name and digest: the first context stays."""
+
+    def log_checkpoint(self, folder: Path, *, step: int, metrics: PostTrainingMetric) -> Checkpoint:
+        """Record the checkpoint of an epoch; the second call for the same epoch returns the first's.
+
+        :raises ValueError: if the folder holds no file.
+        :raises RecordUnavailableError: if the files could not be stored after several tries.
+        """
+
+    def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Remove a checkpoint from the record; a failure is logged, not raised."""
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        """Store a file in a folder of the run's artifacts; a failure is logged, not raised."""
+
+    def close(self) -> None:
+        """Send what waits, for a bounded time."""
+
+
+class LocalRecord:
+    """The job's folder alone: the spool is the record, and checkpoints stay where they are."""
+
+    def __init__(self, spool: Spool, job_uuid: str) -> None:
+        self._spool = spool
+        self._job_uuid = job_uuid
+        self._recorded = spool.last_steps()
+        self._warned: set[str] = set()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Spool the values, but for steps that an earlier attempt has recorded already."""
+        self._warn_of_non_finite(metrics, step)
+        values = {
+            key: float(value) if math.isfinite(value) else None
+            for key, value in metrics.items()
+            if step > self._recorded.get(key, -1)
+        }
+        if values:
+            self._spool.append([{"kind": "metrics", "time": now_ms(), "step": step, "values": values}])
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Spool the settings."""
+        self._spool.append({"kind": "param", "key": k, "value": v} for k, v in flatten(params).items())
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Spool the tag, cut to the length that MLflow keeps."""
+        self._spool.append([{"kind": "tag", "key": key, "value": value[:MAX_TAG_CHARACTERS]}])
+
+    def log_dataset(
+        self, *, name: str, digest: str, source: str, rows: int, context: Literal["training", "validation"]
+    ) -> None:
+        """Spool the data set."""
+        dataset = {"name": name, "digest": digest, "source": source, "rows": rows, "context": context}
+        self._spool.append([{"kind": "dataset", **dataset}])
+
+    def log_checkpoint(self, folder: Path, *, step: int, metrics: PostTrainingMetric) -> Checkpoint:
+        """Describe the folder; its path is the checkpoint's.
+
+        :raises ValueError: if the folder holds no file.
+        """
+        require_files(folder)
+        return Checkpoint(
+            identifier=checkpoint_identifier(self._job_uuid, metrics.epoch),
+            created_at=datetime.now(UTC),
+            epoch=metrics.epoch,
+            post_training_job_id=self._job_uuid,
+            path=folder.as_posix(),
+            training_metrics=metrics,
+        )
+
+    def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Do nothing: whoever made the folder removes it."""
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        """Do nothing: the file is in the job's folder."""
+
+    def close(self) -> None:
+        """Do nothing: every line is on disk."""
+
+    def _warn_of_non_finite(self, metrics: Mapping[str, float], step: int) -> None:
+        for key, value in metrics.items():
+            if not math.isfinite(value) and key not in self._warned:
+                self._warned.add(key)
+                _log.warning("%s is %s at step %d; it is recorded as NaN", key, value, step)
+
+
+def open_record(spec: TrainerSpec, *, close_timeout: float = CLOSE_TIMEOUT) -> JobRecord:
+    """Open the record of the job's current attempt; does not wait for MLflow on a first attempt.
+
+    :param close_timeout: seconds that the record's ``close`` may take.
+    """
+    job_uuid = spec.request.job_uuid
+    file = spec.work_dir / SPOOL_FILE
+    if spec.tracking is None:
+        return LocalRecord(Spool(file, run_id=None), job_uuid)
+    for name, value in HTTP_LIMITS.items():
+        os.environ.setdefault(name, value)
+    from lightning_modules.mlflow_record import open_mlflow_record  # noqa: PLC0415 - a second of imports
+
+    return open_mlflow_record(spec.tracking, file, job_uuid, retried=spec.attempt > 1, timeout=close_timeout)
+
+
+def flatten(params: Mapping[Any, object], prefix: str = "") -> dict[str, str]:
+    """Name nested values by dotted keys and write each as a string that MLflow takes uncut."""
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            plain = not isinstance(value, list | tuple | dict | bool | None)
+            text = str(value) if plain else json.dumps(value, default=str)
+            flat[name] = text[:MAX_PARAM_CHARACTERS]
+    return flat
+
+
+def checkpoint_identifier(job_uuid: str, epoch: int) -> str:
+    """Name of a checkpoint: a job has one per epoch, and a job's id is unique."""
+    return f"{job_uuid}-epoch-{epoch}"
+
+
+def require_files(folder: Path) -> None:
+    """Refuse a folder that would become an empty checkpoint.
+
+    :raises ValueError: if it holds no file, or does not exist.
+    """
+    if not any(path.is_file() for path in folder.rglob("*")):
+        raise ValueError(f"a checkpoint needs files, and {folder} has none")
+
+
+def now_ms() -> int:
+    """The time in milliseconds since the epoch (UTC)."""
+    return time.time_ns() // 1_000_000

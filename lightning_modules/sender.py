@@ -1,0 +1,99 @@
+"""The thread that carries a spool to wherever it is delivered, and outlives outages."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from time import monotonic
+
+from lightning_modules.spool import Event, Spool, SpooledEvent
+
+_log = logging.getLogger(__name__)
+
+EVENTS_PER_ROUND = 500
+
+Deliver = Callable[[str, Sequence[Event]], None]
+"""Sends events of one kind, or raises: RefusedError for good, anything else to be asked again."""
+
+
+class RefusedError(Exception):
+    """The receiver answered that it will never take these events."""
+
+
+class Sender:
+    """Sends what the spool holds about every ``interval`` seconds, in order.
+
+    Delivery may be repeated: an answer that was lost is asked for again, so ``deliver``
+    must not double what it has already delivered.
+
+    :param interval: seconds between rounds.
+    :param max_backoff: longest pause in seconds between tries during an outage.
+    """
+
+    def __init__(
+        self, spool: Spool, deliver: Deliver, *, interval: float = 1.0, max_backoff: float = 30.0
+    ) -> None:
+        self._spool = spool
+        self._deliver = deliver
+        self._interval = interval
+        self._max_backoff = max_backoff
+        self._failures = 0
+        self._closing = threading.Event()
+        self._abandoned = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="record-sender", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it is a daemon and never holds up the interpreter's end."""
+        self._thread.start()
+
+    def close(self, timeout: float) -> bool:
+        """Send the rest and stop, within ``timeout`` seconds; say whether everything was sent."""
+        self._closing.set()
+        deadline = monotonic() + timeout
+        if self._thread.is_alive():
+            self._thread.join(max(0.0, deadline - monotonic()))
+        self._abandoned.set()
+        return not self._spool.pending(limit=1)
+
+    def _run(self) -> None:
+        while not self._abandoned.is_set():
+            closing = self._closing.is_set()  # read before the round: what comes later is not in it
+            empty = self._round()
+            if closing and empty:
+                return
+            if not self._closing.is_set():
+                self._closing.wait(min(self._max_backoff, self._interval * 2 ** min(self._failures, 16)))
+            elif not empty:
+                self._abandoned.wait(self._interval)
+
+    def _round(self) -> bool:
+        """Send all that waits; return False if an outage stopped it."""
+        try:
+            while waiting := self._spool.pending(EVENTS_PER_ROUND):
+                for kind, group in groupby(waiting, key=lambda spooled: str(spooled.event["kind"])):
+                    self._send(kind, list(group))
+        except Exception as error:  # whatever fails here must not end the thread
+            if self._failures == 0:
+                _log.warning("The record cannot be sent now and is kept on disk: %s", error)
+            self._failures += 1
+            return False
+        if self._failures:
+            _log.info("The record is being sent again")
+        self._failures = 0
+        return True
+
+    def _send(self, kind: str, group: list[SpooledEvent]) -> None:
+        """Deliver the group, or one by one what of it is not refused."""
+        if self._abandoned.is_set():
+            raise TimeoutError("given up")
+        try:
+            self._deliver(kind, [spooled.event for spooled in group])
+        except RefusedError as refusal:
+            if len(group) > 1:
+                for spooled in group:
+                    self._send(kind, [spooled])
+                return
+            _log.warning("The record refused this %s for good: %s", kind, refusal)
+        self._spool.advance(group[-1].end)

@@ -1,0 +1,80 @@
+"""A job's settings with their defaults filled in, and what the user is told of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+
+from lightning_modules.models import effective_dtype
+from lightning_modules.registry import Algorithm, find_algorithm
+from post_training.errors import HardwareError
+from post_training.schemas.record import TAG_WARNING
+from post_training.schemas.trainer import TrainerSpec
+from post_training.schemas.training import DataConfig, EfficiencyConfig, LoggerConfig, RuntimeConfig
+
+if TYPE_CHECKING:
+    from lightning_modules.record import JobRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Notices:
+    """What the user should know and did not ask: logged, and kept on the job's record."""
+
+    record: JobRecord
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        """Log a warning and put all warnings so far on the record."""
+        log.warning(text)
+        self.texts.append(text)
+        self.record.set_tag(TAG_WARNING, "; ".join(self.texts))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A spec's parts with their defaults filled in, and the device that trains."""
+
+    spec: TrainerSpec
+    data: DataConfig
+    runtime: RuntimeConfig
+    efficiency: EfficiencyConfig
+    logger: LoggerConfig
+    algorithm: Algorithm
+    device: Literal["cpu", "cuda"]
+    dtype: str
+
+    @classmethod
+    def of(cls, spec: TrainerSpec) -> Setting:
+        """Check what can be known before data and weights are read.
+
+        :raises HardwareError: if the machine cannot do what the request asks.
+        """
+        request, training = spec.request, spec.request.training_config
+        efficiency = training.efficiency_config or EfficiencyConfig()
+        device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+        if efficiency.enable_activation_offloading and device == "cpu":
+            raise HardwareError(
+                "enable_activation_offloading moves activations off a GPU: this machine has none"
+            )
+        return cls(
+            spec=spec,
+            data=cast(DataConfig, training.data_config),  # the request was validated
+            runtime=request.runtime or RuntimeConfig(),
+            efficiency=efficiency,
+            logger=LoggerConfig.model_validate(request.logger_config),
+            algorithm=find_algorithm(request.algorithm_config),
+            device=device,
+            dtype=effective_dtype(training.dtype, device),
+        )
+
+    @property
+    def precision(self) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
+        """Lightning's name: a frozen base in bf16 needs no autocast, fp16 needs a gradient scaler."""
+        if self.dtype == "fp16":
+            return "16-mixed"
+        return "bf16-mixed" if self.dtype == "bf16" and not self.algorithm.frozen_base else "32-true"

@@ -1,0 +1,134 @@
+"""A tiny model, its tokenizer, and specs that train it in seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lightning_modules.record import open_record
+from post_training.schemas.trainer import TrainerSpec
+from tests.lightning_modules.tiny import LORA, ROWS
+from tests.tiny_model import train_tokenizer, write_tiny_model
+
+HERE = Path(__file__).parent
+LIBRARY_WARNINGS = (
+    r"ignore:.*treespec, LeafSpec.* is deprecated",
+    r"ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
+)
+"""What lightning and peft do to torch and transformers; nothing of ours."""
+
+torch.set_num_threads(1)  # more threads only wait for each other on a model of this size
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make warnings errors in this folder."""
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            for rule in reversed(("error", *LIBRARY_WARNINGS)):
+                item.add_marker(pytest.mark.filterwarnings(rule), append=False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE of 400 tokens with a ChatML template."""
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer Llama in safetensors and its tokenizer."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ten rows as a jsonl file."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    return path
+
+
+SpecMaker = Callable[..., TrainerSpec]
+
+
+@pytest.fixture
+def make_spec(tiny_model_dir: Path, rows_file: Path, tmp_path: Path) -> SpecMaker:
+    """Make a spec; keywords change training_config, data_config, runtime, algorithm and the spec itself."""
+
+    def make(
+        *,
+        training: Mapping[str, Any] = {},
+        data: Mapping[str, Any] = {},
+        runtime: Mapping[str, Any] = {},
+        algorithm: Mapping[str, Any] | None = LORA,
+        **spec: Any,
+    ) -> TrainerSpec:
+        data_config = {"dataset_id": "rows", "batch_size": 2, "shuffle": False, "data_format": "instruct"}
+        training_config = {
+            "n_epochs": 1,
+            "max_steps_per_epoch": 0,
+            "max_validation_steps": 1,
+            "dtype": "fp32",
+            "data_config": data_config | dict(data),
+            "optimizer_config": {
+                "optimizer_type": "adamw",
+                "lr": 0.01,
+                "weight_decay": 0.1,
+                "num_warmup_steps": 2,
+            },
+        }
+        request = {
+            "job_uuid": "job",
+            "training_config": training_config | dict(training),
+            "hyperparam_search_config": {},
+            "logger_config": {},
+            "runtime": {"seed": 7, "max_seq_length": 128} | dict(runtime),
+            "algorithm_config": algorithm,
+        }
+        fields = {
+            "request": request,
+            "model": str(tiny_model_dir),
+            "train_data": str(rows_file),
+            "validation_data": None,
+            "checkpoint_dir": None,
+            "work_dir": tmp_path / "work",
+            "attempt": 1,
+            "tracking": None,
+        }
+        made = TrainerSpec.model_validate(fields | spec)
+        made.work_dir.mkdir(parents=True, exist_ok=True)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def read_metrics() -> Callable[[Path, str], list[float]]:
+    """Read the points of a metric from a job's folder, by step."""
+
+    def read(work_dir: Path, name: str) -> list[float]:
+        lines = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+        return [line["values"][name] for line in lines if name in line.get("values", {})]
+
+    return read
+
+
+@pytest.fixture
+def run(make_spec: SpecMaker) -> Callable[..., Any]:
+    """Train a spec with its local record; returns what run_job returns."""
+    from lightning_modules.job import run_job
+
+    def train(spec: TrainerSpec, should_stop: Callable[[], bool] = lambda: False) -> Any:
+        record = open_record(spec)
+        try:
+            return run_job(spec, record, should_stop=should_stop)
+        finally:
+            record.close()
+
+    return train

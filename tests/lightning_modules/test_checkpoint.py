@@ -1,0 +1,227 @@
+"""Exports that others can read, and training that goes on where it was cut."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from lightning_modules.checkpoint import (
+    SAVE_INTERVAL_SECONDS,
+    Checkpoints,
+    prune,
+    random_state,
+    restore_random_state,
+)
+from lightning_modules.job import build_data, build_model, build_module, build_trainer, fit
+from lightning_modules.models import load_config, load_tokenizer
+from lightning_modules.record import JobRecord, open_record
+from lightning_modules.setting import Notices, Setting
+from lightning_modules.supervised import StopRequestedError, SupervisedFineTuning
+from post_training.schemas.trainer import TrainerSpec
+from tests.lightning_modules.tiny import LORA
+
+Run = Callable[..., Any]
+
+
+def train(
+    spec: TrainerSpec,
+    record: JobRecord | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = lambda: 0.0,
+) -> SupervisedFineTuning:
+    """Train like ``run_job``, and return the module."""
+    setting, record = Setting.of(spec), record or open_record(spec)
+    torch.manual_seed(setting.runtime.seed)
+    tokenizer, config = load_tokenizer(spec.model), load_config(spec.model)
+    data = build_data(setting, tokenizer, 128, record, Notices(record))
+    module = build_module(setting, build_model(setting, config, 128), data, record, should_stop)
+    keep = setting.runtime.save_total_limit
+    checkpoints = Checkpoints(
+        work_dir=spec.work_dir,
+        copies=spec.checkpoint_dir,
+        keep=keep,
+        tokenizer=tokenizer,
+        record=record,
+        clock=clock,
+    )
+    fit(build_trainer(setting, [checkpoints]), module, data, spec)
+    return module
+
+
+LOGITS = """
+import sys, torch
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(3, 30)[None]).logits, sys.argv[2])
+"""
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        answer: torch.Tensor = model.eval()(input_ids=torch.arange(3, 30)[None]).logits
+    return answer
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_an_adapter_is_read_by_peft_in_a_new_process(dora: bool, make_spec: Any, tmp_path: Path) -> None:
+    everything = {"use_dora": dora, "apply_lora_to_mlp": True, "apply_lora_to_output": True}
+    spec = make_spec(algorithm=LORA | everything)
+    module = train(spec)
+    folder, file = spec.work_dir / "checkpoints" / "epoch-0", tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", LOGITS, str(folder), str(file)], check=True)
+    torch.testing.assert_close(torch.load(file), logits(module.model))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == spec.model
+    assert {"lm_head", "q_proj", "gate_proj"} <= set(config["target_modules"])
+    assert all("lora" in name for name in load_file(folder / "adapter_model.safetensors"))
+
+
+def test_a_full_model_is_read_by_transformers(make_spec: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    spec = make_spec(algorithm=None)
+    module = train(spec)
+    folder = spec.work_dir / "checkpoints" / "epoch-0"
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(module.model))
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+    assert not list(folder.glob("*.bin"))
+
+
+def test_copies_and_the_limit(make_spec: Any, tmp_path: Path) -> None:
+    spec = make_spec(
+        training={"n_epochs": 3}, runtime={"save_total_limit": 2}, checkpoint_dir=tmp_path / "copies"
+    )
+    train(spec)
+    for parent in (spec.work_dir / "checkpoints", tmp_path / "copies"):
+        assert sorted(path.name for path in parent.iterdir()) == ["epoch-1", "epoch-2"]
+        assert (parent / "epoch-2" / "adapter_model.safetensors").exists()
+        assert (parent / "epoch-2" / "chat_template.jinja").exists()
+
+
+def test_prune_counts_epochs_as_numbers(tmp_path: Path) -> None:
+    for epoch in (2, 9, 10):
+        (tmp_path / f"epoch-{epoch}").mkdir()
+    prune(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch-9", "epoch-10"}
+
+
+def test_random_state_goes_round_through_a_safe_file(tmp_path: Path) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    torch.save(random_state(), tmp_path / "state")
+    expected = draw()
+    restore_random_state(torch.load(tmp_path / "state", weights_only=True))
+    assert draw() == expected
+
+
+class Failing:
+    """A record that breaks at the metrics of one step, once."""
+
+    def __init__(self, record: JobRecord, step: int) -> None:
+        self._record = record
+        self._step = step
+
+    def log_metrics(self, metrics: Any, step: int) -> None:
+        if step == self._step:
+            raise OSError("the disk is gone")
+        self._record.log_metrics(metrics, step)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._record, name)
+
+
+RESUMED = {
+    "training": {"n_epochs": 3, "gradient_accumulation_steps": 2},  # 3 steps an epoch
+    "data": {"shuffle": True},
+}
+
+
+@pytest.fixture(scope="module")
+def dropout_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with dropout in its attention, so that the random state matters."""
+    folder = tmp_path_factory.mktemp("dropout")
+    for path in tiny_model_dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    return str(folder)
+
+
+def trained(module: SupervisedFineTuning) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def assert_same(resumed: SupervisedFineTuning, whole: SupervisedFineTuning) -> None:
+    expected = trained(whole)
+    assert expected
+    for name, weight in trained(resumed).items():
+        assert torch.equal(weight, expected[name]), name
+    for name in ("optimizer_steps", "tokens_seen"):
+        assert getattr(resumed, name) == getattr(whole, name)
+    assert resumed.metrics["validation_loss"] == whole.metrics["validation_loss"]
+    assert resumed.epoch_loss.mean == whole.epoch_loss.mean
+
+
+def stopping(after: int) -> Callable[[], bool]:
+    """Ask often, be told to stop from the given question on."""
+    asked: Iterator[int] = iter(range(10**6))
+    return lambda: next(asked) >= after
+
+
+QUESTIONS = 22
+"""How often a job of three epochs asks whether to stop: once at first, then in each epoch at three
+steps' ends, within two of them, in the validation and at the epoch's end."""
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "after"), [*((LORA, n) for n in range(1, QUESTIONS)), *((None, n) for n in (2, 3, 8, 9))]
+)
+def test_a_stopped_job_goes_on_to_the_same_weights(
+    algorithm: Any, after: int, make_spec: Any, dropout_model: str, tmp_path: Path
+) -> None:
+    whole = train(make_spec(**RESUMED, algorithm=algorithm, model=dropout_model, work_dir=tmp_path / "whole"))
+    spec = make_spec(**RESUMED, algorithm=algorithm, model=dropout_model, work_dir=tmp_path / "cut")
+    with pytest.raises(StopRequestedError):
+        train(spec, should_stop=stopping(after))
+    assert_same(train(spec), whole)
+    assert len(list((spec.work_dir / "checkpoints").iterdir())) == 3
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 6, 9])
+@pytest.mark.parametrize("seconds", [0.0, SAVE_INTERVAL_SECONDS], ids=["epochs", "steps"])
+def test_a_broken_job_goes_on_to_the_same_weights(
+    step: int, seconds: float, make_spec: Any, dropout_model: str, tmp_path: Path
+) -> None:
+    whole = train(make_spec(**RESUMED, model=dropout_model, work_dir=tmp_path / "whole"))
+    spec = make_spec(**RESUMED, model=dropout_model, work_dir=tmp_path / "cut")
+    ticks = iter(range(10**6))
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(spec, Failing(open_record(spec), step), clock=lambda: seconds * next(ticks))
+    assert (spec.work_dir / "resume" / "last.ckpt").exists() is (step > 3 or (step > 1 and seconds > 0))
+    assert_same(train(spec), whole)
+
+
+def test_a_finished_job_is_not_trained_again(make_spec: Any, run: Run) -> None:
+    spec = make_spec(**RESUMED)
+    first, second = run(spec), run(spec)
+    assert second.checkpoints == first.checkpoints
+    assert second.metrics == first.metrics
+
+
+def test_the_resume_state_holds_the_trained_weights_alone(make_spec: Any) -> None:
+    spec = make_spec()
+    module = train(spec)
+    state = torch.load(spec.work_dir / "resume" / "last.ckpt", weights_only=True)
+    assert state["state_dict"].keys() == trained(module).keys()
+    assert not list(spec.work_dir.rglob("*.tmp"))

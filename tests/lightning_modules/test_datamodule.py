@@ -1,0 +1,139 @@
+"""Packing, order, padding and the loader's position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_modules.data.datamodule import FineTuningData, collate, epoch_order
+from lightning_modules.data.packing import pack
+from lightning_modules.data.tokenize import Example
+
+
+def example(length: int, first: int = 1) -> Example:
+    ids = list(range(first, first + length))
+    return Example(ids, [-100, *ids[1:]])
+
+
+def test_pack_by_hand() -> None:
+    assert pack([5, 3, 4, 2, 6], 10) == [[0, 1, 3], [2, 4]]
+    assert pack([], 10) == []
+    with pytest.raises(ValueError, match="11 tokens does not fit a row of 10"):
+        pack([11], 10)
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_pack_keeps_every_sequence_within_the_rows(lengths: list[int]) -> None:
+    rows = pack(lengths, 20)
+    assert sorted(chain.from_iterable(rows)) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
+    half_empty = [row for row in rows if sum(lengths[i] for i in row) <= 10]
+    assert len(half_empty) <= 1  # two of them would have been one
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+
+
+def test_collate_pads_to_the_longest() -> None:
+    batch = collate([[example(2)], [example(3, first=5)]], 9, packed=False)
+    assert batch["input_ids"].tolist() == [[1, 2, 9], [5, 6, 7]]
+    assert batch["labels"].tolist() == [[-100, 2, -100], [-100, 6, 7]]
+    assert (batch["tokens"], batch["scored"]) == (5, 3)
+    assert "position_ids" not in batch
+
+
+def test_collate_restarts_positions_in_packed_rows() -> None:
+    batch = collate([[example(2), example(3, first=5)], [example(3)]], 0, packed=True)
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
+    assert batch["layout"] == [[2, 3], [3, 2]]
+    assert batch["labels"].tolist() == [[-100, 2, -100, 6, 7], [-100, 2, 3, -100, -100]]
+
+
+def test_unshuffled_keeps_the_order() -> None:
+    assert epoch_order([3, 1, 2, 5, 4], 2, shuffle=False, seed=1, epoch=3) == [[0, 1], [2, 3], [4]]
+
+
+def test_shuffled_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        return epoch_order([1] * 50, 4, shuffle=True, seed=seed, epoch=epoch)
+
+    first = order(1, 0)
+    torch.manual_seed(99)
+    assert order(1, 0) == first
+    assert order(1, 1) != first
+    assert order(2, 0) != first
+    assert sorted(chain.from_iterable(first)) == list(range(50))
+
+
+def test_shuffled_rows_of_like_length_meet() -> None:
+    lengths = [1 + i * 7919 % 100 for i in range(256)]
+
+    def padding(steps: Sequence[Sequence[int]]) -> int:
+        return sum(
+            max(lengths[i] for i in step) * len(step) - sum(lengths[i] for i in step) for step in steps
+        )
+
+    grouped = epoch_order(lengths, 8, shuffle=True, seed=0, epoch=0)
+    plain = epoch_order(lengths, 8, shuffle=False, seed=0, epoch=0)
+    assert padding(grouped) < padding(plain) / 5
+
+
+def module(**changes: Any) -> FineTuningData:
+    train = [example(2 + i % 5) for i in range(11)]
+    options: dict[str, Any] = {"pad_id": 0, "batch_size": 2, "validation_batches": 2, "max_seq_length": 8}
+    options |= {"accumulation": 2, "shuffle": True, "seed": 3}
+    return FineTuningData(train, train, **(options | changes))
+
+
+def ids(step: list[dict[str, Any]]) -> list[Any]:
+    return [batch["input_ids"].tolist() for batch in step]
+
+
+def test_a_step_is_the_list_of_its_micro_batches() -> None:
+    loader = module(shuffle=False).train_dataloader()
+    steps = list(loader)
+    assert len(loader) == len(steps) == 3
+    assert [[len(batch["input_ids"]) for batch in step] for step in steps] == [[2, 2], [2, 2], [2, 1]]
+
+
+def test_accumulation_and_a_larger_batch_see_the_same_rows() -> None:
+    small, large = module().train_dataloader(), module(batch_size=4, accumulation=1).train_dataloader()
+    for parts, (whole,) in zip(small, large, strict=True):
+        assert sum(batch["tokens"] for batch in parts) == whole["tokens"]
+
+
+def test_an_epoch_may_be_cut_and_the_next_has_its_own_order() -> None:
+    whole, cut = module().train_dataloader(), module(steps_per_epoch=2).train_dataloader()
+    for _ in range(2):
+        assert [ids(step) for step in cut] == [ids(step) for step in whole][:2]
+    assert (len(cut), cut.whole_epoch) == (2, 3)
+    assert len(module(steps_per_epoch=99).train_dataloader()) == 3
+
+
+@pytest.mark.parametrize("position", range(7))
+def test_a_loader_goes_on_where_another_stopped(position: int) -> None:
+    first, second = module().train_dataloader(), module().train_dataloader()
+    steps = chain.from_iterable(iter(first) for _ in range(3))
+    for _ in range(position):
+        next(steps)
+    second.load_state_dict(first.state_dict())
+    rest = [ids(step) for _ in range(3 - second.epoch) for step in second]
+    assert rest == [ids(step) for step in steps]
+
+
+def test_packed_rows_hold_every_sequence_once() -> None:
+    loader = module(packed=True, accumulation=1, shuffle=False).train_dataloader()
+    assert sum(batch["tokens"] for (batch,) in loader) == sum(2 + i % 5 for i in range(11))
+    assert max(batch["input_ids"].shape[1] for (batch,) in loader) <= 8
+
+
+def test_validation_is_in_file_order_and_limited() -> None:
+    batches = list(module(packed=True).val_dataloader())
+    assert [batch["input_ids"].shape[0] for batch in batches] == [2, 2]
+    assert batches[0]["input_ids"][1].tolist() == [1, 2, 3]
+    assert len(module(validation_batches=None).val_dataloader()) == 6
+    assert len(module(validation_batches=0).val_dataloader()) == 0

@@ -1,0 +1,72 @@
+"""The spool's file and cursor, as crashes and other runs leave them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_modules.spool import Event, Spool
+
+
+def metrics(step: int, value: float = 1.0) -> Event:
+    return {"kind": "metrics", "time": step * 10, "step": step, "values": {"loss": value}}
+
+
+def steps(spool: Spool, limit: int = 10) -> list[int]:
+    return [spooled.event["step"] for spooled in spool.pending(limit)]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "job" / "metrics.jsonl"
+
+
+def test_pending_events_start_at_the_cursor_in_this_and_the_next_process(file: Path) -> None:
+    spool = Spool(file, "run")
+    assert spool.pending(10) == []
+    spool.append([metrics(1), metrics(2), metrics(3)])
+    assert steps(spool, limit=2) == [1, 2]
+    spool.advance(spool.pending(2)[-1].end)
+    assert steps(spool) == [3]
+    assert steps(Spool(file, "run")) == [3]
+
+
+def test_another_run_gets_everything(file: Path) -> None:
+    spool = Spool(file, "run")
+    spool.append([metrics(1)])
+    spool.advance(spool.pending(1)[0].end)
+    assert steps(Spool(file, "other")) == [1]
+
+
+@pytest.mark.parametrize("cursor", ['{"run_id": "run", "sent_bytes": 999999}', "{"])
+def test_a_cursor_that_does_not_fit_is_none(file: Path, cursor: str) -> None:
+    Spool(file, "run").append([metrics(1)])
+    file.with_name("metrics.cursor.json").write_text(cursor)
+    assert steps(Spool(file, "run")) == [1]
+
+
+@pytest.mark.parametrize("whole", [0, 1, 2])
+def test_a_torn_line_is_cut_before_the_next_is_written(file: Path, whole: int) -> None:
+    Spool(file, "run").append([metrics(step) for step in range(whole)])
+    with file.open("ab") as lines:
+        lines.write(b'{"kind": "metr')
+    spool = Spool(file, "run")
+    spool.append([metrics(9)])
+    assert steps(spool) == [*range(whole), 9]
+
+
+def test_a_line_in_the_making_is_not_read(file: Path) -> None:
+    spool = Spool(file, "run")
+    spool.append([metrics(1)])
+    with file.open("ab") as lines:
+        lines.write(b'{"kind": "metr')
+    assert steps(spool) == [1]
+
+
+def test_last_steps_and_times_are_found(file: Path) -> None:
+    spool = Spool(file, "run")
+    spool.append([metrics(1, 0.5), metrics(7, 0.25), {"kind": "tag", "key": "loss", "value": "9"}])
+    assert spool.last_steps() == {"loss": 7}
+    assert spool.time_of("loss", 7, 0.25) == 70
+    assert spool.time_of("loss", 7, 0.5) is None

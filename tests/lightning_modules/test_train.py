@@ -1,0 +1,194 @@
+"""The trainer process: its result, its exit codes, its reaction to SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_modules.train import main
+from post_training.schemas.record import TAG_WARNING
+from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerResult, TrainerSpec
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(spec: TrainerSpec) -> Path:
+    path = spec.work_dir / SPEC_FILE
+    path.write_text(spec.model_dump_json(exclude_unset=True))
+    return path
+
+
+def result_of(spec: TrainerSpec) -> TrainerResult:
+    return TrainerResult.model_validate_json((spec.work_dir / RESULT_FILE).read_bytes())
+
+
+def start(spec: TrainerSpec) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'plugins'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lightning_modules.train", str(write(spec))]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _restore_process() -> Iterator[None]:
+    """Undo what main does to its process."""
+    handler, level = signal.getsignal(signal.SIGTERM), logging.getLogger("lightning.pytorch").level
+    environment = dict(os.environ)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    logging.getLogger("lightning.pytorch").setLevel(level)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def test_a_process_trains_to_the_end(make_spec: Any, tmp_path: Path) -> None:
+    spec = make_spec(training={"n_epochs": 2}, checkpoint_dir=tmp_path / "copies")
+    process = start(spec)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    result = result_of(spec)
+    assert (result.status, result.error) == ("completed", None)
+    assert [checkpoint.epoch for checkpoint in result.checkpoints] == [0, 1]
+    assert (tmp_path / "copies" / "epoch-1" / "adapter_config.json").exists()
+    assert result.metrics["progress"] == 1
+    assert result.resources["dtype"] == "fp32"
+    assert result.resources["tokens"] == result.metrics["tokens_seen"]
+    assert "progress step 10/10" in output
+    assert "Tip" not in output
+
+
+def test_sigterm_stops_after_the_batch_without_a_result(make_spec: Any) -> None:
+    spec = make_spec(training={"n_epochs": 100_000, "max_validation_steps": 0})
+    process = start(spec)
+    metrics = spec.work_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and "train_loss" in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 143, output
+    assert "stopped by SIGTERM" in output
+    assert "Traceback" not in output
+    assert not (spec.work_dir / RESULT_FILE).exists()
+    assert (spec.work_dir / "resume" / "last.ckpt").exists()
+
+
+HARD = {"dtype": "fp16"}
+OFFLOAD = {"efficiency_config": {"enable_activation_offloading": True}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train_data": "/no/rows.jsonl"}, "the data set /no/rows.jsonl does not exist"),
+        ({"validation_data": "/no/rows.jsonl"}, "the data set /no/rows.jsonl does not exist"),
+        ({"model": "/no/model"}, "the model /no/model does not exist"),
+        ({"training": HARD}, "dtype fp16 needs a GPU: on this machine's CPU use bf16 or fp32"),
+        ({"training": OFFLOAD}, "enable_activation_offloading moves activations off a GPU"),
+        ({"data": {"data_format": "dialog"}}, "10 of 10 rows of .* are bad: row 1: has neither a dialog"),
+        ({"runtime": {"max_seq_length": 8}}, "row 1: the prompt is longer than max_seq_length"),
+    ],
+)
+def test_what_cannot_be_trained_fails_in_one_sentence(
+    changes: dict[str, Any], sentence: str, make_spec: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = make_spec(**changes)
+    assert main([str(write(spec))]) == 1
+    result = result_of(spec)
+    assert (result.status, result.permanent, result.checkpoints) == ("failed", True, [])
+    assert result.error is not None
+    assert re.search(sentence, result.error)
+    assert "\n" not in result.error
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_unforeseen_error_shows_its_traceback_and_one_sentence(
+    make_spec: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    spec = make_spec(checkpoint_dir=tmp_path / "file" / "copies")
+    assert main([str(write(spec))]) == 1
+    result = result_of(spec)
+    assert result.error is not None
+    assert result.error.startswith("NotADirectoryError: ")
+    assert not result.permanent
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("{", "the spec is invalid: : Invalid JSON"), ("{}", "request: Field required")]
+)
+def test_a_spec_that_cannot_be_read_fails_before_the_imports(
+    text: str, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / SPEC_FILE).write_text(text)
+    code = (
+        "import sys, lightning_modules.train as t; r = t.main(sys.argv[1:]); print('torch' in sys.modules, r)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / SPEC_FILE)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'plugins'}:{ROOT}"}
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout == "False 1\n"
+    assert sentence in (tmp_path / RESULT_FILE).read_text()
+
+
+def tags(spec: TrainerSpec) -> dict[str, str]:
+    lines = [json.loads(line) for line in (spec.work_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["key"]: line["value"] for line in lines if line["kind"] == "tag"}
+
+
+def test_a_default_that_cuts_the_epoch_is_noticed(make_spec: Any, read_metrics: Callable[..., Any]) -> None:
+    spec = make_spec(training={"n_epochs": 2})
+    body = json.loads(spec.model_dump_json(exclude_unset=True))
+    del body["request"]["training_config"]["max_steps_per_epoch"]
+    spec = TrainerSpec.model_validate(body | {"work_dir": spec.work_dir})
+    assert main([str(write(spec))]) == 0
+    assert len(read_metrics(spec.work_dir, "train_loss")) == 2
+    assert "max_steps_per_epoch is 1, its default" in tags(spec)[TAG_WARNING]
+    assert "no validation_dataset_id" in tags(spec)[TAG_WARNING]
+
+
+def test_validation_data_of_its_own_needs_no_notice(
+    make_spec: Any, tmp_path: Path, read_metrics: Callable[..., Any]
+) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"question": "how many?", "answer": "none"}\n' * 3)
+    spec = make_spec(validation_data=str(held_out), training={"max_validation_steps": None})
+    (spec.work_dir / RESULT_FILE).write_text("of an earlier attempt")
+    assert main([str(write(spec))]) == 0
+    assert TAG_WARNING not in tags(spec)
+    assert len(read_metrics(spec.work_dir, "validation_loss")) == 2
+
+
+def test_without_validation_the_training_loss_stands_in_and_it_is_said(make_spec: Any) -> None:
+    spec = make_spec(training={"max_validation_steps": 0})
+    assert main([str(write(spec))]) == 0
+    (checkpoint,) = result_of(spec).checkpoints
+    assert checkpoint.training_metrics is not None
+    assert checkpoint.training_metrics.validation_loss == checkpoint.training_metrics.train_loss
+    assert "max_validation_steps is 0" in tags(spec)[TAG_WARNING]
+
+
+def test_a_default_optimizer_trains(make_spec: Any, read_metrics: Callable[..., Any]) -> None:
+    spec = make_spec(training={"optimizer_config": None, "dtype": None})
+    assert main([str(write(spec))]) == 0
+    assert read_metrics(spec.work_dir, "learning_rate")[0] == pytest.approx(2e-4)
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 1
+    assert "usage: " in capsys.readouterr().err

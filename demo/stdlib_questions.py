@@ -33,7 +33,7 @@ VALIDATION_SHARE = 8
 """One row in so many is held out."""
 
 
-def write_questions(folder: Path, *, rows: int = 360) -> tuple[Path, Path]:
+def write_questions(folder: Path, *, rows: int = 300) -> tuple[Path, Path]:
     """Write ``train.jsonl`` and ``validation.jsonl`` and return their paths.
 
     A name is in one of them by its digest, so no question is in both.

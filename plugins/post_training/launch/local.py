@@ -9,6 +9,9 @@ from pathlib import Path
 import post_training
 
 _KEPT_BACK = "AIRFLOW"
+_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+"""glibc keeps freed memory: activations come and go each step, and fresh pages cost more than old ones."""
+
 _SITE_FOLDERS = ("site-packages", "dist-packages")
 
 
@@ -32,6 +35,7 @@ def trainer_environment(inherited: Mapping[str, str], credentials: Mapping[str, 
         "PYTHONPATH": os.pathsep.join(search_path),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **_ALLOCATOR,
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
 

@@ -87,7 +87,7 @@ def submit(servers: Standalone, *, model: Path, train: Path, validation: Path) -
             "n_epochs": 2,
             "max_steps_per_epoch": 0,
             "gradient_accumulation_steps": 1,
-            "max_validation_steps": None,
+            "max_validation_steps": 12,
             "data_config": {
                 "dataset_id": str(train),
                 "validation_dataset_id": str(validation),

@@ -110,6 +110,19 @@ def test_a_cancelled_job_has_failed_in_airflow(runs: Any) -> None:
     assert runs.find("stop-me").state in ("failed", "skipped")
 
 
+def test_cancelling_a_stage_leaves_the_rest_of_its_dag_alone(runs: Any) -> None:
+    from airflow.models.dagrun import DagRun
+    from airflow.utils.session import create_session
+
+    runs.trigger("team.nightly", "run.2", {}, None)
+    runs.cancel(runs.find("team.nightly.run.2.sft").key)
+    assert runs.find("team.nightly.run.2.sft").state == "failed"
+    with create_session() as session:
+        run = session.query(DagRun).filter_by(dag_id="team.nightly", run_id="run.2").one()
+        assert run.state == "queued"
+        assert run.get_task_instance("after", session=session).state is None
+
+
 def test_a_job_that_has_not_begun_has_no_log(runs: Any) -> None:
     runs.trigger("supervised_fine_tune", "quiet", CONF, None)
     assert runs.log_lines(runs.find("quiet")) == []

@@ -21,6 +21,7 @@ from airflow.models.dagrun import DagRun
 from airflow.models.taskinstance import TaskInstance
 from airflow.utils.log.log_reader import TaskLogReader
 from airflow.utils.session import create_session
+from airflow.utils.state import TaskInstanceState
 from airflow.utils.types import DagRunTriggeredByType
 from sqlalchemy import and_, or_, select
 from sqlalchemy.exc import IntegrityError, OperationalError
@@ -127,7 +128,7 @@ class AirflowRuns:
             return set(REQUEST_DAGS) | set(session.scalars(query))
 
     def cancel(self, key: TaskKey) -> None:
-        """Fail the job's DAG run, which ends its running task and those behind it.
+        """Fail the job's task, which ends it if it runs; other tasks of a larger DAG go their own way.
 
         :raises JobNotFoundError: if the run is gone.
         """
@@ -136,7 +137,16 @@ class AirflowRuns:
             dag = DBDagBag().get_dag_for_run(run, session=session)
             if dag is None:
                 raise RecordUnavailableError(f"Airflow cannot read the DAG {key.dag_id!r}")
-            patch_dag_run_state(dag=dag, dag_run=run, state=DagRunMutableStates.FAILED, session=session)
+            if key.dag_id in REQUEST_DAGS:
+                patch_dag_run_state(dag=dag, dag_run=run, state=DagRunMutableStates.FAILED, session=session)
+                return
+            dag.set_task_instance_state(
+                task_id=key.task_id,
+                map_indexes=None if key.map_index < 0 else [key.map_index],
+                run_id=key.run_id,
+                state=TaskInstanceState.FAILED,
+                session=session,
+            )
 
     def log_lines(self, task: JobTask) -> list[str]:
         """Return the lines of the task's log over all attempts, oldest first."""

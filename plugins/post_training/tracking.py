@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MAX_PARAM_LENGTH = 6_000
 """MLflow cuts longer values in silence."""
 
+_EXPERIMENT_KIND = "mlflow.experimentKind"
+"""Without it MLflow's pages show the experiment as one of traces and prompts."""
+
 TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
 
 
@@ -120,7 +123,9 @@ class Tracking:
         if found is not None:
             return str(found.experiment_id)
         try:
-            return str(self._client.create_experiment(name))
+            return str(
+                self._client.create_experiment(name, tags={_EXPERIMENT_KIND: "custom_model_development"})
+            )
         except MlflowException:
             found = self._client.get_experiment_by_name(name)
             if found is None:

@@ -175,6 +175,20 @@ def test_a_killed_task_stops_its_trainer_and_is_recorded_as_killed(workplace: Wo
     assert workplace.tracking.statuses == ["RUNNING", "KILLED"]
 
 
+def test_a_job_cancelled_while_it_finishes_stays_cancelled(workplace: Workplace) -> None:
+    operator = workplace.operator()
+    train = operator._train
+
+    def cancel_meanwhile(spec: TrainerSpec) -> Any:
+        result = train(spec)
+        workplace.tracking.set_status("run-1", "KILLED")
+        return result
+
+    operator._train = cancel_meanwhile  # type: ignore[method-assign]
+    operator.execute(workplace.context())
+    assert workplace.tracking.runs["run-1"].status == "KILLED"
+
+
 def test_the_run_made_at_submit_is_used(workplace: Workplace) -> None:
     workplace.tracking.create_run(
         name="", experiment=None, tags={"post_training.job_uuid": "job-1"}, params={}, request={}

@@ -315,10 +315,16 @@ class TrainingOperator(BaseOperator):
             self.log.warning("The training log could not be uploaded: %s", error)
 
     def _conclude(self, run: JobRun | None, status: str, error: str | None = None) -> None:
-        """Write the job's end into its record; the task's own outcome does not hang on it."""
+        """Write the job's end into its record; the task's own outcome does not hang on it.
+
+        A job that was cancelled meanwhile stays so, however its trainer ended.
+        """
         if run is None:
             return
         try:
+            current = self.tracking.get(run.run_id)
+            if current is not None and current.status == "KILLED":
+                return
             self.tracking.set_status(run.run_id, status, error=error)
         except RecordUnavailableError as unavailable:
             self.log.warning("MLflow run %s could not be set to %s: %s", run.run_id, status, unavailable)

@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stop test lint clean
+.PHONY: help demo stop test lint bench clean
 
 help:
 	@echo "make demo           start Airflow and MLflow, fine-tune a model over HTTP, show the result"
 	@echo "make demo DETACH=1  the same, and leave the servers running"
 	@echo "make stop           end the servers that were left running"
 	@echo "make test           every test, the slow system tests too"
+	@echo "make bench          measure what the orchestration costs, with 1,000 jobs"
 	@echo "make lint           ruff, mypy and the import contracts"
 
 $(VENV)/.python:
@@ -37,6 +38,9 @@ stop: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.dev
+	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.orchestration
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

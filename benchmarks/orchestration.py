@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 from mlflow import MlflowClient
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from post_training.standalone import Standalone
 from tests.tiny_model import write_tiny_model
@@ -199,7 +199,7 @@ def body(job_uuid: str, model: Path, data: Path) -> dict[str, Any]:
 
 def report(figures: dict[str, Any]) -> None:
     """Print the figures."""
-    table = Table("figure", "value")
+    table = Table("figure", Column("value", overflow="fold"))
     for name, value in figures.items():
         table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     Console().print(table)

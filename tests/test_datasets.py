@@ -88,6 +88,7 @@ def test_uris_stay_as_they_are(resolver: Resolver, uri: str) -> None:
         ("ftp://example.org/rows.jsonl", "scheme must be one of"),
         ("http://example.org/rows.jsonl", "scheme must be one of"),
         ("s3:rows", "must name a bucket"),
+        ("https://me:secret@example.org/rows.jsonl", "must not hold a user or password"),
         ("https:///rows.jsonl", "must name a host"),
         ("data:text/plain," + "x" * 100, "may have 100 bytes, got 116"),
     ],

@@ -74,6 +74,8 @@ class Resolver:
         scheme = _SCHEME.match(name)
         if scheme is None:
             return str(self._path(field, name, suffixes=DATA_SUFFIXES))
+        if "@" in urlsplit(name).netloc:
+            raise InvalidRequestError.of(field, "must not hold a user or password: the record shows it")
         check = self._schemes.get(scheme[1].lower())
         if check is None:
             raise InvalidRequestError.of(

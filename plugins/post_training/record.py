@@ -26,4 +26,11 @@ def run_tags(request: AnyTrainingRequest, key: TaskKey) -> dict[str, str]:
 
 def run_params(request: AnyTrainingRequest) -> dict[str, Any]:
     """Return the request's set fields by dotted path; null ones say nothing and are left out."""
-    return {path: value for path, value in flatten(request).items() if value not in (None, {})}
+    return {path: _shown(value) for path, value in flatten(request).items() if value not in (None, {})}
+
+
+def _shown(value: Any) -> Any:
+    """Name a data set that was sent inside the request by its size; the rest is shown as it is."""
+    if isinstance(value, str) and value.startswith("data:"):
+        return f"data: URI of {len(value)} characters"
+    return value

@@ -1,0 +1,39 @@
+"""What a job's run says from the start."""
+
+from __future__ import annotations
+
+from post_training.job_ids import TaskKey
+from post_training.record import run_params, run_tags
+from post_training.schemas.requests import SupervisedFineTuneRequest
+from tests.requests_of import sft_body
+
+KEY = TaskKey("nightly", "run", "sft", 2)
+
+
+def test_tags_lead_back_to_the_task() -> None:
+    request = SupervisedFineTuneRequest.model_validate(sft_body(logger_config={"tags": {"team": "a"}}))
+    tags = run_tags(request, KEY)
+    assert tags == {
+        "team": "a",
+        "post_training.job_uuid": "nightly.run.sft.2",
+        "post_training.payload_hash": request.payload_hash(),
+        "post_training.method": "supervised_fine_tune",
+        "airflow.dag_id": "nightly",
+        "airflow.run_id": "run",
+        "airflow.task_id": "sft",
+        "airflow.map_index": "2",
+    }
+
+
+def test_params_are_what_was_set() -> None:
+    params = run_params(SupervisedFineTuneRequest.model_validate(sft_body(runtime={"seed": 3})))
+    assert params["algorithm_config.rank"] == 4
+    assert params["runtime.seed"] == 3
+    assert "training_config.optimizer_config.lr" not in params
+    assert "logger_config" not in params
+
+
+def test_rows_sent_inside_the_request_are_not_copied_into_params() -> None:
+    body = sft_body(training_config__data_config__dataset_id="data:,secret")
+    params = run_params(SupervisedFineTuneRequest.model_validate(body))
+    assert params["training_config.data_config.dataset_id"] == "data: URI of 12 characters"

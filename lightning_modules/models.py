@@ -137,15 +137,15 @@ def cap_sequence_length(config: PretrainedConfig, requested: int) -> int:
 def _locate(source: str) -> tuple[str, str | None]:
     """Split the source into what transformers loads from and the name of a gguf file in it."""
     path = Path(source)
+    if not path.is_absolute() and not source.startswith("."):
+        return source, None  # a hub id, also where a folder of that name lies in the working folder
     if path.is_dir():
         return source, _check_folder(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"the model file {source} is not a .gguf file")
         return str(path.parent), path.name
-    if path.is_absolute() or source.startswith("."):
-        raise ModelError(f"the model {source} does not exist")
-    return source, None
+    raise ModelError(f"the model {source} does not exist")
 
 
 def _check_folder(folder: Path) -> str | None:

@@ -79,7 +79,9 @@ def _fetch(source: str, scheme: str) -> bytes:
         return _read_path(Path(download_artifacts(artifact_uri=source)))
     import fsspec  # noqa: PLC0415 - only remote data needs it
 
-    with fsspec.open(source, "rb") as file:
+    # A redirect could lead to an address that the request was not allowed to name.
+    options = {"allow_redirects": False} if scheme == "https" else {}
+    with fsspec.open(source, "rb", **options) as file:
         return bytes(file.read())
 
 

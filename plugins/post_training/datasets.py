@@ -8,7 +8,8 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -17,7 +18,7 @@ from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTun
 from post_training.settings import Settings
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -35,10 +36,7 @@ class Resolver:
             "file": self._file_uri,
             "https": self._https,
             "data": self._data_uri,
-            "huggingface": self._as_it_is,
-            "s3": self._as_it_is,
-            "gs": self._as_it_is,
-            "abfs": self._as_it_is,
+            "huggingface": self._hub_dataset,
         }
 
     def check(self, request: AnyTrainingRequest) -> None:
@@ -71,6 +69,10 @@ class Resolver:
 
         :raises InvalidRequestError: naming ``field``.
         """
+        with _readable(field, name):
+            return self._dataset(field, name)
+
+    def _dataset(self, field: str, name: str) -> str:
         scheme = _SCHEME.match(name)
         if scheme is None:
             return str(self._path(field, name, suffixes=DATA_SUFFIXES))
@@ -101,8 +103,9 @@ class Resolver:
         if _SCHEME.match(name):
             raise InvalidRequestError.of(field, f"must be a path or a hub id, got {name[:200]!r}")
         if name.startswith(("/", ".", "~")) or name.endswith(".gguf"):
-            return str(self._path(field, name, suffixes=(".gguf",), folders=True))
-        if not _HUB_ID.fullmatch(name) or ".." in name:
+            with _readable(field, name):
+                return str(self._path(field, name, suffixes=(".gguf",), folders=True))
+        if not _HUB_ID.fullmatch(name):
             raise InvalidRequestError.of(
                 field, f"must be a path or a hub id like org/name, got {name[:200]!r}"
             )
@@ -115,7 +118,8 @@ class Resolver:
         """
         if request.checkpoint_dir is None:
             return None
-        return self._under_root("checkpoint_dir", request.checkpoint_dir) / request.job_uuid
+        with _readable("checkpoint_dir", request.checkpoint_dir):
+            return self._under_root("checkpoint_dir", request.checkpoint_dir) / request.job_uuid
 
     def _path(self, field: str, name: str, *, suffixes: tuple[str, ...], folders: bool = False) -> Path:
         path = self._under_root(field, name)
@@ -166,12 +170,26 @@ class Resolver:
         limit = self._settings.max_data_uri_bytes
         if len(uri) > limit:
             raise InvalidRequestError.of(field, f"a data: URI may have {limit} bytes, got {len(uri)}")
+        if "," not in uri:
+            raise InvalidRequestError.of(field, "a data: URI needs a comma between media type and content")
         return uri
 
-    def _as_it_is(self, field: str, uri: str) -> str:
-        if not urlsplit(uri).netloc:
-            raise InvalidRequestError.of(field, f"must name a bucket or an owner, got {uri[:200]!r}")
+    def _hub_dataset(self, field: str, uri: str) -> str:
+        parts = urlsplit(uri)
+        if parts.netloc != "datasets" or not _HUB_ID.fullmatch(parts.path.removeprefix("/")):
+            raise InvalidRequestError.of(
+                field, f"must have the form huggingface://datasets/ORG/NAME?split=train, got {uri[:200]!r}"
+            )
         return uri
+
+
+@contextmanager
+def _readable(field: str, name: str) -> Iterator[None]:
+    """Turn what the standard library makes of a malformed name into an error of the field."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise InvalidRequestError.of(field, f"cannot be read: {error}, got {name[:200]!r}") from None
 
 
 def _addresses(host: str) -> list[str]:

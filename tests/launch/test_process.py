@@ -19,7 +19,7 @@ DEADLINE = 20.0
 
 def child(tmp_path: Path, program: str, grace_seconds: float = 3.0) -> TrainerProcess:
     argv = [sys.executable, "-u", "-c", program]
-    return TrainerProcess(argv, dict(os.environ), tmp_path / "log", grace_seconds)
+    return TrainerProcess(argv, dict(os.environ), tmp_path / "log", grace_seconds=grace_seconds)
 
 
 def gone(pid: int) -> bool:

@@ -12,6 +12,10 @@ _KEPT_BACK = "AIRFLOW"
 _ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 """glibc keeps freed memory: activations come and go each step, and fresh pages cost more than old ones."""
 
+_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait sleep. Spinning ones starve each other as soon as two trainers share the processor:
+both then take tens of times longer."""
+
 _SITE_FOLDERS = ("site-packages", "dist-packages")
 
 
@@ -30,6 +34,7 @@ def trainer_environment(inherited: Mapping[str, str], credentials: Mapping[str, 
     }
     search_path = [*_source_folders(), *filter(None, [inherited.get("PYTHONPATH")])]
     return {
+        **_THREADS,
         **environment,
         **credentials,
         "PYTHONPATH": os.pathsep.join(search_path),

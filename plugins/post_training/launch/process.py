@@ -27,11 +27,18 @@ class TrainerProcess:
     :param argv: the command.
     :param environment: all of its variables.
     :param log: file that receives a copy of the output.
+    :param folder: its working folder; None is the caller's.
     :param grace_seconds: time between SIGTERM and SIGKILL.
     """
 
     def __init__(
-        self, argv: Sequence[str], environment: Mapping[str, str], log: Path, grace_seconds: float = 3.0
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        folder: Path | None = None,
+        grace_seconds: float = 3.0,
     ) -> None:
         self._log = log
         self._grace_seconds = grace_seconds
@@ -40,6 +47,7 @@ class TrainerProcess:
         self._process = subprocess.Popen(  # noqa: S603
             argv,
             env=dict(environment),
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -37,7 +37,7 @@ def parse_json_object(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise PydanticCustomError(
             "json_invalid", "must be an object or a JSON string of one: {reason}", {"reason": str(error)}
         ) from None

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from post_training.errors import ErrorDetail
@@ -58,10 +58,33 @@ def _check_search_config(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-JobUuid = Annotated[str, AfterValidator(check_job_uuid)]
-JsonTrainingConfig = Annotated[TrainingConfig, BeforeValidator(parse_json_object)]
-LoggerConfigDict = Annotated[dict[str, Any], AfterValidator(_check_logger_config)]
-SearchConfigDict = Annotated[dict[str, Any], AfterValidator(_check_search_config)]
+JobUuid = Annotated[
+    str,
+    AfterValidator(check_job_uuid),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": MAX_JOB_UUID_LENGTH,
+            "pattern": rf"^(?!\.$|.*\.\.|{'|'.join(_RESERVED_PREFIXES)}){_JOB_UUID.pattern}$",
+        }
+    ),
+]
+JsonTrainingConfig = Annotated[
+    TrainingConfig, BeforeValidator(parse_json_object, json_schema_input_type=TrainingConfig | str)
+]
+LoggerConfigDict = Annotated[
+    dict[str, Any],
+    BeforeValidator(parse_json_object),
+    AfterValidator(_check_logger_config),
+    WithJsonSchema({**LoggerConfig.model_json_schema(), "description": LoggerConfig.__doc__}),
+]
+SearchConfigDict = Annotated[
+    dict[str, Any],
+    BeforeValidator(parse_json_object),
+    AfterValidator(_check_search_config),
+    WithJsonSchema({"type": "object", "maxProperties": 0}),
+]
 
 
 class TrainingRequest(StrictModel):
@@ -76,7 +99,10 @@ class TrainingRequest(StrictModel):
     logger_config: LoggerConfigDict = Field(
         description="MLflow names and intervals: experiment_name, run_name, tags, log_every_n_steps."
     )
-    runtime: RuntimeConfig | None = Field(
+    runtime: Annotated[
+        RuntimeConfig | None,
+        BeforeValidator(parse_json_object, json_schema_input_type=RuntimeConfig | str | None),
+    ] = Field(
         default=None,
         description="Where and within which limits it runs; null takes the deployment's defaults.",
     )
@@ -105,7 +131,7 @@ class SupervisedFineTuneRequest(TrainingRequest):
     model: str | None = Field(
         default=None,
         min_length=1,
-        description="Base model: a hub id, a path under an allowed root, or an MLflow URI;"
+        description="Base model: a hub id, or a folder or .gguf file under an allowed root;"
         " null is the deployment's default model.",
     )
     checkpoint_dir: str | None = Field(
@@ -113,9 +139,10 @@ class SupervisedFineTuneRequest(TrainingRequest):
         min_length=1,
         description="Folder under an allowed root that receives a copy of each checkpoint.",
     )
-    algorithm_config: Annotated[AlgorithmConfig | None, BeforeValidator(parse_json_object)] = Field(
-        default=None, description="LoRA or QAT; null trains every weight."
-    )
+    algorithm_config: Annotated[
+        AlgorithmConfig | None,
+        BeforeValidator(parse_json_object, json_schema_input_type=AlgorithmConfig | str | None),
+    ] = Field(default=None, description="LoRA or QAT; null trains every weight.")
 
 
 class PreferenceOptimizeRequest(TrainingRequest):
@@ -125,11 +152,12 @@ class PreferenceOptimizeRequest(TrainingRequest):
 
     finetuned_model: str = Field(
         min_length=1,
-        description="Model to start from: a hub id, a path under an allowed root, or an MLflow URI.",
+        description="Model to start from: a hub id, or a folder or .gguf file under an allowed root.",
     )
-    algorithm_config: Annotated[DPOAlignmentConfig, BeforeValidator(parse_json_object)] = Field(
-        description="Parameters of the preference loss."
-    )
+    algorithm_config: Annotated[
+        DPOAlignmentConfig,
+        BeforeValidator(parse_json_object, json_schema_input_type=DPOAlignmentConfig | str),
+    ] = Field(description="Parameters of the preference loss.")
 
 
 class URL(StrictModel):

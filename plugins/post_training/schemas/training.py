@@ -13,6 +13,10 @@ RESERVED_TAG_PREFIXES = ("post_training.", "airflow.", "mlflow.")
 """Tags of a run that the service and MLflow write themselves."""
 
 
+MAX_TAG_KEY_LENGTH, MAX_TAG_LENGTH = 250, 5000
+"""Characters that MLflow keeps of a tag; it cuts longer ones in silence."""
+
+
 class OptimizerType(Enum):
     """Optimizers: Adam, AdamW (decoupled weight decay), SGD."""
 
@@ -149,4 +153,10 @@ class LoggerConfig(StrictModel):
         taken = sorted(key for key in tags if key.startswith(RESERVED_TAG_PREFIXES))
         if taken:
             raise ValueError(f"keys must not start with {', '.join(RESERVED_TAG_PREFIXES)}, got {taken[0]!r}")
+        for key, value in tags.items():
+            if not key or len(key) > MAX_TAG_KEY_LENGTH or len(value) > MAX_TAG_LENGTH:
+                raise ValueError(
+                    f"a key may have {MAX_TAG_KEY_LENGTH} characters and a value {MAX_TAG_LENGTH},"
+                    f" got {len(key)} and {len(value)} at {key[:40]!r}"
+                )
         return tags

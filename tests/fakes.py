@@ -23,9 +23,13 @@ class FakeAccess:
     read: bool = True
     trigger: bool = True
     cancel: bool = True
+    logs: bool = True
 
     def may_read(self, dag_id: str) -> bool:
         return self.read
+
+    def may_read_logs(self, dag_id: str) -> bool:
+        return self.read and self.logs
 
     def may_trigger(self, dag_id: str) -> bool:
         return self.trigger

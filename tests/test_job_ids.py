@@ -20,10 +20,15 @@ def test_in_a_request_dag_the_run_is_the_job() -> None:
     ],
 )
 def test_elsewhere_the_id_leads_back_to_the_task(key: TaskKey) -> None:
-    assert key in list(candidate_keys(job_uuid_of(key)))
+    assert key in list(candidate_keys(job_uuid_of(key), {"nightly", "team.nightly", "team"}))
 
 
 def test_ids_of_mapped_tasks_differ() -> None:
     assert job_uuid_of(TaskKey("d", "r", "t", 0)) == "d.r.t.0"
     assert job_uuid_of(TaskKey("d", "r", "t")) == "d.r.t"
-    assert list(candidate_keys("plain-id")) == []
+    assert list(candidate_keys("plain-id", {"plain-id"})) == []
+
+
+def test_only_known_dags_are_looked_at_and_the_work_grows_with_the_length() -> None:
+    assert list(candidate_keys("nightly.run.sft", {"other", "supervised_fine_tune"})) == []
+    assert len(list(candidate_keys("d." + ".".join("1" * 400), {"d"}))) < 900

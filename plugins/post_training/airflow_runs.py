@@ -28,7 +28,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from post_training.errors import InvalidRequestError, JobNotFoundError, RecordUnavailableError
-from post_training.job_ids import REQUEST_DAGS, TaskKey, candidate_keys, job_uuid_of
+from post_training.job_ids import MAX_LENGTH, REQUEST_DAGS, TaskKey, candidate_keys, job_uuid_of
 
 TRAINING_OPERATORS = ("SupervisedFineTuneOperator", "PreferenceOptimizeOperator")
 """Class names by which the task-instance table knows the tasks that are jobs."""
@@ -88,6 +88,8 @@ class AirflowRuns:
 
     def find(self, job_uuid: str) -> JobTask | None:
         """Return the job's task, None where Airflow has no such task."""
+        if len(job_uuid) > MAX_LENGTH:
+            return None
         wanted = [
             and_(TaskInstance.run_id == job_uuid, TaskInstance.dag_id.in_(REQUEST_DAGS)),
             *(
@@ -97,7 +99,7 @@ class AirflowRuns:
                     TaskInstance.task_id == key.task_id,
                     TaskInstance.map_index == key.map_index,
                 )
-                for key in candidate_keys(job_uuid)
+                for key in candidate_keys(job_uuid, self.dag_ids())
             ),
         ]
         query = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from post_training.schemas.requests import REQUESTS
+
+MAX_LENGTH = 1000
+"""Characters of the longest id that is looked for."""
 
 REQUEST_DAGS = frozenset(REQUESTS)
 """DAGs behind the HTTP API and the form: one run is one job."""
@@ -33,15 +36,17 @@ def job_uuid_of(key: TaskKey) -> str:
     return f"{key.dag_id}.{key.run_id}.{key.task_id}{mapped}"
 
 
-def candidate_keys(job_uuid: str) -> Iterator[TaskKey]:
-    """Yield every task outside the request DAGs whose job would have this id.
+def candidate_keys(job_uuid: str, dag_ids: Collection[str]) -> Iterator[TaskKey]:
+    """Yield every task of these DAGs, the request DAGs apart, whose job would have this id.
 
-    Dots are allowed in all three names, so an id may be cut in several ways.
+    Dots are allowed in all three names, so what follows the DAG's may be cut in several ways.
     """
-    parts = job_uuid.split(".")
-    for first in range(1, len(parts) - 1):
-        for second in range(first + 1, len(parts)):
-            dag_id, run_id = ".".join(parts[:first]), ".".join(parts[first:second])
-            yield TaskKey(dag_id, run_id, ".".join(parts[second:]))
-            if len(parts) - second > 1 and parts[-1].isdecimal():
-                yield TaskKey(dag_id, run_id, ".".join(parts[second:-1]), int(parts[-1]))
+    for dag_id in dag_ids:
+        if dag_id in REQUEST_DAGS or not job_uuid.startswith(f"{dag_id}."):
+            continue
+        parts = job_uuid[len(dag_id) + 1 :].split(".")
+        for cut in range(1, len(parts)):
+            run_id = ".".join(parts[:cut])
+            yield TaskKey(dag_id, run_id, ".".join(parts[cut:]))
+            if len(parts) - cut > 1 and parts[-1].isdecimal():
+                yield TaskKey(dag_id, run_id, ".".join(parts[cut:-1]), int(parts[-1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from post_training.airflow_runs import JobTask, RunExistsError
@@ -16,8 +17,8 @@ from post_training.errors import (
     JobNotFoundError,
     RecordUnavailableError,
 )
-from post_training.job_ids import TaskKey
-from post_training.reconcile import Verdict, reconcile
+from post_training.job_ids import TaskKey, candidate_keys
+from post_training.reconcile import OF_MLFLOW, Verdict, reconcile
 from post_training.record import run_params, run_tags
 from post_training.schemas import record as names
 from post_training.schemas.flat import flatten
@@ -34,12 +35,18 @@ from post_training.tracking import JobRun, Tracking
 logger = logging.getLogger(__name__)
 
 
+SUBMIT_TIME = timedelta(minutes=10)
+"""A run without a task that is younger may be one whose submit is under way."""
+
+
 class Access(Protocol):
     """What the caller may do, by DAG."""
 
     user_name: str
 
     def may_read(self, dag_id: str) -> bool: ...
+
+    def may_read_logs(self, dag_id: str) -> bool: ...
 
     def may_trigger(self, dag_id: str) -> bool: ...
 
@@ -90,6 +97,7 @@ class JobService:
         conf = flatten(request)
         if self._is_known(request.job_uuid, dag_id, conf):
             return PostTrainingJob(job_uuid=request.job_uuid)
+        self._refuse_taken_names(request.job_uuid)
         problems = unsupported(request)
         if problems:
             raise InvalidRequestError(problems)
@@ -116,6 +124,15 @@ class JobService:
         if known.key.dag_id != dag_id or submitted != conf:
             raise JobConflictError(f"job_uuid {job_uuid!r} belongs to a job with another request")
         return True
+
+    def _refuse_taken_names(self, job_uuid: str) -> None:
+        """Refuse an id that a task of another DAG has, or will have."""
+        taken = next(candidate_keys(job_uuid, self._runs.dag_ids()), None)
+        if taken is not None:
+            raise InvalidRequestError.of(
+                "job_uuid",
+                f"must not start with {taken.dag_id!r} and a dot: jobs of that DAG's tasks are named so",
+            )
 
     def _create_run(self, request: AnyTrainingRequest) -> JobRun:
         key = TaskKey(request.method, request.job_uuid, names.REQUEST_TASK_ID)
@@ -165,6 +182,8 @@ class JobService:
         )
 
     def _mended(self, task: JobTask | None, run: JobRun | None) -> Verdict:
+        if task is None and run is not None and datetime.now(UTC) - run.created_at < SUBMIT_TIME:
+            return Verdict(OF_MLFLOW[run.status])
         verdict = reconcile(
             run.status if run is not None else None,
             task.state if task is not None else None,
@@ -196,16 +215,20 @@ class JobService:
         status = self._mended(task, run).status
         if task is None or status.ended:
             raise JobConflictError(f"job {job_uuid!r} has ended: {status.value}")
-        self._runs.cancel(task.key)
-        if run is not None:
+        if run is not None:  # first, so that without MLflow nothing has happened yet
+            self._tracking().set_tags(run.run_id, {names.TAG_CANCELLED_ATTEMPT: str(task.attempt)})
             self._tracking().set_status(run.run_id, "KILLED")
+        self._runs.cancel(task.key)
 
     def logs(self, job_uuid: str, access: Access) -> PostTrainingJobLogStream:
         """Return the lines of a job's log so far, all attempts.
 
         :raises JobNotFoundError: if there is no such job, or the caller may not see it.
+        :raises ForbiddenError: if the caller may see the job but no logs.
         """
         task, _ = self._locate(job_uuid, access)
+        if task is not None and not access.may_read_logs(task.key.dag_id):
+            raise ForbiddenError(f"{access.user_name} may not read logs of the DAG {task.key.dag_id!r}")
         lines = self._runs.log_lines(task) if task is not None else []
         return PostTrainingJobLogStream(job_uuid=job_uuid, log_lines=lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.errors import RecordUnavailableError
+from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 
@@ -24,6 +25,12 @@ MAX_PARAM_LENGTH = 6_000
 
 _EXPERIMENT_KIND = "mlflow.experimentKind"
 """Without it MLflow's pages show the experiment as one of traces and prompts."""
+
+_REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST"})
+"""MLflow's words for what asking again would not change."""
+
+_FILTERABLE = re.compile(r"[A-Za-z0-9_.~:+-]+")
+"""What a job's id is made of, and nothing that MLflow's filter language reads as its own."""
 
 TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
 
@@ -77,9 +84,6 @@ class Tracking:
     @cached_property
     def _client(self) -> MlflowClient:
         os.environ.update(self.server.environment())
-        # MLflow's own defaults repeat a failed call for minutes; a caller of ours waits for the answer.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
 
@@ -112,7 +116,7 @@ class Tracking:
                 self._log_params(run.info.run_id, params)
                 self._client.log_dict(run.info.run_id, request, names.ARTIFACT_REQUEST)
                 return _job_run(self._client.get_run(run.info.run_id))
-        except RecordUnavailableError:
+        except PostTrainingError:
             self.discard(run.info.run_id)
             raise
 
@@ -157,12 +161,13 @@ class Tracking:
 
     def find(self, job_uuid: str) -> JobRun | None:
         """Return the job's run, the oldest if there are several, or None."""
-        quoted = job_uuid.replace("'", "")
+        if not _FILTERABLE.fullmatch(job_uuid):
+            return None
         with _answers():
             ids = [e.experiment_id for e in self._client.search_experiments()]
             runs = self._client.search_runs(
                 ids,
-                filter_string=f"tags.`{names.TAG_JOB_UUID}` = '{quoted}'",
+                filter_string=f"tags.`{names.TAG_JOB_UUID}` = '{job_uuid}'",
                 order_by=["attributes.start_time ASC"],
                 max_results=1,
             )
@@ -241,6 +246,8 @@ def _answers() -> Iterator[None]:
         yield
     except (MlflowException, RequestException, OSError) as error:
         first_line = str(error).partition("\n")[0][:200]
+        if isinstance(error, MlflowException) and error.error_code in _REFUSALS:
+            raise InvalidRequestError.of("logger_config", f"MLflow refuses it: {first_line}") from error
         raise RecordUnavailableError(f"MLflow does not answer: {first_line}") from error
 
 

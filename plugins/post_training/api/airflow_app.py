@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
+from airflow.sdk.exceptions import AirflowNotFoundException
 from fastapi import FastAPI
 
 from post_training.airflow_runs import AirflowRuns
 from post_training.api.app import create_app
 from post_training.api.auth import current_access
 from post_training.datasets import Resolver
+from post_training.errors import RecordUnavailableError
 from post_training.jobs import JobService
 from post_training.operators.hooks import MLflowHook
 from post_training.settings import load_settings
@@ -20,9 +24,17 @@ def build_app() -> FastAPI:
     :raises ValueError: if a setting is out of range.
     """
     settings = load_settings()
+    # MLflow's own defaults repeat a failed call for minutes, in a thread that Airflow's pages need too.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
     def tracking() -> Tracking:
-        return MLflowHook(settings.mlflow_conn_id).get_conn()
+        try:
+            return MLflowHook(settings.mlflow_conn_id).get_conn()
+        except (AirflowNotFoundException, ValueError) as error:
+            raise RecordUnavailableError(
+                f"the connection {settings.mlflow_conn_id!r} does not lead to MLflow: {error}"
+            ) from None
 
     service = JobService(AirflowRuns(), tracking, Resolver(settings))
     return create_app(service, current_access, max_body_bytes=settings.max_body_bytes)

@@ -33,6 +33,10 @@ class AirflowAccess:
         """Whether the caller may see the DAG's runs."""
         return self._may("GET", dag_id)
 
+    def may_read_logs(self, dag_id: str) -> bool:
+        """Whether the caller may read the logs of the DAG's tasks."""
+        return self._may("GET", dag_id, DagAccessEntity.TASK_LOGS)
+
     def may_trigger(self, dag_id: str) -> bool:
         """Whether the caller may start runs of the DAG."""
         return self._may("POST", dag_id)
@@ -41,10 +45,12 @@ class AirflowAccess:
         """Whether the caller may change runs of the DAG."""
         return self._may("PUT", dag_id)
 
-    def _may(self, method: ResourceMethod, dag_id: str) -> bool:
+    def _may(
+        self, method: ResourceMethod, dag_id: str, entity: DagAccessEntity = DagAccessEntity.RUN
+    ) -> bool:
         return get_auth_manager().is_authorized_dag(
             method=method,
-            access_entity=DagAccessEntity.RUN,
+            access_entity=entity,
             details=DagDetails(id=dag_id, team_name=team_of(dag_id)),
             user=self.user,
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
 from airflow.sdk import BaseHook
+from airflow.sdk.exceptions import AirflowNotFoundException
 
 from post_training.errors import (
     ForbiddenError,
@@ -18,6 +18,7 @@ from post_training.errors import (
     PostTrainingError,
     RecordUnavailableError,
 )
+from post_training.schemas.base import parse_json_object
 from post_training.schemas.jobs import (
     ListPostTrainingJobsResponse,
     PostTrainingJobArtifactsResponse,
@@ -65,10 +66,12 @@ class MLflowHook(BaseHook):
 def tracking_server(connection: Connection) -> TrackingServer:
     """Read a connection of type ``mlflow``.
 
-    :raises ValueError: if it names no host.
+    :raises ValueError: if it names no host, or a password inside it, which links and errors would show.
     """
     if not connection.host:
         raise ValueError(f"connection {connection.conn_id!r} has no host: it must be MLflow's tracking URI")
+    if "@" in connection.host:
+        raise ValueError(f"connection {connection.conn_id!r}: put the login beside the host, not into it")
     extra = connection.extra_dejson
     host = connection.host if "://" in connection.host else f"http://{connection.host}"
     port = f":{connection.port}" if connection.port else ""
@@ -130,14 +133,20 @@ class PostTrainingHook(BaseHook):
         return str(answer.json()["access_token"])
 
     def runtime_defaults(self) -> dict[str, Any]:
-        """Return the connection's defaults of the runtime block.
+        """Return the connection's defaults of the runtime block; none without a connection.
 
         :raises InvalidRequestError: if they are no valid runtime block.
         """
-        defaults = self.get_connection(self.post_training_conn_id).extra_dejson.get("runtime") or {}
-        if isinstance(defaults, str):
-            defaults = json.loads(defaults)
-        return RuntimeConfig.model_validate(defaults).model_dump(exclude_unset=True)
+        try:
+            connection = self.get_connection(self.post_training_conn_id)
+        except AirflowNotFoundException:
+            return {}
+        try:
+            defaults = parse_json_object(connection.extra_dejson.get("runtime") or {})
+            return RuntimeConfig.model_validate(defaults).model_dump(exclude_unset=True)
+        except ValueError as error:
+            field = f"connection {self.post_training_conn_id} extra runtime"
+            raise InvalidRequestError([{"loc": [field], "msg": str(error), "type": "value_error"}]) from None
 
     def list_jobs(self) -> ListPostTrainingJobsResponse:
         """Return all jobs that the connection's user may see."""

@@ -9,6 +9,7 @@ import argparse
 import socket
 import sys
 import threading
+from contextlib import suppress
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -43,17 +44,17 @@ def main() -> int:
         job = submit(servers, model=model, train=train, validation=validation)
         follow(job, console)
         report(job, console, model=model, validation=validation)
-    except JobFailedError as error:
-        console.print(f"[red]{error}")
-        return 1
-    else:
-        return 0
-    finally:
         if options.detach:
             console.print("\nThe servers stay up: [bold]make stop[/] ends them.")
         else:
             wait_for_interrupt(console)
+    except JobFailedError as error:
+        console.print(f"[red]{error}")
+        return 1
+    finally:
+        if not options.detach:
             servers.stop()
+    return 0
 
 
 def running_servers(console: Console, model: Path) -> Standalone:
@@ -63,6 +64,7 @@ def running_servers(console: Console, model: Path) -> Standalone:
         servers.token()
     except (FileNotFoundError, httpx.HTTPError):
         with console.status("Starting Airflow and MLflow"):
+            stop_what_is_left()
             servers = Standalone(
                 HOME,
                 dags_folder=ROOT / "dags",
@@ -73,6 +75,12 @@ def running_servers(console: Console, model: Path) -> Standalone:
     console.print(f"Airflow  {servers.airflow_url}  (user admin, password {servers.password()})")
     console.print(f"MLflow   {servers.mlflow_url}\n")
     return servers
+
+
+def stop_what_is_left() -> None:
+    """End servers of which not both answer."""
+    with suppress(FileNotFoundError):
+        Standalone.attach(HOME).stop()
 
 
 def is_free(port: int) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import lightning.pytorch as pl
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+INPUTS_FILE = Path("resume", "inputs.json")
+
 DEFAULT_STEPS_PER_EPOCH = TrainingConfig.model_fields["max_steps_per_epoch"].default
 
 
@@ -65,7 +69,9 @@ def run_job(
     tokenizer = load_tokenizer(spec.model)
     config = load_config(spec.model)
     length = cap_sequence_length(config, setting.runtime.max_seq_length)
-    data = build_data(setting, tokenizer, length, record, notices)
+    data, digests = build_data(setting, tokenizer, length, record, notices)
+    if not continues(spec, digests):
+        record.start_over()
     model = build_model(setting, config, length)
     module = build_module(setting, model, data, record, should_stop)
     checkpoints = Checkpoints(
@@ -83,16 +89,19 @@ def run_job(
 
 def build_data(
     setting: Setting, tokenizer: PreTrainedTokenizerBase, length: int, record: JobRecord, notices: Notices
-) -> FineTuningData:
-    """Read, tokenize and arrange the rows.
+) -> tuple[FineTuningData, list[str]]:
+    """Read, tokenize and arrange the rows; return them and the digests of what was read.
 
     :param length: the longest sequence in tokens.
     :raises DataError: if they cannot be read or are bad.
     """
     training, data, runtime = setting.spec.request.training_config, setting.data, setting.runtime
-    train = _examples(setting, setting.spec.train_data, "training", tokenizer, length, record)
+    train, digest = _examples(setting, setting.spec.train_data, "training", tokenizer, length, record)
+    digests = [digest]
     if setting.spec.validation_data is not None and training.max_validation_steps != 0:
-        validation = _examples(setting, setting.spec.validation_data, "validation", tokenizer, length, record)
+        source = setting.spec.validation_data
+        validation, digest = _examples(setting, source, "validation", tokenizer, length, record)
+        digests.append(digest)
     else:
         validation = train
     module = FineTuningData(
@@ -109,7 +118,27 @@ def build_data(
         steps_per_epoch=training.max_steps_per_epoch,
     )
     _give_notice(setting, module, notices)
-    return module
+    return module, digests
+
+
+def continues(spec: TrainerSpec, digests: list[str]) -> bool:
+    """Whether the job's folder holds the state of this very training, or none; another's is removed.
+
+    A job whose data changed between two attempts trains from the start, as it would have without the first.
+
+    :param digests: of the data that was read.
+    """
+    inputs = spec.work_dir / INPUTS_FILE
+    resume_file = spec.work_dir / RESUME_FILE
+    request = spec.request.model_dump(mode="json", exclude={"job_uuid"})
+    current = json.dumps({"request": request, "model": spec.model, "data": digests}, sort_keys=True)
+    same = not inputs.exists() or inputs.read_text() == current
+    if not same:
+        log.warning("the data or the request changed since the last attempt: training from the start")
+        resume_file.unlink(missing_ok=True)
+    inputs.parent.mkdir(parents=True, exist_ok=True)
+    inputs.write_text(current)
+    return same
 
 
 def _examples(
@@ -119,7 +148,7 @@ def _examples(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     record: JobRecord,
-) -> list[Example]:
+) -> tuple[list[Example], str]:
     dataset = read_dataset(source)
     examples = tokenize_dataset(
         dataset,
@@ -140,7 +169,7 @@ def _examples(
         context=context,
     )
     log.info("%s data: %d rows, %d tokens", context, len(examples), sum(map(len, examples)))
-    return examples
+    return examples, dataset.digest
 
 
 def _give_notice(setting: Setting, data: FineTuningData, notices: Notices) -> None:

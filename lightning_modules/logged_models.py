@@ -52,6 +52,16 @@ class LoggedModels:
         self._attach(model.model_id, step)
         return self._checkpoint(model)
 
+    def delete_all(self) -> None:
+        """Delete every checkpoint of the run.
+
+        :raises Exception: whatever MLflow's client raises.
+        """
+        run_filter = f"source_run_id = '{self._run_id}'"
+        while models := self._client.search_logged_models([self._experiment_id], filter_string=run_filter):
+            for model in models:
+                self._client.delete_logged_model(model.model_id)
+
     def discard_unfinished(self, epoch: int) -> None:
         """Remove this epoch's half-made models as far as MLflow answers; never raises."""
         try:

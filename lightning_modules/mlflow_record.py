@@ -74,6 +74,17 @@ class MLflowRecord(LocalRecord):
             what = f"the checkpoint of epoch {metrics.epoch}"
             raise RecordUnavailableError(f"MLflow did not take {what}: {error}") from error
 
+    def start_over(self) -> None:
+        """Take every step as new, and delete the run's checkpoints.
+
+        :raises RecordUnavailableError: if MLflow does not delete them.
+        """
+        super().start_over()
+        try:
+            self._retry(self._models.delete_all, self._pauses)
+        except Exception as error:
+            raise RecordUnavailableError(f"MLflow did not delete old checkpoints: {error}") from error
+
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Delete the logged model, or warn after a second try that it could not be."""
         model_id = checkpoint.path.removeprefix("models:/")

@@ -51,6 +51,12 @@ class JobRecord(Protocol):
         :raises RecordUnavailableError: if the files could not be stored after several tries.
         """
 
+    def start_over(self) -> None:
+        """Forget what earlier attempts recorded of steps and epochs: they trained something else.
+
+        :raises RecordUnavailableError: if their checkpoints could not be removed.
+        """
+
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint from the record; a failure is logged, not raised."""
 
@@ -110,6 +116,10 @@ class LocalRecord:
             path=folder.as_posix(),
             training_metrics=metrics,
         )
+
+    def start_over(self) -> None:
+        """Take every step as new."""
+        self._recorded.clear()
 
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Do nothing: whoever made the folder removes it."""

@@ -14,9 +14,16 @@ def run_tags(request: AnyTrainingRequest, key: TaskKey) -> dict[str, str]:
     """Return the run's tags; the caller's own come first, so that they cannot replace ours."""
     return {
         **request.logger_config.get("tags", {}),
-        names.TAG_JOB_UUID: job_uuid_of(key),
+        **identity_tags(key),
         names.TAG_PAYLOAD_HASH: request.payload_hash(),
         names.TAG_METHOD: request.method,
+    }
+
+
+def identity_tags(key: TaskKey) -> dict[str, str]:
+    """Return the tags that say which task's job a run is of."""
+    return {
+        names.TAG_JOB_UUID: job_uuid_of(key),
         names.TAG_DAG_ID: key.dag_id,
         names.TAG_RUN_ID: key.run_id,
         names.TAG_TASK_ID: key.task_id,
@@ -33,4 +40,6 @@ def _shown(value: Any) -> Any:
     """Name a data set that was sent inside the request by its size; the rest is shown as it is."""
     if isinstance(value, str) and value.startswith("data:"):
         return f"data: URI of {len(value)} characters"
+    if isinstance(value, str) and value.startswith("https:"):
+        return value.partition("?")[0]  # a signed address carries its key behind it
     return value

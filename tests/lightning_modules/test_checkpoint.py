@@ -44,7 +44,7 @@ def train(
     setting, record = Setting.of(spec), record or open_record(spec)
     torch.manual_seed(setting.runtime.seed)
     tokenizer, config = load_tokenizer(spec.model), load_config(spec.model)
-    data = build_data(setting, tokenizer, 128, record, Notices(record))
+    data, _ = build_data(setting, tokenizer, 128, record, Notices(record))
     module = build_module(setting, build_model(setting, config, 128), data, record, should_stop)
     keep = setting.runtime.save_total_limit
     checkpoints = Checkpoints(

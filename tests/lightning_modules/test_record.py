@@ -285,6 +285,21 @@ def test_a_checkpoint_is_listed_with_its_metrics_and_comes_back_byte_for_byte(
         assert (copy / file).read_bytes() == (folder / file).read_bytes()
 
 
+def test_starting_over_forgets_checkpoints_and_steps(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    first = open_record(spec)
+    first.log_metrics({"train_loss": 1.0}, 1)
+    first.log_checkpoint(folder, step=1, metrics=EPOCH_0)
+    first.close()
+    second = open_record(retried(spec))
+    second.start_over()
+    second.log_metrics({"train_loss": 5.0}, 1)
+    second.close()
+    assert models(client, run_id) == []
+    assert sorted(points(client, run_id)) == [(1, 1.0), (1, 5.0)]
+
+
 def test_a_discarded_checkpoint_is_gone_and_another_stays(
     client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
 ) -> None:

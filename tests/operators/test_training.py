@@ -17,6 +17,7 @@ from post_training.errors import InvalidRequestError
 from post_training.job_ids import TaskKey
 from post_training.operators.params import FORM_DEFAULTS
 from post_training.operators.training import PreferenceOptimizeOperator, SupervisedFineTuneOperator
+from post_training.record import identity_tags
 from post_training.schemas.flat import flatten
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.schemas.trainer import TrainerSpec
@@ -80,7 +81,7 @@ class Workplace:
 
     @property
     def work_dir(self) -> Path:
-        return self.home / "jobs" / "job-1"
+        return self.home / "jobs" / "supervised_fine_tune" / "job-1" / "train"
 
 
 @pytest.fixture
@@ -190,11 +191,47 @@ def test_a_job_cancelled_while_it_finishes_stays_cancelled(workplace: Workplace)
 
 
 def test_the_run_made_at_submit_is_used(workplace: Workplace) -> None:
-    workplace.tracking.create_run(
-        name="", experiment=None, tags={"post_training.job_uuid": "job-1"}, params={}, request={}
-    )
+    workplace.tracking.create_run(name="", experiment=None, tags=identity_tags(KEY), params={}, request={})
     workplace.operator().execute(workplace.context(conf={"mlflow_run_id": "run-1"}))
     assert list(workplace.tracking.runs) == ["run-1"]
+
+
+def test_a_cleared_job_that_had_completed_is_a_new_training(workplace: Workplace) -> None:
+    workplace.operator().execute(workplace.context())
+    workplace.operator().execute(workplace.context())
+    first, second = workplace.tracking.runs.values()
+    assert (first.status, second.status) == ("FINISHED", "FINISHED")
+    assert first.tags["post_training.job_uuid"] == "job-1 (superseded)"
+    assert second.tags["post_training.job_uuid"] == "job-1"
+
+
+def test_a_failed_job_goes_on_unless_it_asks_for_something_else(workplace: Workplace) -> None:
+    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
+    for _ in range(2):
+        with pytest.raises(AirflowException):
+            workplace.operator().execute(workplace.context())
+    assert list(workplace.tracking.runs) == ["run-1"]
+    assert (workplace.work_dir / "state").exists()
+    workplace.trains("sys.exit(0 if (spec.parent / 'state').exists() else 5)")
+    with pytest.raises(AirflowException, match="exit code 5"):
+        workplace.operator(runtime={"seed": 8}).execute(workplace.context())
+    assert list(workplace.tracking.runs) == ["run-1", "run-2"]
+
+
+def test_a_job_cancelled_while_it_was_starting_does_not_begin(workplace: Workplace) -> None:
+    tags = {**identity_tags(KEY), "post_training.cancelled_attempt": "1"}
+    workplace.tracking.create_run(name="", experiment=None, tags=tags, params={}, request={})
+    workplace.tracking.set_status("run-1", "KILLED")
+    with pytest.raises(AirflowException, match="cancelled before it began"):
+        workplace.operator().execute(workplace.context())
+    assert workplace.tracking.runs["run-1"].status == "KILLED"
+
+
+def test_two_tasks_whose_names_add_up_to_one_id_share_nothing(workplace: Workplace) -> None:
+    first, second = TaskKey("a", "b.c", "sft"), TaskKey("a", "b", "c.sft")
+    for key in (first, second):
+        workplace.operator().execute(workplace.context(key))
+    assert [run.tags["airflow.run_id"] for run in workplace.tracking.runs.values()] == ["b.c", "b"]
 
 
 def test_a_run_of_another_job_is_not_written_to(workplace: Workplace) -> None:
@@ -267,6 +304,33 @@ def test_the_form_as_it_is_shown_makes_a_lora_request(workplace: Workplace) -> N
     request = operator.build_request(KEY)
     assert request.algorithm_config is not None
     assert request.training_config.max_steps_per_epoch == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("{'n_epochs': 1}", "request: must be an object or a JSON string of one.*tojson"),
+        ("[]", "request: must be an object, got list"),
+        ({"job_uuid": "another"}, "job_uuid: must be left out or be 'job-1'"),
+    ],
+)
+def test_a_request_that_is_none_is_refused(workplace: Workplace, given: Any, sentence: str) -> None:
+    with pytest.raises(InvalidRequestError, match=sentence):
+        SupervisedFineTuneOperator(task_id="train", request=given).build_request(KEY)
+
+
+def test_without_a_post_training_connection_the_schemas_defaults_hold(workplace: Workplace) -> None:
+    operator = workplace.operator(post_training_conn_id="missing")
+    operator.execute(workplace.context())
+    assert workplace.tracking.runs["run-1"].status == "FINISHED"
+
+
+def test_bad_defaults_in_the_connection_are_named(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect(monkeypatch, host="http://airflow/post-training", extra={"runtime": {"sead": 7}})
+    with pytest.raises(AirflowFailException, match=r"post_training_default extra runtime\.sead: Extra"):
+        workplace.operator().execute(workplace.context())
 
 
 def test_a_request_beside_single_fields_is_refused(workplace: Workplace) -> None:

@@ -191,7 +191,7 @@ def test_a_running_job_is_cancelled_for_good(deployment: Deployment) -> None:
 
 def trainers_of(job_uuid: str) -> list[psutil.Process]:
     """The trainer processes of a job."""
-    wanted = f"/jobs/{job_uuid}/spec.json"
+    wanted = f"/{job_uuid}/train/spec.json"
     return [
         process
         for process in psutil.process_iter(["cmdline"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
+from pydantic import ValidationError
 
 from post_training.errors import (
     ForbiddenError,
@@ -24,6 +25,7 @@ from post_training.schemas.jobs import (
     PostTrainingJobArtifactsResponse,
     PostTrainingJobStatusResponse,
 )
+from post_training.schemas.requests import error_details
 from post_training.schemas.training import RuntimeConfig
 from post_training.tracking import Tracking, TrackingServer
 
@@ -144,9 +146,12 @@ class PostTrainingHook(BaseHook):
         try:
             defaults = parse_json_object(connection.extra_dejson.get("runtime") or {})
             return RuntimeConfig.model_validate(defaults).model_dump(exclude_unset=True)
+        except ValidationError as error:
+            found = error_details(error.errors())
         except ValueError as error:
-            field = f"connection {self.post_training_conn_id} extra runtime"
-            raise InvalidRequestError([{"loc": [field], "msg": str(error), "type": "value_error"}]) from None
+            found = [{"loc": [], "msg": str(error), "type": "json_invalid"}]
+        place = f"connection {self.post_training_conn_id} extra runtime"
+        raise InvalidRequestError([{**detail, "loc": [place, *detail["loc"]]} for detail in found])
 
     def list_jobs(self) -> ListPostTrainingJobsResponse:
         """Return all jobs that the connection's user may see."""

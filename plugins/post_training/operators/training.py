@@ -22,7 +22,7 @@ from post_training.launch.process import TrainerProcess
 from post_training.operators.hooks import MLflowHook, PostTrainingHook
 from post_training.operators.links import MLflowRunLink
 from post_training.operators.params import FORM_DEFAULTS
-from post_training.record import run_params, run_tags
+from post_training.record import identity_tags, run_params, run_tags
 from post_training.schemas import record as names
 from post_training.schemas.flat import unflatten
 from post_training.schemas.requests import (
@@ -121,7 +121,7 @@ class TrainingOperator(BaseOperator):
         try:
             request = self.build_request(key)
             run = self._open_run(request, key, context)
-            spec = self._write_spec(request, run, context["ti"].try_number)
+            spec = self._write_spec(request, run, key, context["ti"].try_number)
             result = self._train(spec)
         except InvalidRequestError as error:
             self._conclude(run or self._open_refused_run(key, context), "FAILED", str(error))
@@ -170,7 +170,11 @@ class TrainingOperator(BaseOperator):
         """
         model = REQUESTS[self.method]
         body = self._body(model)
-        body["job_uuid"] = job_uuid_of(key)
+        job_uuid = job_uuid_of(key)
+        if body.setdefault("job_uuid", job_uuid) != job_uuid:
+            raise InvalidRequestError.of(
+                "job_uuid", f"must be left out or be {job_uuid!r}, the id of this task's job"
+            )
         # Templates render to strings unless the DAG renders native objects, so numbers may come as text.
         try:
             request = model.model_validate(body, strict=False)
@@ -188,9 +192,7 @@ class TrainingOperator(BaseOperator):
             return {**empty, **single}
         if single:
             raise InvalidRequestError.of(next(iter(single)), "was given beside request: give one of them")
-        given = json.loads(self.request) if isinstance(self.request, str) else dict(self.request)
-        if not isinstance(given, dict):
-            raise InvalidRequestError.of("request", f"must be an object, got {type(given).__name__}")
+        given = _parsed(self.request)
         given.pop(names.CONF_MLFLOW_RUN, None)
         if any("." in name for name in given):
             given = unflatten(model, given, form_defaults=FORM_DEFAULTS[self.method])
@@ -198,7 +200,12 @@ class TrainingOperator(BaseOperator):
 
     def _open_run(self, request: AnyTrainingRequest, key: TaskKey, context: Context) -> JobRun:
         """Find the job's run or make it, and set it to RUNNING."""
-        run = self._existing_run(request.job_uuid, context)
+        run = self._existing_run(key, context)
+        if run is not None and self._is_another_training(run, request):
+            self.log.info("MLflow run %s stays as it is: this is another training", run.run_id)
+            self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: f"{request.job_uuid} (superseded)"})
+            shutil.rmtree(_work_dir(key), ignore_errors=True)
+            run = None
         if run is None:
             run = self.tracking.create_run(
                 name=request.logger_config.get("run_name") or request.job_uuid,
@@ -207,34 +214,40 @@ class TrainingOperator(BaseOperator):
                 params=run_params(request),
                 request=request.model_dump(mode="json"),
             )
+        if run.tags.get(names.TAG_CANCELLED_ATTEMPT) == str(context["ti"].try_number):
+            raise TrainerError("The job was cancelled before it began.")
         self._note_run(run, context)
         self.tracking.set_status(run.run_id, "RUNNING")
         return run
 
-    def _existing_run(self, job_uuid: str, context: Context) -> JobRun | None:
+    @staticmethod
+    def _is_another_training(run: JobRun, request: AnyTrainingRequest) -> bool:
+        """Whether the task was cleared after its job had completed, or asks for something else by now.
+
+        What such a run holds is the record of what was trained then; only an attempt at the same may go on.
+        """
+        recorded = run.tags.get(names.TAG_PAYLOAD_HASH)
+        return run.status == "FINISHED" or (recorded is not None and recorded != request.payload_hash())
+
+    def _existing_run(self, key: TaskKey, context: Context) -> JobRun | None:
+        """Return the run of this very task: ids are made of names, and two tasks' names may add up to one."""
+        job_uuid = job_uuid_of(key)
         run_id = (context["dag_run"].conf or {}).get(names.CONF_MLFLOW_RUN)
-        run = self.tracking.get(run_id) if isinstance(run_id, str) else None
-        if run is not None and run.tags.get(names.TAG_JOB_UUID) == job_uuid:
-            return run
-        return self.tracking.find(job_uuid)
+        named = self.tracking.get(run_id) if isinstance(run_id, str) else None
+        for run in (named, self.tracking.find(job_uuid)):
+            if run is not None and identity_tags(key).items() <= run.tags.items():
+                return run
+        return None
 
     def _open_refused_run(self, key: TaskKey, context: Context) -> JobRun | None:
         """Find or make the run of a request that is not even valid, so that it too has a record."""
-        job_uuid = job_uuid_of(key)
         try:
-            run = self._existing_run(job_uuid, context) or self.tracking.create_run(
-                name=job_uuid,
+            run = self._existing_run(key, context) or self.tracking.create_run(
+                name=job_uuid_of(key),
                 experiment=None,
-                tags={
-                    names.TAG_JOB_UUID: job_uuid,
-                    names.TAG_METHOD: self.method,
-                    names.TAG_DAG_ID: key.dag_id,
-                    names.TAG_RUN_ID: key.run_id,
-                    names.TAG_TASK_ID: key.task_id,
-                    names.TAG_MAP_INDEX: str(key.map_index),
-                },
+                tags={**identity_tags(key), names.TAG_METHOD: self.method},
                 params={},
-                request={"given": self.request if self.request is not None else self.request_fields()},
+                request={},  # what was given is in the task's rendered fields; it may hold anything
             )
             self._note_run(run, context)
         except RecordUnavailableError as error:
@@ -252,15 +265,17 @@ class TrainingOperator(BaseOperator):
         )
         self.log.info("MLflow run %s: %s", run.run_id, self.mlflow_run_url)
 
-    def _write_spec(self, request: AnyTrainingRequest, run: JobRun, attempt: int) -> TrainerSpec:
+    def _write_spec(
+        self, request: AnyTrainingRequest, run: JobRun, key: TaskKey, attempt: int
+    ) -> TrainerSpec:
         """Resolve what the request names and write the trainer's instructions into the job's folder."""
         assert isinstance(request, SupervisedFineTuneRequest)  # noqa: S101
         settings = load_settings()
         resolver = Resolver(settings)
         request = self._with_runtime_defaults(request)
         self.tracking.add_params(run.run_id, run_params(request))
-        work_dir = settings.home / "jobs" / request.job_uuid
-        work_dir.mkdir(parents=True, exist_ok=True)
+        work_dir = _work_dir(key)
+        work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         spec = TrainerSpec(
             request=request,
             model=resolver.model(request),
@@ -292,6 +307,7 @@ class TrainingOperator(BaseOperator):
                 trainer_argv(load_settings().trainer_python, spec.work_dir / SPEC_FILE),
                 trainer_environment(os.environ, self.tracking.server.environment()),
                 log_file,
+                folder=spec.work_dir,
             )
             if self._stopped:
                 self._process.stop()
@@ -371,6 +387,32 @@ class PreferenceOptimizeOperator(TrainingOperator):
 def _task_key(context: Context) -> TaskKey:
     ti = context["ti"]
     return TaskKey(ti.dag_id, ti.run_id, ti.task_id, ti.map_index if ti.map_index is not None else -1)
+
+
+def _work_dir(key: TaskKey) -> Path:
+    """Return the folder of a task's job, shared by its attempts."""
+    mapped = "" if key.map_index < 0 else f".{key.map_index}"
+    return load_settings().home / "jobs" / key.dag_id / key.run_id / f"{key.task_id}{mapped}"
+
+
+def _parsed(given: Mapping[str, Any] | str) -> dict[str, Any]:
+    """Read a request that may be a JSON string.
+
+    :raises InvalidRequestError: if it is no object.
+    """
+    if not isinstance(given, str):
+        return dict(given)
+    try:
+        value = json.loads(given)
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError.of(
+            "request",
+            f"must be an object or a JSON string of one: {error}; a DAG without"
+            " render_template_as_native_obj=True renders objects as Python text, use a tojson filter there",
+        ) from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError.of("request", f"must be an object, got {type(value).__name__}")
+    return value
 
 
 def _read_result(path: Path, code: int) -> TrainerResult:

@@ -37,6 +37,8 @@ PERMANENT_ERRORS = (
     DivergenceError,
     InvalidRequestError,
     ValidationError,
+    NotADirectoryError,
+    PermissionError,
 )
 
 log = logging.getLogger(__name__)

@@ -64,7 +64,7 @@ class FakeRuns:
         return [job_uuid_of(t.key) for t in reversed(self.tasks.values()) if t.key.dag_id in dag_ids]
 
     def dag_ids(self) -> set[str]:
-        return {"supervised_fine_tune", "preference_optimize"}
+        return {"supervised_fine_tune", "preference_optimize", *(t.key.dag_id for t in self.tasks.values())}
 
     def cancel(self, key: TaskKey) -> None:
         job_uuid = job_uuid_of(key)

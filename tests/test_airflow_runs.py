@@ -55,6 +55,9 @@ def test_a_triggered_job_is_found_with_its_conf(runs: Any) -> None:
     assert task.scheduled_at is not None
     assert task.conf == CONF
     assert runs.find("nobody") is None
+    assert runs.find("\ud800") is None
+    assert runs.find("team.nightly." + "1." * 450 + "1") is None
+    assert runs.find("team.nightly." + "1." * 5000) is None
 
 
 def test_a_second_run_of_the_same_id_is_told_apart(runs: Any) -> None:

@@ -161,6 +161,12 @@ def test_the_default_model_is_for_requests_without_one(root: Path) -> None:
 def test_checkpoints_go_into_the_jobs_own_folder(resolver: Resolver, root: Path) -> None:
     assert resolver.checkpoint_dir(request(checkpoint_dir=str(root / "out"))) == root / "out" / "job-1"
     assert resolver.checkpoint_dir(request(checkpoint_dir=None)) is None
+    with pytest.raises(
+        InvalidRequestError, match=r"checkpoint_dir: must be a folder, 'train\.jsonl' is none"
+    ):
+        resolver.checkpoint_dir(request(checkpoint_dir=str(root / "train.jsonl")))
+    with pytest.raises(InvalidRequestError, match="checkpoint_dir: cannot be read"):
+        resolver.checkpoint_dir(request(checkpoint_dir="x" * 5000))
     with pytest.raises(InvalidRequestError, match="checkpoint_dir: must lie under"):
         resolver.checkpoint_dir(request(checkpoint_dir="/tmp/out"))
 

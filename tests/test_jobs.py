@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -168,6 +169,31 @@ def test_status_mends_a_record_that_its_task_has_outlived(
     assert status.error == "The Airflow task ended without a result; its log says more."
     assert tracking.runs["run-1"].status == "FAILED"
     assert service.status("job-1", FakeAccess()) == replace_completed(status)
+
+
+def test_a_task_that_airflow_has_just_failed_may_still_be_ending(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    submitted(runs, tracking, service, "failed", "RUNNING")
+    runs.tasks["job-1"] = replace(runs.tasks["job-1"], ended_at=datetime.now(UTC))
+    assert service.status("job-1", FakeAccess()).status is JobStatus.in_progress
+    assert tracking.runs["run-1"].status == "RUNNING"
+
+
+def test_a_run_whose_submit_is_under_way_is_scheduled(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    service.submit(request(), FakeAccess())
+    runs.tasks.clear()
+    tracking.runs["run-1"] = replace(tracking.runs["run-1"], created_at=datetime.now(UTC))
+    assert service.status("job-1", FakeAccess()).status is JobStatus.scheduled
+    assert tracking.runs["run-1"].status == "SCHEDULED"
+
+
+def test_an_id_that_a_task_of_another_dag_may_have_is_refused(service: JobService, runs: FakeRuns) -> None:
+    runs.add(task(TaskKey("nightly", "r", "sft"), None))
+    with pytest.raises(InvalidRequestError, match="job_uuid: must not start with 'nightly' and a dot"):
+        service.submit(request(job_uuid="nightly.tomorrow.sft"), FakeAccess())
 
 
 def replace_completed(status: Any) -> Any:

@@ -57,6 +57,7 @@ def test_runs_are_found_by_job_over_all_experiments(tracking: Tracking) -> None:
     assert found is not None
     assert found.run_id == mine.run_id
     assert tracking.find("nobody") is None
+    assert tracking.find("find-me'") is None
     assert tracking.find("' OR '1'='1") is None
 
 
@@ -125,7 +126,8 @@ def test_checkpoints_are_the_finished_models_oldest_first(tracking: Tracking, cl
     assert first.created_at <= second.created_at
 
 
-def test_a_server_that_does_not_answer_is_one_error(tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     server = MLflowServer(tmp_path)
     tracking = Tracking(TrackingServer(server.uri))
     with pytest.raises(RecordUnavailableError, match="MLflow does not answer"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -23,12 +23,12 @@ from airflow.utils.log.log_reader import TaskLogReader
 from airflow.utils.session import create_session
 from airflow.utils.state import TaskInstanceState
 from airflow.utils.types import DagRunTriggeredByType
-from sqlalchemy import and_, or_, select
+from sqlalchemy import and_, or_, select, tuple_
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from post_training.errors import InvalidRequestError, JobNotFoundError, RecordUnavailableError
-from post_training.job_ids import MAX_LENGTH, REQUEST_DAGS, TaskKey, candidate_keys, job_uuid_of
+from post_training.job_ids import MAY_BE_AN_ID, REQUEST_DAGS, TaskKey, candidate_keys, job_uuid_of
 
 TRAINING_OPERATORS = ("SupervisedFineTuneOperator", "PreferenceOptimizeOperator")
 """Class names by which the task-instance table knows the tasks that are jobs."""
@@ -88,24 +88,18 @@ class AirflowRuns:
 
     def find(self, job_uuid: str) -> JobTask | None:
         """Return the job's task, None where Airflow has no such task."""
-        if len(job_uuid) > MAX_LENGTH:
+        if not MAY_BE_AN_ID.fullmatch(job_uuid):
             return None
-        wanted = [
-            and_(TaskInstance.run_id == job_uuid, TaskInstance.dag_id.in_(REQUEST_DAGS)),
-            *(
-                and_(
-                    TaskInstance.dag_id == key.dag_id,
-                    TaskInstance.run_id == key.run_id,
-                    TaskInstance.task_id == key.task_id,
-                    TaskInstance.map_index == key.map_index,
-                )
-                for key in candidate_keys(job_uuid, self.dag_ids())
-            ),
-        ]
+        place = (TaskInstance.dag_id, TaskInstance.run_id, TaskInstance.task_id, TaskInstance.map_index)
+        candidates = [astuple(key) for key in candidate_keys(job_uuid, self.dag_ids())]
+        of_a_request = and_(TaskInstance.run_id == job_uuid, TaskInstance.dag_id.in_(REQUEST_DAGS))
         query = (
             select(TaskInstance, DagRun)
             .join(DagRun, and_(DagRun.dag_id == TaskInstance.dag_id, DagRun.run_id == TaskInstance.run_id))
-            .where(TaskInstance.operator.in_(TRAINING_OPERATORS), or_(*wanted))
+            .where(
+                TaskInstance.operator.in_(TRAINING_OPERATORS),
+                or_(of_a_request, tuple_(*place).in_(candidates)) if candidates else of_a_request,
+            )
         )
         with _database(), create_session() as session:
             found = [_job_task(task, run) for task, run in session.execute(query)]

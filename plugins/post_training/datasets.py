@@ -119,7 +119,11 @@ class Resolver:
         if request.checkpoint_dir is None:
             return None
         with _readable("checkpoint_dir", request.checkpoint_dir):
-            return self._under_root("checkpoint_dir", request.checkpoint_dir) / request.job_uuid
+            folder = self._under_root("checkpoint_dir", request.checkpoint_dir) / request.job_uuid
+            blocked = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+            if not blocked.is_dir():
+                raise InvalidRequestError.of("checkpoint_dir", f"must be a folder, {blocked.name!r} is none")
+            return folder
 
     def _path(self, field: str, name: str, *, suffixes: tuple[str, ...], folders: bool = False) -> Path:
         path = self._under_root(field, name)

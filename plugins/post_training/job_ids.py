@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from post_training.schemas.requests import REQUESTS
 
-MAX_LENGTH = 1000
-"""Characters of the longest id that is looked for."""
+MAY_BE_AN_ID = re.compile(r"[\w.~:+-]{1,1000}")
+"""What is looked for at all. Names of DAGs and tasks may hold letters of any alphabet."""
 
 REQUEST_DAGS = frozenset(REQUESTS)
 """DAGs behind the HTTP API and the form: one run is one job."""

@@ -23,6 +23,7 @@ from post_training.record import run_params, run_tags
 from post_training.schemas import record as names
 from post_training.schemas.flat import flatten
 from post_training.schemas.jobs import (
+    JobStatus,
     ListPostTrainingJobsResponse,
     PostTrainingJob,
     PostTrainingJobArtifactsResponse,
@@ -37,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 SUBMIT_TIME = timedelta(minutes=10)
 """A run without a task that is younger may be one whose submit is under way."""
+
+
+END_TIME = timedelta(seconds=30)
+"""Airflow fails a task before its process knows; the process has up to two heartbeats to end."""
 
 
 class Access(Protocol):
@@ -189,6 +194,8 @@ class JobService:
             task.state if task is not None else None,
             has_task=task is not None,
         )
+        if verdict.mend is not None and task is not None and _ended_just_now(task):
+            return Verdict(JobStatus.in_progress)
         if verdict.mend is not None and run is not None:
             self._tracking().set_status(run.run_id, verdict.mend, error=_error(verdict, run))
         return verdict
@@ -247,6 +254,11 @@ class JobService:
         if run is not None and run.tags.get(names.TAG_JOB_UUID) == job_uuid:
             return run
         return self._tracking().find(job_uuid)
+
+
+def _ended_just_now(task: JobTask) -> bool:
+    """Whether the task's process may still be ending, and about to write how into the record."""
+    return task.ended_at is not None and datetime.now(UTC) - task.ended_at < END_TIME
 
 
 def _resources(run: JobRun | None) -> dict[str, Any] | None:

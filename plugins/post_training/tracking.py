@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError
+from post_training.job_ids import MAY_BE_AN_ID
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 
@@ -28,9 +28,6 @@ _EXPERIMENT_KIND = "mlflow.experimentKind"
 
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST"})
 """MLflow's words for what asking again would not change."""
-
-_FILTERABLE = re.compile(r"[A-Za-z0-9_.~:+-]+")
-"""What a job's id is made of, and nothing that MLflow's filter language reads as its own."""
 
 TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
 
@@ -161,7 +158,7 @@ class Tracking:
 
     def find(self, job_uuid: str) -> JobRun | None:
         """Return the job's run, the oldest if there are several, or None."""
-        if not _FILTERABLE.fullmatch(job_uuid):
+        if not MAY_BE_AN_ID.fullmatch(job_uuid):  # nor is it anything but text to MLflow's filter language
             return None
         with _answers():
             ids = [e.experiment_id for e in self._client.search_experiments()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -172,6 +173,44 @@ def test_a_broken_body_is_400_in_the_contracts_form(
     assert all(set(error) == {"loc", "msg", "type"} for error in errors)
     if loc is not None:
         assert loc in [error["loc"] for error in errors]
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 5000, b'{"a":' * 3000 + b"1" + b"}" * 3000, b"1" * 5000])
+def test_a_body_that_cannot_be_parsed_is_400_in_the_same_form(client: TestClient, content: bytes) -> None:
+    answer = client.post(
+        "/v1/post-training/supervised-fine-tune",
+        content=content,
+        headers={"Content-Type": "application/json"},
+    )
+    assert answer.status_code == 400
+    assert answer.json()["detail"]["errors"]
+
+
+@pytest.mark.parametrize("changes", [{"hyperparam_search_config": {"\ud800": 1}}, {"model": "\ud800"}])
+def test_half_characters_are_refused(client: TestClient, changes: dict[str, Any]) -> None:
+    answer = client.post(
+        "/v1/post-training/supervised-fine-tune",
+        content=json.dumps(sft_body(**changes)),
+        headers={"Content-Type": "application/json"},
+    )
+    assert answer.status_code == 400
+    assert answer.json()["detail"]["errors"][0]["type"] == "string_unicode"
+
+
+def test_a_job_is_cancelled_by_query_too_but_named_once(client: TestClient) -> None:
+    submit(client)
+    path = "/v1alpha/post-training/job/cancel"
+    assert client.post(path).status_code == 400
+    both = client.post(path, params={"job_uuid": "job-1"}, json={"job_uuid": "job-2"})
+    assert both.json()["detail"]["errors"][0]["loc"] == ["job_uuid"]
+    assert client.post(path, params={"job_uuid": "job-1"}).status_code == 200
+
+
+def test_logs_need_the_right_to_read_logs(deployment: Deployment, client: TestClient) -> None:
+    submit(client)
+    deployment.callers["admin"].logs = False
+    answer = client.get("/v1/post-training/job/logs", params={"job_uuid": "job-1"})
+    assert answer.status_code == 403
 
 
 def test_a_missing_query_is_400(client: TestClient) -> None:

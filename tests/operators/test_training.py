@@ -132,7 +132,7 @@ def test_a_failure_is_recorded_and_repeated_only_if_it_helps(
     assert isinstance(caught.value, AirflowFailException) is permanent
     run = workplace.tracking.runs["run-1"]
     assert (run.status, run.tags["post_training.error"]) == ("FAILED", "Row 3 is bad.")
-    assert workplace.work_dir.exists()
+    assert workplace.work_dir.exists() is not permanent
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,11 @@ def test_configs_may_be_json_strings() -> None:
         ({"colour": "red"}, "colour", "Extra inputs are not permitted"),
         ({"training_config__n_epoch": 1}, "training_config.n_epoch", "Extra inputs"),
         ({"training_config__n_epochs": "1"}, "training_config.n_epochs", "valid integer, got '1'"),
+        (
+            {"training_config__n_epochs": 10**40},
+            "training_config.n_epochs",
+            "less than or equal to 2147483647",
+        ),
         ({"training_config__n_epochs": 0}, "training_config.n_epochs", "greater than or equal to 1, got 0"),
         ({"training_config__dtype": "fp8"}, "training_config.dtype", "'bf16', 'fp16' or 'fp32', got 'fp8'"),
         ({"training_config__data_config": ...}, "training_config.data_config", "Field required"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from post_training.errors import (
     ForbiddenError,
@@ -81,6 +83,15 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)  # noqa: S101
         return error_response(InvalidRequestError(error_details(error.errors())))
 
+    async def by_framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101
+        if error.status_code == 400:  # FastAPI's own word for a body that it cannot even parse
+            return error_response(
+                InvalidRequestError([{"loc": [], "msg": str(error.detail), "type": "json_invalid"}])
+            )
+        return await http_exception_handler(request, error)
+
+    app.add_exception_handler(HTTPException, by_framework)
     for kind in STATUS_CODES:
         app.add_exception_handler(kind, ours)
     app.add_exception_handler(RequestValidationError, invalid)

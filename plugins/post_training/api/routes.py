@@ -4,8 +4,8 @@
 client             paths below ``/post-training``               job_uuid
 =================  ===========================================  =======================
 0.1.0 to 0.2.23    ``/v1/…/job/{status,artifacts,cancel}``      query; cancel: body
-0.3.0 to 0.5.0     ``/v1alpha/…/job/…``                         the same
-0.6                ``/v1alpha/…/jobs/{job_uuid}/…``             path, empty body
+0.3.0 and later    ``/v1alpha/…/job/…``                         the same; from 0.5 by extra_query
+later ones         ``/v1alpha/…/jobs/{job_uuid}/…``             path, empty body
 =================  ===========================================  =======================
 
 They are sync functions: MLflow's and Airflow's own calls block, and FastAPI runs these in threads.
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query
 
 from post_training.api.errors import documented
+from post_training.errors import InvalidRequestError
 from post_training.jobs import JobService
 from post_training.schemas.base import StrictModel
 from post_training.schemas.jobs import (
@@ -84,9 +85,16 @@ def job_routes(service: JobService, current_access: Callable[..., Any]) -> APIRo
         router.get(f"/jobs/{{job_uuid}}/{name}", responses=documented(401, 404, 503), **common)(by_path)
 
     @router.post("/job/cancel", responses=documented(400, 401, 403, 404, 409, 503))
-    def cancel_training_job(body: CancelTrainingJobRequest, access: Any = Depends(current_access)) -> None:
-        """Stop a job; what it made so far is kept."""
-        service.cancel(body.job_uuid, access)
+    def cancel_training_job(
+        body: CancelTrainingJobRequest | None = None,
+        job_uuid: JobUuidQuery | None = None,
+        access: Any = Depends(current_access),
+    ) -> None:
+        """Stop a job, named in the body or in the query; what it made so far is kept."""
+        named = {name for name in (body and body.job_uuid, job_uuid) if name}
+        if len(named) != 1:
+            raise InvalidRequestError.of("job_uuid", "Field required, once", "missing")
+        service.cancel(named.pop(), access)
 
     @router.post("/jobs/{job_uuid}/cancel", responses=documented(401, 403, 404, 409, 503))
     def cancel_training_job_by_path(job_uuid: str, access: Any = Depends(current_access)) -> None:

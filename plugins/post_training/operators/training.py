@@ -137,7 +137,10 @@ class TrainingOperator(BaseOperator):
         if result.status == "failed":
             sentence = result.error or "The trainer failed without a reason."
             self._conclude(run, "FAILED", sentence)
-            raise (AirflowFailException if result.permanent else AirflowException)(sentence)
+            if result.permanent:
+                shutil.rmtree(spec.work_dir, ignore_errors=True)
+                raise AirflowFailException(sentence)
+            raise AirflowException(sentence)
         self._conclude(run, "FINISHED")
         shutil.rmtree(spec.work_dir, ignore_errors=True)
         return {

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from post_training.schemas.base import StrictModel
+from post_training.schemas.base import Count, StrictModel
 
 TYPE_DESCRIPTION = "Which algorithm the fields beside it belong to; no algorithm trains every weight."
 
@@ -26,10 +26,10 @@ class LoraFinetuningConfig(StrictModel):
     )
     apply_lora_to_mlp: bool = Field(description="Whether the feed-forward projections get adapters too.")
     apply_lora_to_output: bool = Field(description="Whether the output head gets an adapter too.")
-    rank: int = Field(
+    rank: Count = Field(
         ge=1, description="Rank r of the update: A is (r, in_features), B is (out_features, r)."
     )
-    alpha: int = Field(ge=1, description="Scaling numerator: the update is multiplied by alpha / rank.")
+    alpha: Count = Field(ge=1, description="Scaling numerator: the update is multiplied by alpha / rank.")
     use_dora: bool | None = Field(
         default=False,
         description="Weight-decomposed LoRA (DoRA): a trained magnitude per output feature.",
@@ -56,7 +56,7 @@ class QATFinetuningConfig(StrictModel):
 
     type: Literal["QAT"] = Field(default="QAT", description=TYPE_DESCRIPTION)
     quantizer_name: str = Field(min_length=1, description="Name of the quantization scheme.")
-    group_size: int = Field(ge=1, description="Weights that share one scale, counted along in_features.")
+    group_size: Count = Field(ge=1, description="Weights that share one scale, counted along in_features.")
 
 
 AlgorithmConfig = Annotated[LoraFinetuningConfig | QATFinetuningConfig, Field(discriminator="type")]

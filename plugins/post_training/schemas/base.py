@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+Count = Annotated[int, Field(le=2**31 - 1)]
+"""A number of things; larger ones fit neither databases nor messages."""
 
 
 class StrictModel(BaseModel):

@@ -107,6 +107,18 @@ class TrainingRequest(StrictModel):
         description="Where and within which limits it runs; null takes the deployment's defaults.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        """Refuse half characters, which JSON can write and neither a database nor a file can hold."""
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except (UnicodeEncodeError, RecursionError, ValueError) as error:
+            raise PydanticCustomError(
+                "string_unicode", "must be text in valid Unicode: {reason}", {"reason": str(error.args[-1])}
+            ) from None
+        return value
+
     @model_validator(mode="after")
     def _has_data(self) -> TrainingRequest:
         if self.training_config.data_config is None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from post_training.schemas.base import StrictModel
+from post_training.schemas.base import Count, StrictModel
 
 RESERVED_TAG_PREFIXES = ("post_training.", "airflow.", "mlflow.")
 """Tags of a run that the service and MLflow write themselves."""
@@ -38,7 +38,7 @@ class DataConfig(StrictModel):
     dataset_id: str = Field(
         min_length=1, description="Training data: a path under an allowed root, or a URI."
     )
-    batch_size: int = Field(ge=1, description="Sequences in one micro-batch on one device.")
+    batch_size: Count = Field(ge=1, description="Sequences in one micro-batch on one device.")
     shuffle: bool = Field(description="Whether each epoch has its own seeded order.")
     data_format: DatasetFormat = Field(strict=False, description="Shape of a row: instruct or dialog.")
     validation_dataset_id: str | None = Field(
@@ -60,7 +60,7 @@ class OptimizerConfig(StrictModel):
     optimizer_type: OptimizerType = Field(strict=False, description="adam, adamw or sgd.")
     lr: float = Field(gt=0, description="Peak learning rate, reached at the end of the warm-up.")
     weight_decay: float = Field(ge=0, description="Decay on weight matrices; none on norms and biases.")
-    num_warmup_steps: int = Field(
+    num_warmup_steps: Count = Field(
         ge=0, description="Optimizer steps of warm-up; step k of n has learning rate lr · k / n."
     )
 
@@ -85,14 +85,14 @@ class EfficiencyConfig(StrictModel):
 class TrainingConfig(StrictModel):
     """The training loop."""
 
-    n_epochs: int = Field(ge=1, description="Passes over the training data.")
-    max_steps_per_epoch: int | None = Field(
+    n_epochs: Count = Field(ge=1, description="Passes over the training data.")
+    max_steps_per_epoch: Count | None = Field(
         default=1, ge=0, description="Optimizer steps per epoch; 0 or null is the whole epoch."
     )
-    gradient_accumulation_steps: int = Field(
+    gradient_accumulation_steps: Count = Field(
         default=1, ge=1, description="Micro-batches summed into one optimizer step."
     )
-    max_validation_steps: int | None = Field(
+    max_validation_steps: Count | None = Field(
         default=1, ge=0, description="Batches per validation; null is all of them, 0 is none."
     )
     data_config: DataConfig | None = Field(default=None, description="Data; required by the training routes.")
@@ -111,7 +111,7 @@ class RuntimeConfig(StrictModel):
     Unset fields take the defaults of the ``post_training`` connection's ``runtime`` extra.
     """
 
-    max_seq_length: int = Field(
+    max_seq_length: Count = Field(
         default=2048, ge=8, description="Longest sequence in tokens; longer rows are cut at the end."
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of weights, data order and dropout.")
@@ -122,7 +122,7 @@ class RuntimeConfig(StrictModel):
     attn_implementation: Literal["sdpa", "eager"] = Field(
         default="sdpa", description="Attention kernel, by its name in transformers."
     )
-    save_total_limit: int | None = Field(
+    save_total_limit: Count | None = Field(
         default=None, ge=1, description="Checkpoints kept, newest first; null keeps all of them."
     )
     scheduler: Literal["cosine", "linear", "constant"] = Field(
@@ -143,7 +143,7 @@ class LoggerConfig(StrictModel):
         default=None, min_length=1, max_length=200, description="MLflow run name; null is the job's id."
     )
     tags: dict[str, str] = Field(default_factory=dict, description="Further tags of the MLflow run.")
-    log_every_n_steps: int = Field(
+    log_every_n_steps: Count = Field(
         default=1, ge=1, description="Optimizer steps between two points of the training metrics."
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
-from pydantic import ValidationError
 
 from post_training.datasets import Resolver
 from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError, TrainerError
@@ -21,16 +19,13 @@ from post_training.launch.local import trainer_argv, trainer_environment
 from post_training.launch.process import TrainerProcess
 from post_training.operators.hooks import MLflowHook, PostTrainingHook
 from post_training.operators.links import MLflowRunLink
-from post_training.operators.params import FORM_DEFAULTS
-from post_training.record import identity_tags, run_params, run_tags
+from post_training.operators.request import build_request
+from post_training.operators.task_record import TaskRecord
+from post_training.record import run_params
 from post_training.schemas import record as names
-from post_training.schemas.flat import unflatten
 from post_training.schemas.requests import (
-    REQUESTS,
     AnyTrainingRequest,
     SupervisedFineTuneRequest,
-    error_details,
-    unsupported,
 )
 from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrackingTarget, TrainerResult, TrainerSpec
 from post_training.schemas.training import RuntimeConfig
@@ -56,25 +51,15 @@ class TrainingOperator(BaseOperator):
     """
 
     method: ClassVar[str]
-    template_fields: Sequence[str] = (
-        "request",
+    request_fields: ClassVar[tuple[str, ...]] = (
         "training_config",
         "algorithm_config",
         "hyperparam_search_config",
         "logger_config",
         "runtime",
     )
-    template_fields_renderers: ClassVar[dict[str, str]] = dict.fromkeys(
-        (
-            "request",
-            "training_config",
-            "algorithm_config",
-            "hyperparam_search_config",
-            "logger_config",
-            "runtime",
-        ),
-        "json",
-    )
+    template_fields: Sequence[str] = ("request", *request_fields)
+    template_fields_renderers: ClassVar[dict[str, str]] = dict.fromkeys(template_fields, "json")
     operator_extra_links = (MLflowRunLink(),)
     ui_color = "#e8f4ea"
 
@@ -116,32 +101,33 @@ class TrainingOperator(BaseOperator):
         :raises AirflowFailException: if another attempt would fail the same way.
         :raises AirflowException: if it may succeed.
         """
-        key = _task_key(context)
-        run: JobRun | None = None
+        key, ti = _task_key(context), context["ti"]
+        conf = context["dag_run"].conf or {}
+        record = TaskRecord(self.tracking, key, ti, conf.get(names.CONF_MLFLOW_RUN))
         try:
             request = self.build_request(key)
-            run = self._open_run(request, key, context)
-            spec = self._write_spec(request, run, key, context["ti"].try_number)
+            run, continues = record.open(request)
+            self.mlflow_run_url = record.url
+            spec = self._write_spec(request, run, _work_dir(key, empty=not continues), ti.try_number)
             result = self._train(spec)
         except InvalidRequestError as error:
-            self._conclude(run or self._open_refused_run(key, context), "FAILED", str(error))
+            record.refuse(self.method, str(error))
+            self.mlflow_run_url = record.url
             raise AirflowFailException(str(error)) from None
         except PostTrainingError as error:
-            if run is not None:
-                self._conclude(run, "KILLED" if self._stopped else "FAILED", str(error))
+            record.conclude("KILLED" if self._stopped else "FAILED", str(error))
             raise AirflowException(str(error)) from None
         except BaseException as error:
-            if run is not None:
-                self._conclude(run, "FAILED", f"The task was interrupted: {type(error).__name__}.")
+            record.conclude("FAILED", f"The task was interrupted: {type(error).__name__}.")
             raise
         if result.status == "failed":
             sentence = result.error or "The trainer failed without a reason."
-            self._conclude(run, "FAILED", sentence)
+            record.conclude("FAILED", sentence)
             if result.permanent:
                 shutil.rmtree(spec.work_dir, ignore_errors=True)
                 raise AirflowFailException(sentence)
             raise AirflowException(sentence)
-        self._conclude(run, "FINISHED")
+        record.conclude("FINISHED")
         shutil.rmtree(spec.work_dir, ignore_errors=True)
         return {
             "job_uuid": request.job_uuid,
@@ -156,129 +142,22 @@ class TrainingOperator(BaseOperator):
         if self._process is not None:
             self._process.stop()
 
-    def request_fields(self) -> dict[str, Any]:
-        """Return the request's fields as they were given to the operator."""
-        return {
-            "training_config": self.training_config,
-            "algorithm_config": self.algorithm_config,
-            "hyperparam_search_config": self.hyperparam_search_config,
-            "logger_config": self.logger_config,
-            "runtime": self.runtime,
-        }
-
     def build_request(self, key: TaskKey) -> AnyTrainingRequest:
         """Validate what was given into the request of this task's job.
 
         :raises InvalidRequestError: naming each field, rule and value.
         """
-        model = REQUESTS[self.method]
-        body = self._body(model)
-        job_uuid = job_uuid_of(key)
-        if body.setdefault("job_uuid", job_uuid) != job_uuid:
-            raise InvalidRequestError.of(
-                "job_uuid", f"must be left out or be {job_uuid!r}, the id of this task's job"
-            )
-        # Templates render to strings unless the DAG renders native objects, so numbers may come as text.
-        try:
-            request = model.model_validate(body, strict=False)
-        except ValidationError as error:
-            raise InvalidRequestError(error_details(error.errors())) from None
-        problems = unsupported(request)
-        if problems:
-            raise InvalidRequestError(problems)
-        return request
-
-    def _body(self, model: type[AnyTrainingRequest]) -> dict[str, Any]:
-        single = {name: value for name, value in self.request_fields().items() if value is not None}
-        empty: dict[str, Any] = {"hyperparam_search_config": {}, "logger_config": {}}
-        if self.request is None:
-            return {**empty, **single}
-        if single:
-            raise InvalidRequestError.of(next(iter(single)), "was given beside request: give one of them")
-        given = _parsed(self.request)
-        given.pop(names.CONF_MLFLOW_RUN, None)
-        if any("." in name for name in given):
-            given = unflatten(model, given, form_defaults=FORM_DEFAULTS[self.method])
-        return {**empty, **given}
-
-    def _open_run(self, request: AnyTrainingRequest, key: TaskKey, context: Context) -> JobRun:
-        """Find the job's run or make it, and set it to RUNNING."""
-        run = self._existing_run(key, context)
-        if run is not None and self._is_another_training(run, request):
-            self.log.info("MLflow run %s stays as it is: this is another training", run.run_id)
-            self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: f"{request.job_uuid} (superseded)"})
-            shutil.rmtree(_work_dir(key), ignore_errors=True)
-            run = None
-        if run is None:
-            run = self.tracking.create_run(
-                name=request.logger_config.get("run_name") or request.job_uuid,
-                experiment=request.logger_config.get("experiment_name"),
-                tags=run_tags(request, key),
-                params=run_params(request),
-                request=request.model_dump(mode="json"),
-            )
-        if run.tags.get(names.TAG_CANCELLED_ATTEMPT) == str(context["ti"].try_number):
-            raise TrainerError("The job was cancelled before it began.")
-        self._note_run(run, context)
-        self.tracking.set_status(run.run_id, "RUNNING")
-        return run
-
-    @staticmethod
-    def _is_another_training(run: JobRun, request: AnyTrainingRequest) -> bool:
-        """Whether the task was cleared after its job had completed, or asks for something else by now.
-
-        What such a run holds is the record of what was trained then; only an attempt at the same may go on.
-        """
-        recorded = run.tags.get(names.TAG_PAYLOAD_HASH)
-        return run.status == "FINISHED" or (recorded is not None and recorded != request.payload_hash())
-
-    def _existing_run(self, key: TaskKey, context: Context) -> JobRun | None:
-        """Return the run of this very task: ids are made of names, and two tasks' names may add up to one."""
-        job_uuid = job_uuid_of(key)
-        run_id = (context["dag_run"].conf or {}).get(names.CONF_MLFLOW_RUN)
-        named = self.tracking.get(run_id) if isinstance(run_id, str) else None
-        for run in (named, self.tracking.find(job_uuid)):
-            if run is not None and identity_tags(key).items() <= run.tags.items():
-                return run
-        return None
-
-    def _open_refused_run(self, key: TaskKey, context: Context) -> JobRun | None:
-        """Find or make the run of a request that is not even valid, so that it too has a record."""
-        try:
-            run = self._existing_run(key, context) or self.tracking.create_run(
-                name=job_uuid_of(key),
-                experiment=None,
-                tags={**identity_tags(key), names.TAG_METHOD: self.method},
-                params={},
-                request={},  # what was given is in the task's rendered fields; it may hold anything
-            )
-            self._note_run(run, context)
-        except RecordUnavailableError as error:
-            self.log.warning("The refusal could not be recorded: %s", error)
-            return None
-        return run
-
-    def _note_run(self, run: JobRun, context: Context) -> None:
-        ti = context["ti"]
-        self.mlflow_run_url = self.tracking.server.run_url(run.experiment_id, run.run_id)
-        # Airflow itself stores the link only when the task ends.
-        ti.xcom_push(key=MLflowRunLink().xcom_key, value=self.mlflow_run_url)
-        self.tracking.set_tags(
-            run.run_id, {names.TAG_ATTEMPT: str(ti.try_number), names.TAG_AIRFLOW_URL: ti.log_url}
-        )
-        self.log.info("MLflow run %s: %s", run.run_id, self.mlflow_run_url)
+        fields = {name: getattr(self, name) for name in self.request_fields}
+        return build_request(self.method, job_uuid_of(key), self.request, fields)
 
     def _write_spec(
-        self, request: AnyTrainingRequest, run: JobRun, key: TaskKey, attempt: int
+        self, request: AnyTrainingRequest, run: JobRun, work_dir: Path, attempt: int
     ) -> TrainerSpec:
         """Resolve what the request names and write the trainer's instructions into the job's folder."""
         assert isinstance(request, SupervisedFineTuneRequest)  # noqa: S101
-        settings = load_settings()
-        resolver = Resolver(settings)
+        resolver = Resolver(load_settings())
         request = self._with_runtime_defaults(request)
         self.tracking.add_params(run.run_id, run_params(request))
-        work_dir = _work_dir(key)
-        work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         spec = TrainerSpec(
             request=request,
             model=resolver.model(request),
@@ -333,21 +212,6 @@ class TrainingOperator(BaseOperator):
         except RecordUnavailableError as error:
             self.log.warning("The training log could not be uploaded: %s", error)
 
-    def _conclude(self, run: JobRun | None, status: str, error: str | None = None) -> None:
-        """Write the job's end into its record; the task's own outcome does not hang on it.
-
-        A job that was cancelled meanwhile stays so, however its trainer ended.
-        """
-        if run is None:
-            return
-        try:
-            current = self.tracking.get(run.run_id)
-            if current is not None and current.status == "KILLED":
-                return
-            self.tracking.set_status(run.run_id, status, error=error)
-        except RecordUnavailableError as unavailable:
-            self.log.warning("MLflow run %s could not be set to %s: %s", run.run_id, status, unavailable)
-
 
 class SupervisedFineTuneOperator(TrainingOperator):
     """Fine-tune a model on given answers.
@@ -357,16 +221,13 @@ class SupervisedFineTuneOperator(TrainingOperator):
     """
 
     method = "supervised_fine_tune"
-    template_fields = (*TrainingOperator.template_fields, "model", "checkpoint_dir")
+    request_fields = (*TrainingOperator.request_fields, "model", "checkpoint_dir")
+    template_fields = ("request", *request_fields)
 
     def __init__(self, *, model: str | None = None, checkpoint_dir: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.model = model
         self.checkpoint_dir = checkpoint_dir
-
-    def request_fields(self) -> dict[str, Any]:
-        """Return the request's fields as they were given to the operator."""
-        return {**super().request_fields(), "model": self.model, "checkpoint_dir": self.checkpoint_dir}
 
 
 class PreferenceOptimizeOperator(TrainingOperator):
@@ -376,15 +237,12 @@ class PreferenceOptimizeOperator(TrainingOperator):
     """
 
     method = "preference_optimize"
-    template_fields = (*TrainingOperator.template_fields, "finetuned_model")
+    request_fields = (*TrainingOperator.request_fields, "finetuned_model")
+    template_fields = ("request", *request_fields)
 
     def __init__(self, *, finetuned_model: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.finetuned_model = finetuned_model
-
-    def request_fields(self) -> dict[str, Any]:
-        """Return the request's fields as they were given to the operator."""
-        return {**super().request_fields(), "finetuned_model": self.finetuned_model}
 
 
 def _task_key(context: Context) -> TaskKey:
@@ -392,30 +250,17 @@ def _task_key(context: Context) -> TaskKey:
     return TaskKey(ti.dag_id, ti.run_id, ti.task_id, ti.map_index if ti.map_index is not None else -1)
 
 
-def _work_dir(key: TaskKey) -> Path:
-    """Return the folder of a task's job, shared by its attempts."""
-    mapped = "" if key.map_index < 0 else f".{key.map_index}"
-    return load_settings().home / "jobs" / key.dag_id / key.run_id / f"{key.task_id}{mapped}"
+def _work_dir(key: TaskKey, *, empty: bool) -> Path:
+    """Return the folder of a task's job, shared by its attempts.
 
-
-def _parsed(given: Mapping[str, Any] | str) -> dict[str, Any]:
-    """Read a request that may be a JSON string.
-
-    :raises InvalidRequestError: if it is no object.
+    :param empty: whether what an earlier attempt left is removed.
     """
-    if not isinstance(given, str):
-        return dict(given)
-    try:
-        value = json.loads(given)
-    except json.JSONDecodeError as error:
-        raise InvalidRequestError.of(
-            "request",
-            f"must be an object or a JSON string of one: {error}; a DAG without"
-            " render_template_as_native_obj=True renders objects as Python text, use a tojson filter there",
-        ) from None
-    if not isinstance(value, dict):
-        raise InvalidRequestError.of("request", f"must be an object, got {type(value).__name__}")
-    return value
+    mapped = "" if key.map_index < 0 else f".{key.map_index}"
+    folder = load_settings().home / "jobs" / key.dag_id / key.run_id / f"{key.task_id}{mapped}"
+    if empty:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
 
 
 def _read_result(path: Path, code: int) -> TrainerResult:

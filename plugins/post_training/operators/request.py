@@ -1,0 +1,76 @@
+"""From what an operator was given to the request of its task's job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from post_training.errors import InvalidRequestError
+from post_training.operators.params import FORM_DEFAULTS
+from post_training.schemas.flat import unflatten
+from post_training.schemas.record import CONF_MLFLOW_RUN
+from post_training.schemas.requests import REQUESTS, AnyTrainingRequest, error_details, unsupported
+
+
+def build_request(
+    method: str, job_uuid: str, whole: Mapping[str, Any] | str | None, fields: Mapping[str, Any]
+) -> AnyTrainingRequest:
+    """Validate what was given.
+
+    :param whole: the request, nested or with dotted keys, or a JSON string of it.
+    :param fields: single fields; None stands for what was not given.
+    :raises InvalidRequestError: naming each field, rule and value.
+    """
+    model = REQUESTS[method]
+    body = {"hyperparam_search_config": {}, "logger_config": {}, **_given(model, whole, fields)}
+    if body.setdefault("job_uuid", job_uuid) != job_uuid:
+        raise InvalidRequestError.of(
+            "job_uuid", f"must be left out or be {job_uuid!r}, the id of this task's job"
+        )
+    # Templates render to strings unless the DAG renders native objects, so numbers may come as text.
+    try:
+        request = model.model_validate(body, strict=False)
+    except ValidationError as error:
+        raise InvalidRequestError(error_details(error.errors())) from None
+    problems = unsupported(request)
+    if problems:
+        raise InvalidRequestError(problems)
+    return request
+
+
+def _given(
+    model: type[AnyTrainingRequest], whole: Mapping[str, Any] | str | None, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    single = {name: value for name, value in fields.items() if value is not None}
+    if whole is None:
+        return single
+    if single:
+        raise InvalidRequestError.of(next(iter(single)), "was given beside request: give one of them")
+    given = _parsed(whole)
+    given.pop(CONF_MLFLOW_RUN, None)
+    if any("." in name for name in given):
+        return unflatten(model, given, form_defaults=FORM_DEFAULTS[model.method])
+    return given
+
+
+def _parsed(whole: Mapping[str, Any] | str) -> dict[str, Any]:
+    """Read a request that may be a JSON string.
+
+    :raises InvalidRequestError: if it is no object.
+    """
+    if not isinstance(whole, str):
+        return dict(whole)
+    try:
+        value = json.loads(whole)
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError.of(
+            "request",
+            f"must be an object or a JSON string of one: {error}; a DAG without"
+            " render_template_as_native_obj=True renders objects as Python text, use a tojson filter there",
+        ) from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError.of("request", f"must be an object, got {type(value).__name__}")
+    return value

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from fastapi import FastAPI, HTTPException, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -246,6 +247,36 @@ def test_a_body_over_the_limit_is_413_announced_or_not(client: TestClient) -> No
     for answer in (announced, streamed):
         assert answer.status_code == 413
         assert answer.json() == {"detail": f"the request body may have {LIMIT} bytes"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "accepted"),
+    [
+        ({}, True),
+        ({"training_config": "{}", "algorithm_config": "{}"}, True),
+        ({"algorithm_config": None, "runtime": None, "model": None}, True),
+        ({"job_uuid": "scheduled__1"}, False),
+        ({"job_uuid": "a..b"}, False),
+        ({"job_uuid": "a/b"}, False),
+        ({"colour": "red"}, False),
+        ({"training_config__n_epochs": 0}, False),
+        ({"training_config__dtype": "fp8"}, False),
+        ({"algorithm_config__rank": "4"}, False),
+        ({"hyperparam_search_config": {"n_trials": 3}}, False),
+        ({"logger_config": {"wandb": True}}, False),
+        ({"runtime": {"devices": 2}}, False),
+    ],
+)
+def test_what_is_described_is_what_is_accepted(
+    deployment: Deployment, changes: dict[str, Any], accepted: bool
+) -> None:
+    document = deployment.client().get("/openapi.json").json()
+    schema = {
+        "$ref": "#/components/schemas/SupervisedFineTuneRequest",
+        "components": document["components"],
+    }
+    validator = jsonschema.Draft202012Validator(schema)
+    assert validator.is_valid(sft_body(**changes)) is accepted
 
 
 def test_the_description_is_strict(deployment: Deployment) -> None:

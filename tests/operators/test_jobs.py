@@ -65,6 +65,12 @@ def test_the_sensor_looks(api: ApiServer, state: str, done: bool) -> None:
     assert PostTrainingJobSensor(task_id="wait", job_uuid="job-1").poke(CONTEXT) is done
 
 
+def test_the_sensor_waits_out_an_api_that_does_not_answer(api: ApiServer) -> None:
+    api.runs.add(task(KEY, "success"))
+    api.tracking.down = True
+    assert PostTrainingJobSensor(task_id="wait", job_uuid="job-1").poke(CONTEXT) is False
+
+
 def test_a_failed_job_fails_the_sensor(api: ApiServer) -> None:
     api.runs.add(task(KEY, "failed"))
     with pytest.raises(AirflowFailException, match="'job-1' ended as failed: The Airflow task ended"):

@@ -11,6 +11,7 @@ from airflow.configuration import conf
 from airflow.sdk import BaseSensorOperator
 from airflow.sdk.exceptions import AirflowFailException
 
+from post_training.errors import RecordUnavailableError
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.triggers import PostTrainingJobTrigger
 from post_training.settings import load_settings
@@ -65,11 +66,15 @@ class PostTrainingJobSensor(BaseSensorOperator):
         )
 
     def poke(self, context: Context) -> bool:
-        """Look once.
+        """Look once; an API that does not answer is asked again.
 
         :raises AirflowFailException: if the job ended and did not complete.
         """
-        status = PostTrainingHook(self.conn_id).job_status(self.job_uuid)
+        try:
+            status = PostTrainingHook(self.conn_id).job_status(self.job_uuid)
+        except RecordUnavailableError as error:
+            self.log.warning("%s", error)
+            return False
         if status.status.ended:
             self._conclude(status.status.value, status.error)
         return status.status.ended

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 class TrainingOperator(BaseOperator):
     """What both training operators share: validate, record, launch, follow, conclude.
 
+    The task takes its slot from the pool of ``[post_training] pool``; a mapped one (``partial().expand()``)
+    must name it itself.
+
     :param request: the whole request, nested or with dotted keys, or a JSON string of it; given instead of
         single fields.
     :param training_config: the training loop and its data (``TrainingConfig``).

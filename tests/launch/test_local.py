@@ -36,3 +36,8 @@ def test_airflows_secrets_stay_behind_and_mlflows_come_along() -> None:
 def test_a_checkouts_sources_come_first_on_the_search_path() -> None:
     environment = trainer_environment({"PYTHONPATH": "/own"}, {})
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT / "plugins"), str(ROOT), "/own"]
+
+
+def test_what_the_operator_set_for_its_worker_stands() -> None:
+    assert trainer_environment({}, {})["GOMP_SPINCOUNT"] == "1000"
+    assert trainer_environment({"GOMP_SPINCOUNT": "5"}, {})["GOMP_SPINCOUNT"] == "5"

@@ -125,7 +125,7 @@ def test_an_unforeseen_error_shows_its_traceback_and_one_sentence(
     result = result_of(spec)
     assert result.error is not None
     assert result.error.startswith("NotADirectoryError: ")
-    assert not result.permanent
+    assert result.permanent
     assert "Traceback" in capfd.readouterr().err
 
 

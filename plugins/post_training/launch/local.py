@@ -12,9 +12,9 @@ _KEPT_BACK = "AIRFLOW"
 _ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 """glibc keeps freed memory: activations come and go each step, and fresh pages cost more than old ones."""
 
-_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait sleep. Spinning ones starve each other as soon as two trainers share the processor:
-both then take tens of times longer."""
+_THREADS = {"GOMP_SPINCOUNT": "1000"}
+"""How long OpenMP's waiting threads spin. By default so long that two trainers on one processor starve each
+other; this costs a lone one nothing that could be measured."""
 
 _SITE_FOLDERS = ("site-packages", "dist-packages")
 

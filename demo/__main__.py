@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import socket
 import sys
 import threading
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--stop", action="store_true", help="end the servers that were left running")
     options = parser.parse_args()
     console = Console()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the client's import lets it print each request
     if options.stop:
         return stop(console)
     # The package itself is installed without what it imports.

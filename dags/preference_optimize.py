@@ -11,6 +11,7 @@ from airflow.sdk import DAG
 
 from post_training.operators.params import request_params
 from post_training.operators.training import PreferenceOptimizeOperator
+from post_training.schemas.record import REQUEST_TASK_ID
 from post_training.schemas.requests import PreferenceOptimizeRequest
 
 with DAG(
@@ -24,7 +25,7 @@ with DAG(
     tags=["post-training"],
 ):
     PreferenceOptimizeOperator(
-        task_id="train",
+        task_id=REQUEST_TASK_ID,
         request="{{ params }}",
         retries=2,
         retry_delay=timedelta(seconds=30),

@@ -15,8 +15,6 @@ from urllib.parse import parse_qs, unquote, unquote_to_bytes, urlsplit
 
 from post_training.errors import DataError
 
-MLFLOW_SCHEMES = ("runs", "mlflow-artifacts", "models")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -45,7 +43,7 @@ def read_dataset(source: str) -> RawDataset:
     """Read jsonl, json, csv or parquet rows from an absolute path or a URI.
 
     :param source: a path; ``file:``, ``data:``, ``huggingface://datasets/ORG/NAME?split=…``,
-        ``runs:``/``mlflow-artifacts:``, or any other scheme that fsspec knows (https, s3, …).
+        or any other scheme that fsspec knows (https, s3, …).
     :raises DataError: if it cannot be read, has an unknown kind, or holds no row.
     """
     scheme = urlsplit(source).scheme
@@ -73,10 +71,6 @@ def _fetch(source: str, scheme: str) -> bytes:
         return _read_path(Path(source))
     if scheme == "file":
         return _read_path(Path(unquote(urlsplit(source).path)))
-    if scheme in MLFLOW_SCHEMES:
-        from mlflow.artifacts import download_artifacts  # noqa: PLC0415 - seconds, rarely needed
-
-        return _read_path(Path(download_artifacts(artifact_uri=source)))
     import fsspec  # noqa: PLC0415 - only remote data needs it
 
     # A redirect could lead to an address that the request was not allowed to name.

@@ -23,7 +23,7 @@ from airflow.utils.log.log_reader import TaskLogReader
 from airflow.utils.session import create_session
 from airflow.utils.state import TaskInstanceState
 from airflow.utils.types import DagRunTriggeredByType
-from sqlalchemy import and_, or_, select, tuple_
+from sqlalchemy import ColumnElement, and_, select, tuple_
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -90,20 +90,23 @@ class AirflowRuns:
         """Return the job's task, None where Airflow has no such task."""
         if not MAY_BE_AN_ID.fullmatch(job_uuid):
             return None
+        of_a_request = and_(TaskInstance.run_id == job_uuid, TaskInstance.dag_id.in_(REQUEST_DAGS))
+        found = self._find(of_a_request)
+        if found is not None or job_uuid.count(".") < 2:
+            return found
         place = (TaskInstance.dag_id, TaskInstance.run_id, TaskInstance.task_id, TaskInstance.map_index)
         candidates = [astuple(key) for key in candidate_keys(job_uuid, self.dag_ids())]
-        of_a_request = and_(TaskInstance.run_id == job_uuid, TaskInstance.dag_id.in_(REQUEST_DAGS))
+        return self._find(tuple_(*place).in_(candidates)) if candidates else None
+
+    def _find(self, condition: ColumnElement[bool]) -> JobTask | None:
         query = (
             select(TaskInstance, DagRun)
             .join(DagRun, and_(DagRun.dag_id == TaskInstance.dag_id, DagRun.run_id == TaskInstance.run_id))
-            .where(
-                TaskInstance.operator.in_(TRAINING_OPERATORS),
-                or_(of_a_request, tuple_(*place).in_(candidates)) if candidates else of_a_request,
-            )
+            .where(TaskInstance.operator.in_(TRAINING_OPERATORS), condition)
         )
         with _database(), create_session() as session:
-            found = [_job_task(task, run) for task, run in session.execute(query)]
-        return next((task for task in found if task.job_uuid == job_uuid), None)
+            row = session.execute(query).first()
+            return _job_task(*row) if row is not None else None
 
     def job_uuids(self, dag_ids: Collection[str]) -> list[str]:
         """Return the ids of all jobs of these DAGs, newest first."""

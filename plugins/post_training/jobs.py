@@ -19,7 +19,7 @@ from post_training.errors import (
 )
 from post_training.job_ids import TaskKey, candidate_keys
 from post_training.reconcile import OF_MLFLOW, Verdict, reconcile
-from post_training.record import run_params, run_tags
+from post_training.record import new_run
 from post_training.schemas import record as names
 from post_training.schemas.flat import flatten
 from post_training.schemas.jobs import (
@@ -78,7 +78,7 @@ class JobService:
     """Submit, list, status, cancel, artifacts and logs of jobs.
 
     :param runs: the jobs' tasks in Airflow.
-    :param tracking: makes the access to the jobs' runs in MLflow; called once a request, so that a
+    :param tracking: makes the access to the jobs' runs in MLflow; called anew for each use, so that a
         connection that was corrected takes effect.
     :param resolver: checks the names of data sets and models.
     """
@@ -107,7 +107,8 @@ class JobService:
         if problems:
             raise InvalidRequestError(problems)
         self._resolver.check(request)
-        run = self._create_run(request)
+        key = TaskKey(dag_id, request.job_uuid, names.REQUEST_TASK_ID)
+        run = self._tracking().create_run(**new_run(request, key))
         try:
             self._runs.trigger(
                 dag_id, request.job_uuid, {**conf, names.CONF_MLFLOW_RUN: run.run_id}, access.user_name
@@ -139,16 +140,6 @@ class JobService:
                 f"must not start with {taken.dag_id!r} and a dot: jobs of that DAG's tasks are named so",
             )
 
-    def _create_run(self, request: AnyTrainingRequest) -> JobRun:
-        key = TaskKey(request.method, request.job_uuid, names.REQUEST_TASK_ID)
-        return self._tracking().create_run(
-            name=request.logger_config.get("run_name") or request.job_uuid,
-            experiment=request.logger_config.get("experiment_name"),
-            tags=run_tags(request, key),
-            params=run_params(request),
-            request=request.model_dump(mode="json"),
-        )
-
     def _discard(self, run: JobRun) -> None:
         try:
             self._tracking().discard(run.run_id)
@@ -172,11 +163,7 @@ class JobService:
         return PostTrainingJobStatusResponse(
             job_uuid=job_uuid,
             status=verdict.status,
-            scheduled_at=task.scheduled_at
-            if task is not None
-            else run.created_at
-            if run is not None
-            else None,
+            scheduled_at=_scheduled_at(task, run),
             started_at=task.started_at if task is not None else None,
             completed_at=(ended_at or (task.ended_at if task is not None else None))
             if verdict.status.ended
@@ -259,6 +246,12 @@ class JobService:
 def _ended_just_now(task: JobTask) -> bool:
     """Whether the task's process may still be ending, and about to write how into the record."""
     return task.ended_at is not None and datetime.now(UTC) - task.ended_at < END_TIME
+
+
+def _scheduled_at(task: JobTask | None, run: JobRun | None) -> datetime | None:
+    if task is not None:
+        return task.scheduled_at
+    return run.created_at if run is not None else None
 
 
 def _resources(run: JobRun | None) -> dict[str, Any] | None:

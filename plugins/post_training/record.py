@@ -10,6 +10,17 @@ from post_training.schemas.flat import flatten
 from post_training.schemas.requests import AnyTrainingRequest
 
 
+def new_run(request: AnyTrainingRequest, key: TaskKey) -> dict[str, Any]:
+    """Return the arguments with which ``Tracking.create_run`` makes the run of a task's job."""
+    return {
+        "name": request.logger_config.get("run_name") or request.job_uuid,
+        "experiment": request.logger_config.get("experiment_name"),
+        "tags": run_tags(request, key),
+        "params": run_params(request),
+        "request": request.model_dump(mode="json"),
+    }
+
+
 def run_tags(request: AnyTrainingRequest, key: TaskKey) -> dict[str, str]:
     """Return the run's tags; the caller's own come first, so that they cannot replace ours."""
     return {

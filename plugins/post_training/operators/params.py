@@ -9,14 +9,20 @@ from airflow.sdk import Param
 from post_training.schemas.flat import Leaf, leaves
 from post_training.schemas.requests import AnyTrainingRequest
 
+_OF_BOTH_METHODS: dict[str, Any] = {
+    "training_config.n_epochs": 1,
+    "training_config.max_steps_per_epoch": 0,
+    "training_config.max_validation_steps": 8,
+    "training_config.data_config.batch_size": 4,
+    "training_config.data_config.shuffle": True,
+    "training_config.data_config.data_format": "instruct",
+    "hyperparam_search_config": {},
+    "logger_config": {},
+}
+
 FORM_DEFAULTS: dict[str, dict[str, Any]] = {
     "supervised_fine_tune": {
-        "training_config.n_epochs": 1,
-        "training_config.max_steps_per_epoch": 0,
-        "training_config.max_validation_steps": 8,
-        "training_config.data_config.batch_size": 4,
-        "training_config.data_config.shuffle": True,
-        "training_config.data_config.data_format": "instruct",
+        **_OF_BOTH_METHODS,
         "algorithm_config.type": "LoRA",
         "algorithm_config.lora_attn_modules": ["q_proj", "v_proj"],
         "algorithm_config.apply_lora_to_mlp": False,
@@ -25,19 +31,8 @@ FORM_DEFAULTS: dict[str, dict[str, Any]] = {
         "algorithm_config.alpha": 16,
         "algorithm_config.use_dora": False,
         "algorithm_config.quantize_base": False,
-        "hyperparam_search_config": {},
-        "logger_config": {},
     },
-    "preference_optimize": {
-        "training_config.n_epochs": 1,
-        "training_config.max_steps_per_epoch": 0,
-        "training_config.max_validation_steps": 8,
-        "training_config.data_config.batch_size": 4,
-        "training_config.data_config.shuffle": True,
-        "training_config.data_config.data_format": "instruct",
-        "hyperparam_search_config": {},
-        "logger_config": {},
-    },
+    "preference_optimize": _OF_BOTH_METHODS,
 }
 """What the form shows before anything is typed; other leaves show the schema's default."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from post_training.errors import RecordUnavailableError, TrainerError
 from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.operators.links import MLflowRunLink
-from post_training.record import identity_tags, run_params, run_tags
+from post_training.record import identity_tags, new_run
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.tracking import JobRun, Tracking
@@ -54,13 +54,7 @@ class TaskRecord:
             logger.info("MLflow run %s stays as it is: this is another training", run.run_id)
             self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: f"{request.job_uuid} (superseded)"})
             run = None
-        self.run = run or self.tracking.create_run(
-            name=request.logger_config.get("run_name") or request.job_uuid,
-            experiment=request.logger_config.get("experiment_name"),
-            tags=run_tags(request, self.key),
-            params=run_params(request),
-            request=request.model_dump(mode="json"),
-        )
+        self.run = run or self.tracking.create_run(**new_run(request, self.key))
         self._note()
         self.tracking.set_status(self.run.run_id, "RUNNING")
         return self.run, continues

@@ -44,17 +44,26 @@ MLP_NAMES: Mapping[str, tuple[str, ...]] = {
 def add_adapters(model: PreTrainedModel, config: LoraFinetuningConfig, base_model: str) -> PeftModel:
     """Freeze the model and inject trainable fp32 adapters, without dropout.
 
+    A layer computes ``W x + (alpha / rank) · B A x``, with B zero at first: Hu et al.,
+    https://arxiv.org/abs/2106.09685, equation 3. With ``use_dora`` each row of ``W + (alpha / rank) · B A``
+    is scaled to a trained length, at first the length of W's row: Liu et al.,
+    https://arxiv.org/abs/2402.09353, equation 5.
+
+    :param model: also one that :func:`lightning_modules.nf4.quantize_base` has quantized.
     :param base_model: what the saved adapter names as its base.
-    :raises ModelError: if a requested name matches no module, or the output head is tied.
+    :raises ModelError: as :func:`target_modules`.
     """
     targets = target_modules(model, config)
-    names = [name for name, _ in model.named_modules() if _matches(name, targets)]
+    matching = [path for path, _ in model.named_modules() if _matches(path, targets)]
+    wanted = {*_projections(model), *targets}  # of the targets, the output head is a whole path
+    names = [path for path in matching if path in wanted]
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=0.0,
         target_modules=targets,
+        exclude_modules=[path for path in matching if path not in wanted] or None,
         use_dora=bool(config.use_dora),
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
     )
@@ -68,8 +77,9 @@ def add_adapters(model: PreTrainedModel, config: LoraFinetuningConfig, base_mode
 
 
 def target_modules(model: PreTrainedModel, config: LoraFinetuningConfig) -> list[str]:
-    """Translate the request into endings of module paths.
+    """Translate the request into endings of module paths; the output head is a whole path.
 
+    :param model: may be on the meta device: nothing but its structure is looked at.
     :raises ModelError: naming the requested name and the names that exist, if nothing matches; or
         if the output head shares its weight with the embedding.
     """
@@ -91,17 +101,46 @@ def target_modules(model: PreTrainedModel, config: LoraFinetuningConfig) -> list
     return [*targets, *([_output_head(model)] if config.apply_lora_to_output else [])]
 
 
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Return every linear layer but the output head, by its path; the model may be on the meta device.
+
+    :raises ModelError: if the model is a mixture of experts, which transformers holds in other modules: they
+        would silently keep their precision.
+    """
+    experts = [name for name, p in model.named_parameters() if p.ndim > 2 and ".experts." in name]
+    if experts:
+        kind = model.config.model_type
+        raise ModelError(f"the experts of {kind} models cannot be quantized: {experts[0]} is no nn.Linear")
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
 def _matches(path: str, endings: list[str]) -> bool:
     return any(path == ending or path.endswith(f".{ending}") for ending in endings)
 
 
+def _projections(model: PreTrainedModel) -> list[str]:
+    """Paths of the linear layers: the text decoder's, and neither the head nor a vision tower's."""
+    decoder = set(model.get_decoder().modules())  # type: ignore[no-untyped-call]
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module in decoder
+    ]
+
+
 def _check_exists(model: PreTrainedModel, name: str, requested: str) -> None:
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    if any(_matches(path, [name]) for path in linear):
+    paths = _projections(model)
+    if any(_matches(path, [name]) for path in paths):
         return
-    existing = sorted({path.rpartition(".")[2] for path in linear})
+    field = "" if requested == "apply_lora_to_mlp" else "lora_attn_modules: "
+    existing = sorted({path.rpartition(".")[2] for path in paths})
     raise ModelError(
-        f"{requested} matches no module of this {model.config.model_type} model;"
+        f"{field}{requested} matches no module of this {model.config.model_type} model;"
         f" its projections are {', '.join(existing)}"
     )
 

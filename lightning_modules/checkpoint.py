@@ -8,19 +8,18 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.losses import perplexity
-from lightning_modules.supervised import StopRequestedError, SupervisedFineTuning
+from lightning_modules.module import NLL, PostTraining, StopRequestedError
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 
@@ -35,30 +34,27 @@ SAVE_SHARE = 0.02
 """Within an epoch the resume state is saved each minute, or so rarely that it takes 2 % of the time."""
 
 
-def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write what was trained in the ecosystem's own format, complete or not at all.
 
-    :param model: a PEFT model, of which the adapter is written, or a transformers model.
+    :param write: writes the weights into the folder that it is given.
     :param folder: replaced if it is there, from an attempt that was cut off.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if isinstance(model, PeftModel):
-        # "auto" would ask the hub whether the base model's vocabulary was resized.
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
-    else:
-        model.save_pretrained(temporary)  # type: ignore[operator]  # a PreTrainedModel
+    write(temporary)
     tokenizer.save_pretrained(temporary)
     _replace(temporary, folder)
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder, complete or not at all."""
+def copy_folder(source: Path, target: Path) -> Path:
+    """Copy a folder, complete or not at all, and return the copy."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
     _replace(temporary, target)
+    return target
 
 
 def _replace(temporary: Path, folder: Path) -> None:
@@ -70,6 +66,12 @@ def prune(parent: Path, keep: int) -> None:
     """Remove all but the newest exports under a folder."""
     exports = sorted(parent.glob("epoch-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in exports[:-keep]:
+        shutil.rmtree(path)
+
+
+def remove_exports(parent: Path) -> None:
+    """Remove every export under a folder."""
+    for path in parent.glob("epoch-*"):
         shutil.rmtree(path)
 
 
@@ -112,6 +114,8 @@ class Checkpoints(CheckpointCallback):
     :param work_dir: the job's folder.
     :param copies: folder that receives a copy of each export, or None.
     :param keep: exports kept in each place, newest first; None keeps all.
+    :param write: writes the model's trained weights into a folder.
+    :param upload: epochs whose checkpoint is uploaded: all, True for the last one, False for none.
     """
 
     def __init__(
@@ -122,8 +126,12 @@ class Checkpoints(CheckpointCallback):
         keep: int | None,
         tokenizer: PreTrainedTokenizerBase,
         record: JobRecord,
+        write: Callable[[nn.Module, Path], None],
+        upload: bool | Literal["all"] = "all",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.write = write
+        self.upload = upload
         self.exports = work_dir / EXPORTS
         self.resume_file = work_dir / RESUME_FILE
         self.copies = copies
@@ -147,7 +155,7 @@ class Checkpoints(CheckpointCallback):
 
         :raises StopRequestedError: after saving, if the process is to stop.
         """
-        module = cast(SupervisedFineTuning, pl_module)
+        module = cast(PostTraining, pl_module)
         stop = module.should_stop()
         last = batch_idx + 1 == module.steps_per_epoch  # the epoch's end saves, after its validation
         if not last and (stop or self.clock() >= self._next_save):
@@ -157,21 +165,28 @@ class Checkpoints(CheckpointCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export, record, copy, prune, and save the resume state."""
-        module = cast(SupervisedFineTuning, pl_module)
+        module = cast(PostTraining, pl_module)
         module.stop_if_asked()
-        epoch = trainer.current_epoch
-        folder = self.exports / f"epoch-{epoch}"
-        export(module.model, self.tokenizer, folder)
-        self.saved.append(
-            self.record.log_checkpoint(
-                folder, step=module.optimizer_steps, metrics=checkpoint_metrics(module, epoch)
-            )
-        )
-        if self.copies is not None:
-            self.copies.mkdir(parents=True, exist_ok=True)
-            copy_folder(folder, self.copies / folder.name)
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        upload = self.upload == "all" or (self.upload and last)
+        if upload or self.copies is not None:
+            self._keep(module, trainer.current_epoch, upload=upload)
         self._prune()
         self._save_resume_state(trainer)
+
+    def _keep(self, module: PostTraining, epoch: int, *, upload: bool) -> None:
+        folder = self.exports / f"epoch-{epoch}"
+        export(lambda into: self.write(module.model, into), self.tokenizer, folder)
+        metrics = checkpoint_metrics(module, epoch)
+        if upload:
+            self.saved.append(
+                self.record.log_checkpoint(folder, step=module.optimizer_steps, metrics=metrics)
+            )
+        if self.copies is not None:
+            self.copies.mkdir(parents=True, exist_ok=True)
+            copy = copy_folder(folder, self.copies / folder.name)
+            if not upload:
+                self.saved.append(self.record.note_checkpoint(copy, metrics=metrics))
 
     def _prune(self) -> None:
         if self.keep is None:
@@ -202,13 +217,17 @@ class Checkpoints(CheckpointCallback):
         self.saved = [Checkpoint.model_validate_json(text) for text in state_dict["saved"]]
 
 
-def checkpoint_metrics(module: SupervisedFineTuning, epoch: int) -> PostTrainingMetric:
-    """Return a checkpoint's four metrics; without validation they carry the epoch's training loss."""
-    train_loss = module.epoch_loss.mean
-    validation_loss = module.metrics.get(names.METRIC_VALIDATION_LOSS, train_loss)
+def checkpoint_metrics(module: PostTraining, epoch: int) -> PostTrainingMetric:
+    """Return a checkpoint's four metrics; without validation they carry the epoch's training."""
+    train_loss = module.epoch_means.mean(names.METRIC_TRAIN_LOSS)
+    of_training = {
+        names.METRIC_VALIDATION_LOSS: train_loss,
+        names.METRIC_PERPLEXITY: perplexity(module.epoch_means.mean(NLL)),
+    }
+    metrics = of_training | module.metrics
     return PostTrainingMetric(
         epoch=epoch,
         train_loss=train_loss,
-        validation_loss=validation_loss,
-        perplexity=perplexity(validation_loss),
+        validation_loss=metrics[names.METRIC_VALIDATION_LOSS],
+        perplexity=metrics[names.METRIC_PERPLEXITY],
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from urllib.parse import urlsplit, urlunsplit
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from urllib.parse import SplitResult, parse_qs, urlsplit, urlunsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
 
 from lightning_modules.sender import RefusedError
 from lightning_modules.spool import Event
@@ -26,18 +28,24 @@ class MLflowDelivery:
     """Sends events of one kind at a time to one run.
 
     May be repeated safely: MLflow keeps one point per (metric, step, time, value), one value
-    per param and tag, and one input per data set and run. Hence the time of a point is the
-    time at which it was spooled, never the time at which it is sent.
+    per param and tag, one input per data set and run, and one file per table. Hence the time of
+    a point is the time at which it was spooled, never the time at which it is sent.
+
+    :param tables: folder of the tables' files.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, tables: Path) -> None:
         self._client = client
         self._run_id = run_id
+        self._folder = tables
         self._senders: dict[str, Callable[[Sequence[Event]], None]] = {
             "metrics": self._metrics,
             "param": self._params,
             "tag": self._tags,
+            "untag": self._untags,
             "dataset": self._datasets,
+            "table": self._tables,
+            "restart": lambda events: None,  # for later attempts alone
         }
 
     def __call__(self, kind: str, events: Sequence[Event]) -> None:
@@ -72,37 +80,99 @@ class MLflowDelivery:
         tags = [RunTag(key, value) for key, value in newest.items()]
         self._client.log_batch(self._run_id, tags=tags, synchronous=True)
 
+    def _untags(self, events: Sequence[Event]) -> None:
+        for key in self._tags_now():  # to delete one that is not there is an error
+            if any(fnmatchcase(key, event["pattern"]) for event in events):
+                self._client.delete_tag(self._run_id, key)
+
     def _datasets(self, events: Sequence[Event]) -> None:
         self._client.log_inputs(self._run_id, datasets=[_dataset_input(event) for event in events])
+
+    def _tables(self, events: Sequence[Event]) -> None:
+        """Upload each table as it is now, and list it in the tag by which MLflow's page knows tables."""
+        names = list(dict.fromkeys(event["name"] for event in events))
+        for name in names:
+            self._client.log_artifact(self._run_id, str(self._folder / name))
+        listed = json.loads(self._tags_now().get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        new = [entry for name in names if (entry := {"path": name, "type": "table"}) not in listed]
+        if new:
+            self._client.set_tag(self._run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps(listed + new))
+
+    def _tags_now(self) -> dict[str, str]:
+        return dict(self._client.get_run(self._run_id).data.tags)
 
 
 def _dataset_input(event: Event) -> DatasetInput:
     source_type, source = describe_source(event["source"])
+    # MLflow's page shows every entry of the profile, and the source only where it knows the type.
+    profile = {"num_rows": event["rows"], "sha256": event["digest"], "source": _address(source)}
     dataset = Dataset(
         name=_public_name(event["name"])[:MAX_DATASET_NAME_CHARACTERS],
         digest=event["digest"][:MAX_DIGEST_CHARACTERS],
         source_type=source_type,
         source=json.dumps(source),
-        profile=json.dumps({"num_rows": event["rows"], "sha256": event["digest"]}),
+        profile=json.dumps(profile),
     )
     return DatasetInput(dataset, tags=[InputTag(MLFLOW_DATASET_CONTEXT, event["context"])])
 
 
 def _public_name(name: str) -> str:
     """A data set without an id is named by its URI, which may hold a password or the data."""
-    if name.startswith("data:") or "://" in name:
-        return next(iter(describe_source(name)[1].values()))
+    if name.startswith("data:") or ":/" in name:
+        return _address(describe_source(name)[1])
     return name
 
 
+def _address(source: Mapping[str, str]) -> str:
+    return next(iter(source.values()))
+
+
 def describe_source(source: str) -> tuple[str, dict[str, str]]:
-    """Reduce a path or URI to MLflow's source type and fields, without secrets or inline data."""
+    """Reduce a path or URI to MLflow's source type and fields, without secrets or inline data.
+
+    Types and fields are those of ``mlflow.data``, so that MLflow's page shows and links them; it has
+    none for its own artifacts (``runs:``, ``models:``, ``mlflow-artifacts:``), which keep their scheme.
+    """
     parts = urlsplit(source)
-    if parts.scheme in ("", "file"):
-        return "local", {"uri": parts.path or source}
-    if parts.scheme == "data":
-        return "data", {"uri": f"{source.partition(',')[0]},..."}
-    host = parts.netloc.rpartition("@")[2]
-    if parts.scheme in ("http", "https"):  # a signed URL carries its key in the query
-        return "http", {"url": urlunsplit((parts.scheme, host, parts.path, "", ""))}
-    return parts.scheme, {"uri": urlunsplit((parts.scheme, host, parts.path, parts.query, ""))}
+    return SOURCES.get(parts.scheme, _described_by_uri)(parts)
+
+
+def _described_as_local(parts: SplitResult) -> tuple[str, dict[str, str]]:
+    return "local", {"uri": parts.path if parts.scheme else parts.geturl()}
+
+
+def _described_inline(parts: SplitResult) -> tuple[str, dict[str, str]]:
+    return "data", {"uri": f"data:{parts.path.partition(',')[0]},..."}
+
+
+def _described_by_url(parts: SplitResult) -> tuple[str, dict[str, str]]:
+    return "http", {"url": _without_secrets(parts)}
+
+
+def _described_by_uri(parts: SplitResult) -> tuple[str, dict[str, str]]:
+    return parts.scheme, {"uri": _without_secrets(parts)}
+
+
+def _described_on_hub(parts: SplitResult) -> tuple[str, dict[str, str]]:
+    query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+    shown = {HUB_FIELDS[key]: value for key, value in query.items() if key in HUB_FIELDS}
+    return "hugging_face", {"path": parts.path.strip("/"), **shown}
+
+
+def _without_secrets(parts: SplitResult) -> str:
+    """Leave out user and password, and the query, in which a signed URL carries its key."""
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+HUB_FIELDS = {"name": "config_name", "split": "split", "revision": "revision"}
+"""What a ``huggingface:`` URI may say of a data set -> MLflow's field."""
+
+SOURCES: Mapping[str, Callable[[SplitResult], tuple[str, dict[str, str]]]] = {
+    "": _described_as_local,
+    "file": _described_as_local,
+    "data": _described_inline,
+    "http": _described_by_url,
+    "https": _described_by_url,
+    "huggingface": _described_on_hub,
+}
+"""Description of each scheme; others are described by their URI."""

@@ -1,47 +1,59 @@
-"""One supervised fine-tuning job, from its spec to its checkpoints."""
+"""One job, from its spec to its checkpoints."""
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from lightning_modules.attention import use_by_sequence
-from lightning_modules.checkpoint import RESUME_FILE, Checkpoints, FileCheckpointIO
-from lightning_modules.data.datamodule import FineTuningData
-from lightning_modules.data.reading import read_dataset
-from lightning_modules.data.tokenize import Example, tokenize_dataset
-from lightning_modules.models import (
-    DTYPES,
-    cap_sequence_length,
-    load_config,
-    load_model,
-    load_tokenizer,
+from lightning_modules.base_model import Base, find_base, merge_adapter, meta_model
+from lightning_modules.checkpoint import (
+    EXPORTS,
+    RESUME_FILE,
+    Checkpoints,
+    FileCheckpointIO,
+    remove_exports,
 )
+from lightning_modules.data.datamodule import FineTuningData
+from lightning_modules.data.tokenize import Pair
+from lightning_modules.inputs import build_data
+from lightning_modules.models import DTYPES, cap_sequence_length, load_config, load_model, load_tokenizer
+from lightning_modules.module import PostTraining
 from lightning_modules.optimization import Schedule, default_optimizer
+from lightning_modules.preference import (
+    load_references,
+    save_references,
+    set_references,
+    switch_off_dropout,
+)
 from lightning_modules.probes import check_logits, check_packing
+from lightning_modules.samples import SamplePrompts
 from lightning_modules.setting import Notices, Setting
-from lightning_modules.supervised import SupervisedFineTuning
+from post_training.errors import ModelError
 from post_training.schemas.jobs import Checkpoint
+from post_training.schemas.requests import PreferenceOptimizeRequest
 from post_training.schemas.trainer import TrainerSpec
-from post_training.schemas.training import TrainingConfig
+from post_training.schemas.training import RuntimeConfig
 
 if TYPE_CHECKING:
     from lightning_modules.record import JobRecord
 
 log = logging.getLogger(__name__)
 
+BASE_FOLDER = "base"
 INPUTS_FILE = Path("resume", "inputs.json")
-
-DEFAULT_STEPS_PER_EPOCH = TrainingConfig.model_fields["max_steps_per_epoch"].default
+REFERENCES_FILE = Path("resume", "references.safetensors")
 
 
 @dataclass(frozen=True)
@@ -52,27 +64,65 @@ class Finished:
     metrics: dict[str, float]
 
 
-def run_job(
+@dataclass(frozen=True)
+class Job:
+    """Everything that one attempt trains with."""
+
+    setting: Setting
+    data: FineTuningData
+    module: PostTraining
+    checkpoints: Checkpoints
+    trainer: pl.Trainer
+
+    def run(self) -> Finished:
+        """Measure the untrained model, then train; or go on from the resume state if there is one.
+
+        :raises DivergenceError: if the loss is no longer a finite number.
+        :raises StopRequestedError: if the process was asked to stop.
+        """
+        spec, trainer = self.setting.spec, self.trainer
+        if isinstance(spec.request, PreferenceOptimizeRequest):
+            compute_references(trainer, self.module, self.data, self.setting)
+        resume_file = spec.work_dir / RESUME_FILE
+        if resume_file.exists():
+            log.info("attempt %d goes on from %s", spec.attempt, resume_file)
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=resume_file, weights_only=True)
+        else:
+            if spec.request.training_config.max_validation_steps != 0:
+                trainer.validate(self.module, datamodule=self.data, verbose=False)
+            trainer.fit(self.module, datamodule=self.data)
+        return Finished(self.checkpoints.saved, self.module.metrics)
+
+
+def prepare_job(
     spec: TrainerSpec,
     record: JobRecord,
     callbacks: Sequence[pl.Callback] = (),
     should_stop: Callable[[], bool] = lambda: False,
-) -> Finished:
-    """Train as the spec says, going on from an earlier attempt's state if there is one.
+    clock: Callable[[], float] = time.monotonic,
+) -> Job:
+    """Read data and model, and put together what trains as the spec says.
 
+    What can be known without the weights is checked before they are read.
+
+    :param clock: tells when the resume state is saved.
     :raises PostTrainingError: if data, model or machine do not allow it.
-    :raises StopRequestedError: if ``should_stop`` became true.
     """
-    setting = Setting.of(spec)
+    base = find_base(spec.model, spec.work_dir / BASE_FOLDER, spec.tracking, spec.model_roots)
+    setting = Setting.of(_with_export_form(spec, base))
     notices = Notices(record)
     pl.seed_everything(setting.runtime.seed, verbose=False)
-    tokenizer = load_tokenizer(spec.model)
-    config = load_config(spec.model)
+    tokenizer, config = load_tokenizer(base.tokenizer_source), load_config(base.source)
+    outline = meta_model(config)
+    setting.algorithm.weights.check(outline, setting.spec.request)
     length = cap_sequence_length(config, setting.runtime.max_seq_length)
-    data, digests = build_data(setting, tokenizer, length, record, notices)
+    if length < setting.runtime.max_seq_length:
+        notices.add(f"runtime.max_seq_length is {length}, as many positions as the model has")
+    data, digests = build_data(setting, tokenizer, config, length, record, notices)
     if not continues(spec, digests):
         record.start_over()
-    model = build_model(setting, config, length)
+    keep_inputs(spec, digests)
+    model = build_model(setting, base, config, length)
     module = build_module(setting, model, data, record, should_stop)
     checkpoints = Checkpoints(
         work_dir=spec.work_dir,
@@ -80,45 +130,35 @@ def run_job(
         keep=setting.runtime.save_total_limit,
         tokenizer=tokenizer,
         record=record,
+        write=partial(setting.algorithm.weights.export, setting.spec.request),
+        upload=setting.logger.log_model,
+        clock=clock,
     )
-    _log_params(setting, module, data, record)
+    _log_params(setting, module, data, record, outline.num_parameters())
+    for notice in setting.algorithm.method.notices(spec.request):
+        notices.add(notice)
+    if setting.logger.sample_prompts:
+        samples = SamplePrompts(setting.logger.sample_prompts, tokenizer, record, spec.work_dir)
+        callbacks = [*callbacks, samples]
     trainer = build_trainer(setting, [*callbacks, checkpoints])
-    fit(trainer, module, data, spec)
-    return Finished(checkpoints.saved, module.metrics)
+    return Job(setting, data, module, checkpoints, trainer)
 
 
-def build_data(
-    setting: Setting, tokenizer: PreTrainedTokenizerBase, length: int, record: JobRecord, notices: Notices
-) -> tuple[FineTuningData, list[str]]:
-    """Read, tokenize and arrange the rows; return them and the digests of what was read.
+def _with_export_form(spec: TrainerSpec, base: Base) -> TrainerSpec:
+    """Export adapters merged where their base is itself a merged model, which no one could load.
 
-    :param length: the longest sequence in tokens.
-    :raises DataError: if they cannot be read or are bad.
+    :raises ModelError: if the request asks for the adapter alone.
     """
-    training, data, runtime = setting.spec.request.training_config, setting.data, setting.runtime
-    train, digest = _examples(setting, setting.spec.train_data, "training", tokenizer, length, record)
-    digests = [digest]
-    if setting.spec.validation_data is not None and training.max_validation_steps != 0:
-        source = setting.spec.validation_data
-        validation, digest = _examples(setting, source, "validation", tokenizer, length, record)
-        digests.append(digest)
-    else:
-        validation = train
-    module = FineTuningData(
-        train,
-        validation,
-        pad_id=tokenizer.pad_token_id,
-        batch_size=data.batch_size,
-        validation_batches=training.max_validation_steps,
-        max_seq_length=length,
-        packed=bool(data.packed),
-        accumulation=training.gradient_accumulation_steps,
-        shuffle=data.shuffle,
-        seed=runtime.seed,
-        steps_per_epoch=training.max_steps_per_epoch,
-    )
-    _give_notice(setting, module, notices)
-    return module, digests
+    if not base.adapters or spec.request.adapters is None:
+        return spec
+    runtime = spec.request.runtime or RuntimeConfig()
+    if runtime.export == "adapter":
+        raise ModelError(
+            "runtime.export must be merged, got 'adapter': the job starts from an adapter, and the base of a"
+            " new one would be a merged model that is kept nowhere"
+        )
+    merged = runtime.model_copy(update={"export": "merged"})
+    return spec.model_copy(update={"request": spec.request.model_copy(update={"runtime": merged})})
 
 
 def continues(spec: TrainerSpec, digests: list[str]) -> bool:
@@ -129,86 +169,53 @@ def continues(spec: TrainerSpec, digests: list[str]) -> bool:
     :param digests: of the data that was read.
     """
     inputs = spec.work_dir / INPUTS_FILE
-    resume_file = spec.work_dir / RESUME_FILE
-    request = spec.request.model_dump(mode="json", exclude={"job_uuid"})
-    current = json.dumps({"request": request, "model": spec.model, "data": digests}, sort_keys=True)
-    same = not inputs.exists() or inputs.read_text() == current
-    if not same:
-        log.warning("the data or the request changed since the last attempt: training from the start")
-        resume_file.unlink(missing_ok=True)
+    if not inputs.exists() or inputs.read_text() == _inputs(spec, digests):
+        return True
+    log.warning("the data or the request changed since the last attempt: training from the start")
+    for state in (RESUME_FILE, REFERENCES_FILE):
+        (spec.work_dir / state).unlink(missing_ok=True)
+    for folder in filter(None, (spec.work_dir / EXPORTS, spec.checkpoint_dir)):
+        remove_exports(folder)
+    return False
+
+
+def keep_inputs(spec: TrainerSpec, digests: list[str]) -> None:
+    """Say whose state the folder holds from here on; not before the record forgot another's."""
+    inputs = spec.work_dir / INPUTS_FILE
     inputs.parent.mkdir(parents=True, exist_ok=True)
-    inputs.write_text(current)
-    return same
+    inputs.write_text(_inputs(spec, digests))
 
 
-def _examples(
-    setting: Setting,
-    source: str,
-    context: Literal["training", "validation"],
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    record: JobRecord,
-) -> tuple[list[Example], str]:
-    dataset = read_dataset(source)
-    examples = tokenize_dataset(
-        dataset,
-        tokenizer,
-        data_format=setting.data.data_format.value,
-        max_seq_length=length,
-        train_on_input=bool(setting.data.train_on_input),
-        max_bad_row_fraction=setting.runtime.max_bad_row_fraction,
-    )
-    name = setting.data.dataset_id if context == "training" else setting.data.validation_dataset_id
-    if name is None or ":" in name:  # a URI may hold the rows themselves, or a secret
-        name = dataset.source
-    record.log_dataset(
-        name=name,
-        digest=dataset.digest,
-        source=dataset.source,
-        rows=len(dataset.rows),
-        context=context,
-    )
-    log.info("%s data: %d rows, %d tokens", context, len(examples), sum(map(len, examples)))
-    return examples, dataset.digest
+def _inputs(spec: TrainerSpec, digests: list[str]) -> str:
+    request = spec.request.model_dump(mode="json", exclude={"job_uuid"})
+    return json.dumps({"request": request, "model": spec.model, "data": digests}, sort_keys=True)
 
 
-def _give_notice(setting: Setting, data: FineTuningData, notices: Notices) -> None:
-    """Say what the request's defaults have done that its author may not expect."""
-    training, loader = setting.spec.request.training_config, data.train_loader
-    if training.max_steps_per_epoch == DEFAULT_STEPS_PER_EPOCH and len(loader) < loader.whole_epoch:
-        notices.add(
-            f"max_steps_per_epoch is {DEFAULT_STEPS_PER_EPOCH}, its default: each epoch trains {len(loader)}"
-            f" of its {loader.whole_epoch} steps; 0 is the whole epoch"
-        )
-    if training.max_validation_steps == 0:
-        notices.add("max_validation_steps is 0: validation_loss of the checkpoints is the epoch's train_loss")
-    elif setting.spec.validation_data is None:
-        notices.add(
-            f"no validation_dataset_id: validation_loss is measured on the first {len(data.val_dataloader())}"
-            " batches of the training data itself"
-        )
-
-
-def build_model(setting: Setting, config: PretrainedConfig, length: int) -> nn.Module:
+def build_model(setting: Setting, base: Base, config: PretrainedConfig, length: int) -> nn.Module:
     """Load the base model and make it ready to train, in training mode.
 
     :param length: the longest sequence in tokens.
     :raises ModelError: if it cannot be loaded, adapted, or trained in the way that was asked.
     """
-    spec = setting.spec
-    model: PreTrainedModel = load_model(
-        spec.model,
-        dtype=DTYPES[setting.dtype] if setting.algorithm.frozen_base else torch.float32,
+    weights = setting.algorithm.weights
+    model = load_model(
+        base.source,
+        dtype=DTYPES[setting.dtype] if weights.frozen_base else torch.float32,
         attn_implementation=setting.runtime.attn_implementation,
         config=config,
     )
+    for adapter in base.adapters:
+        model = merge_adapter(model, adapter)
     check_logits(model)
     if setting.data.packed:
         use_by_sequence(model, length)
         check_packing(model)
     if setting.efficiency.enable_activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    return setting.algorithm.prepare(model, spec.request.algorithm_config, spec.model).train()
+    trained = weights.prepare(model, setting.spec.request, base.name).train()
+    if isinstance(setting.spec.request, PreferenceOptimizeRequest):
+        switch_off_dropout(trained)
+    return trained
 
 
 def build_module(
@@ -217,14 +224,15 @@ def build_module(
     data: FineTuningData,
     record: JobRecord,
     should_stop: Callable[[], bool],
-) -> SupervisedFineTuning:
-    """Put model, optimizer and schedule together."""
+) -> PostTraining:
+    """Put model, objective, optimizer and schedule together."""
     training = setting.spec.request.training_config
     steps_per_epoch = len(data.train_loader)
     total = steps_per_epoch * training.n_epochs
     optimizer = training.optimizer_config or default_optimizer(setting.algorithm.learning_rate, total)
-    return SupervisedFineTuning(
+    return PostTraining(
         model,
+        setting.algorithm.method.objective(setting.spec.request),
         optimizer_config=optimizer,
         schedule=Schedule(optimizer.lr, optimizer.num_warmup_steps, total, setting.runtime.scheduler),
         steps_per_epoch=steps_per_epoch,
@@ -257,24 +265,36 @@ def build_trainer(setting: Setting, callbacks: list[pl.Callback]) -> pl.Trainer:
     )
 
 
-def fit(trainer: pl.Trainer, module: SupervisedFineTuning, data: FineTuningData, spec: TrainerSpec) -> None:
-    """Measure the untrained model, then train; or go on from the resume state if there is one."""
-    resume_file = spec.work_dir / RESUME_FILE
-    if resume_file.exists():
-        log.info("attempt %d goes on from %s", spec.attempt, resume_file)
-        trainer.fit(module, datamodule=data, ckpt_path=resume_file, weights_only=True)
+def compute_references(
+    trainer: pl.Trainer, module: PostTraining, data: FineTuningData, setting: Setting
+) -> None:
+    """Give every pair that will be seen its reference's log-probabilities, unless they are asked for live.
+
+    They are computed before the first optimizer step, of a full fine-tuning by the model itself, and kept in
+    the job's folder for its later attempts.
+    """
+    if setting.runtime.reference_logprobs == "live":
         return
-    if spec.request.training_config.max_validation_steps != 0:
-        trainer.validate(module, datamodule=data, verbose=False)
-    trainer.fit(module, datamodule=data)
+    pairs = cast(list[Pair], data.items_seen(setting.spec.request.training_config.n_epochs))
+    file = setting.spec.work_dir / REFERENCES_FILE
+    log_probs = load_references(file)
+    if log_probs is None:
+        log.info("computing the reference's log-probabilities of %d pairs", len(pairs))
+        parts = trainer.predict(module, data.batches_of(pairs))
+        log_probs = torch.cat(cast(list[torch.Tensor], parts)).cpu()
+        save_references(file, log_probs)
+    set_references(pairs, log_probs)
 
 
 def _log_params(
-    setting: Setting, module: SupervisedFineTuning, data: FineTuningData, record: JobRecord
+    setting: Setting, module: PostTraining, data: FineTuningData, record: JobRecord, of_base: int
 ) -> None:
-    parameters = list(module.model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
+    """Record what only the trainer knows.
+
+    :param of_base: parameters of the base model; of a 4-bit one its modules hold another number.
+    """
+    trained = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
+    total = of_base if setting.spec.request.adapters is None else of_base + trained
     record.log_params(
         {
             "effective_dtype": setting.dtype,
@@ -282,7 +302,7 @@ def _log_params(
             "trainable_parameters": trained,
             "total_parameters": total,
             "steps": module.steps_total,
-            "training_rows": len(data.train_loader.rows),
+            "training_rows": sum(map(len, data.train_loader.rows)),
             "seed": setting.runtime.seed,
             "learning_rate": module.optimizer_config.lr,
             "num_warmup_steps": module.schedule.warmup,

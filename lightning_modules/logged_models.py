@@ -18,6 +18,8 @@ from post_training.schemas.record import TAG_CHECKPOINT, TAG_JOB_UUID
 
 _log = logging.getLogger(__name__)
 
+MODEL_SCHEME = "models:/"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -120,7 +122,7 @@ class LoggedModels:
             created_at=datetime.fromtimestamp(model.creation_timestamp / 1000, UTC),
             epoch=metrics.epoch,
             post_training_job_id=self._job_uuid,
-            path=f"models:/{model.model_id}",
+            path=f"{MODEL_SCHEME}{model.model_id}",
             training_metrics=metrics,
         )
 

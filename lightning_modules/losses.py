@@ -48,6 +48,11 @@ def scale_logits(logits: Tensor, config: Any) -> Tensor:
     return logits
 
 
+def chunk_rows(config: Any) -> int:
+    """Return how many rows' logits may exist at once, by the ``vocab_size`` of the model's config."""
+    return max(1, CHUNK_LOGITS // int(config.vocab_size))
+
+
 def token_loss_sum(hidden: Tensor, targets: Tensor, head: nn.Module, config: Any) -> Tensor:
     """Sum the cross-entropy of the scored tokens, in nats, computed in fp32.
 
@@ -59,13 +64,14 @@ def token_loss_sum(hidden: Tensor, targets: Tensor, head: nn.Module, config: Any
     :param head: output embedding, h -> v.
     :returns: a scalar in fp32.
     """
-    trained = [p for p in head.parameters() if p.requires_grad]
+    # In validation too a Function is told that parameters want gradients.
+    trained = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
 
     def chunk_loss(rows: Tensor, ids: Tensor) -> Tensor:
         logits = scale_logits(head(rows), config)
         return functional.cross_entropy(logits.float(), ids, reduction="sum")
 
-    chunk = max(1, CHUNK_LOGITS // config.vocab_size)
+    chunk = chunk_rows(config)
     total = _ChunkedSum.apply(chunk_loss, chunk, targets, hidden, *trained)  # type: ignore[no-untyped-call]
     return cast(Tensor, total)
 

@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import TypeVar
 
 from mlflow import MlflowClient
 
 from lightning_modules.delivery import MLflowDelivery
-from lightning_modules.logged_models import LoggedModels, Point
-from lightning_modules.record import CLOSE_TIMEOUT, LocalRecord, now_ms, require_files
+from lightning_modules.logged_models import MODEL_SCHEME, LoggedModels, Point
+from lightning_modules.record import CLOSE_TIMEOUT, TABLES, LocalRecord, now_ms, require_files
 from lightning_modules.sender import Sender
 from lightning_modules.spool import Spool
 from post_training.errors import RecordUnavailableError
@@ -24,6 +25,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 RETRY_PAUSES = (1.0, 3.0, 9.0)
+TABLES_SPOOL_FILE = "tables.jsonl"
 METRIC_EPOCH_TRAIN_LOSS = f"{METRIC_TRAIN_LOSS}_epoch"
 """A model's own mean training loss. MLflow also shows a model's metrics as the run's, where
 ``train_loss`` is a series of single steps: the two must not mix."""
@@ -54,8 +56,12 @@ class MLflowRecord(LocalRecord):
         self._models = LoggedModels(client, run_id, job_uuid)
         self._close_timeout = close_timeout
         self._pauses = pauses
-        self._sender = Sender(spool, MLflowDelivery(client, run_id))
-        self._sender.start()
+        delivery = MLflowDelivery(client, run_id, spool.folder / TABLES)
+        # A queue of their own: an artifact store that is down must not hold up the metrics.
+        self._tables = Spool(spool.folder / TABLES_SPOOL_FILE, run_id)
+        self._senders = [Sender(spool, delivery), Sender(self._tables, delivery)]
+        for sender in self._senders:
+            sender.start()
 
     def log_checkpoint(self, folder: Path, *, step: int, metrics: PostTrainingMetric) -> Checkpoint:
         """Upload the folder as a logged model of the run.
@@ -74,6 +80,11 @@ class MLflowRecord(LocalRecord):
             what = f"the checkpoint of epoch {metrics.epoch}"
             raise RecordUnavailableError(f"MLflow did not take {what}: {error}") from error
 
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Write the table's file in the job's folder, and have it sent."""
+        super().log_table(name, columns, rows)
+        self._tables.append([{"kind": "table", "name": name}])
+
     def start_over(self) -> None:
         """Take every step as new, and delete the run's checkpoints.
 
@@ -86,8 +97,11 @@ class MLflowRecord(LocalRecord):
             raise RecordUnavailableError(f"MLflow did not delete old checkpoints: {error}") from error
 
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Delete the logged model, or warn after a second try that it could not be."""
-        model_id = checkpoint.path.removeprefix("models:/")
+        """Delete the logged model, or warn after a second try that it could not be; or remove the tag."""
+        if not checkpoint.path.startswith(MODEL_SCHEME):
+            super().discard_checkpoint(checkpoint)
+            return
+        model_id = checkpoint.path.removeprefix(MODEL_SCHEME)
         try:
             self._retry(lambda: self._client.delete_logged_model(model_id), self._pauses[:1])
         except Exception as error:  # one checkpoint too many is not worth a job
@@ -102,7 +116,9 @@ class MLflowRecord(LocalRecord):
 
     def close(self) -> None:
         """Send what waits; what could not be sent in time stays on disk for the next attempt."""
-        if not self._sender.close(self._close_timeout):
+        deadline = monotonic() + self._close_timeout
+        sent = [sender.close(max(0.0, deadline - monotonic())) for sender in self._senders]
+        if not all(sent):
             _log.warning("Part of the record was not sent in %g s and is kept on disk", self._close_timeout)
 
     def _retry(self, call: Callable[[], _T], pauses: Sequence[float]) -> _T:

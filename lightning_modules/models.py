@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 FALLBACK_CHAT_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}"
     "{{ message['role'] + ':\\n' + message['content'] + eos_token + '\\n' }}"
     "{% endfor %}"
@@ -38,6 +41,7 @@ It is saved with every checkpoint, so that whoever uses the model speaks to it i
 """
 
 PICKLE_SUFFIXES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZER_FILE = "tokenizer_config.json"
 
 
 def effective_dtype(requested: str | None, device: str) -> str:
@@ -73,12 +77,13 @@ def load_model(
     :param source: a folder with safetensors, a ``.gguf`` file, or a hub id.
     :param dtype: type of the weights.
     :param config: its configuration where it was loaded before: a gguf file takes seconds to parse.
-    :raises ModelError: if it cannot be found or read, or has no safe weights.
+    :raises ModelError: if it cannot be found or read, has no safe weights, or is quantized.
     """
+    config = config or load_config(source)
     location, file = _locate(source)
     # Left packed, the weights of a gguf file could be neither trained nor saved.
     options: dict[str, Any] = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
-    with _as_model_error(source):
+    with as_model_error(source):
         model = AutoModelForCausalLM.from_pretrained(
             location,
             config=config,
@@ -93,10 +98,11 @@ def load_model(
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer; give it a padding token and a chat template where it lacks them.
 
+    :param source: as of ``load_model``, or any folder with a tokenizer, such as an adapter's.
     :raises ModelError: if it cannot be found, is not a fast one, or has no end token.
     """
-    location, file = _locate(source)
-    with _as_model_error(source):
+    location, file = (source, None) if (Path(source) / TOKENIZER_FILE).is_file() else _locate(source)
+    with as_model_error(source):
         tokenizer = AutoTokenizer.from_pretrained(
             location, trust_remote_code=False, **({} if file is None else {"gguf_file": file})
         )
@@ -115,14 +121,33 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 def load_config(source: str) -> PretrainedConfig:
     """Load the model's configuration alone.
 
-    :raises ModelError: if it cannot be found or read.
+    :raises ModelError: if it cannot be found or read, or is that of a quantized model.
     """
     location, file = _locate(source)
-    with _as_model_error(source):
+    with as_model_error(source):
         config = AutoConfig.from_pretrained(
             location, trust_remote_code=False, **({} if file is None else {"gguf_file": file})
         )
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        method = quantization.get("quant_method")
+        raise ModelError(f"the model {source} is quantized ({method}): start from the unquantized one")
     return cast(PretrainedConfig, config)
+
+
+def save_model(model: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write config, generation config and safetensors weights for ``from_pretrained``.
+
+    :param state_dict: weights to write instead of the model's own, under the same names.
+    """
+    generation = model.generation_config
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        model.save_pretrained(folder, state_dict=state_dict)
+    finally:
+        model.generation_config = generation
+    if generation is not None:
+        # not by its own save_pretrained, which refuses settings that from_pretrained takes
+        generation.to_json_file(folder / "generation_config.json")
 
 
 def cap_sequence_length(config: PretrainedConfig, requested: int) -> int:
@@ -130,7 +155,6 @@ def cap_sequence_length(config: PretrainedConfig, requested: int) -> int:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is None or requested <= limit:
         return requested
-    log.warning("max_seq_length %d is above the model's %d positions: %d is used", requested, limit, limit)
     return int(limit)
 
 
@@ -150,14 +174,11 @@ def _locate(source: str) -> tuple[str, str | None]:
 
 def _check_folder(folder: Path) -> str | None:
     """Return the folder's gguf file if it has no safetensors, or raise if it has neither."""
+    if (folder / "adapter_config.json").is_file():  # transformers would add it to whatever base it names
+        raise ModelError(f"the model folder {folder} holds an adapter; name the folder of a base model")
     if any(folder.glob("*.safetensors")):
         if not (folder / "config.json").is_file():
-            what = (
-                "an adapter"
-                if (folder / "adapter_config.json").is_file()
-                else "no model: config.json is missing"
-            )
-            raise ModelError(f"the model folder {folder} holds {what}; name the folder of a base model")
+            raise ModelError(f"the model folder {folder} holds no model: config.json is missing")
         return None
     gguf = sorted(folder.glob("*.gguf"))
     if len(gguf) == 1:
@@ -173,8 +194,11 @@ def _check_folder(folder: Path) -> str | None:
 
 
 @contextmanager
-def _as_model_error(source: str) -> Iterator[None]:
-    """Reduce whatever the loaders raise to one sentence; their messages fill screens."""
+def as_model_error(source: str) -> Iterator[None]:
+    """Reduce whatever the loaders raise to one sentence; their messages fill screens.
+
+    :raises ModelError: naming the model, from what was raised.
+    """
     try:
         yield
     except Exception as error:  # OSError, ValueError, ImportError, safetensors' and the hub's own

@@ -7,18 +7,22 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lightning_modules.spool import Spool
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
+from post_training.schemas.record import TAG_CHECKPOINT_COPY_PREFIX
 from post_training.schemas.trainer import TrainerSpec
 
 _log = logging.getLogger(__name__)
 
 SPOOL_FILE = "metrics.jsonl"
+TABLES = "tables"
+"""Folder of the tables in the job's folder."""
+
 CLOSE_TIMEOUT = 60.0
 MAX_PARAM_CHARACTERS = 6000
 MAX_TAG_CHARACTERS = 8000
@@ -51,8 +55,22 @@ class JobRecord(Protocol):
         :raises RecordUnavailableError: if the files could not be stored after several tries.
         """
 
+    def note_checkpoint(self, folder: Path, *, metrics: PostTrainingMetric) -> Checkpoint:
+        """Record an epoch's checkpoint that stays where it is; a later one of the same epoch replaces it.
+
+        :raises ValueError: if the folder holds no file.
+        """
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Record a whole table, replacing what was recorded under its name.
+
+        :param name: a file's name that ends in ``.json``.
+        """
+
     def start_over(self) -> None:
         """Forget what earlier attempts recorded of steps and epochs: they trained something else.
+
+        Tables stay until they are logged again.
 
         :raises RecordUnavailableError: if their checkpoints could not be removed.
         """
@@ -107,28 +125,40 @@ class LocalRecord:
 
         :raises ValueError: if the folder holds no file.
         """
-        require_files(folder)
-        return Checkpoint(
-            identifier=checkpoint_identifier(self._job_uuid, metrics.epoch),
-            created_at=datetime.now(UTC),
-            epoch=metrics.epoch,
-            post_training_job_id=self._job_uuid,
-            path=folder.as_posix(),
-            training_metrics=metrics,
-        )
+        return describe_checkpoint(self._job_uuid, folder, metrics)
+
+    def note_checkpoint(self, folder: Path, *, metrics: PostTrainingMetric) -> Checkpoint:
+        """Spool the folder's description as a tag of the run.
+
+        :raises ValueError: if the folder holds no file.
+        """
+        checkpoint = describe_checkpoint(self._job_uuid, folder, metrics)
+        self.set_tag(f"{TAG_CHECKPOINT_COPY_PREFIX}{checkpoint.epoch}", checkpoint.model_dump_json())
+        return checkpoint
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Write the table's file in the job's folder."""
+        write_table(self._spool.folder, name, columns, rows)
 
     def start_over(self) -> None:
-        """Take every step as new."""
+        """Take every step as new, and remove the tags of noted checkpoints."""
         self._recorded.clear()
+        self._spool.append([{"kind": "restart"}])  # a later attempt reads it too
+        self._remove_tags(f"{TAG_CHECKPOINT_COPY_PREFIX}*")
 
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Do nothing: whoever made the folder removes it."""
+        """Remove the checkpoint's tag; whoever made the folder removes it."""
+        self._remove_tags(f"{TAG_CHECKPOINT_COPY_PREFIX}{checkpoint.epoch}")
 
     def log_artifact(self, path: Path, folder: str) -> None:
         """Do nothing: the file is in the job's folder."""
 
     def close(self) -> None:
         """Do nothing: every line is on disk."""
+
+    def _remove_tags(self, pattern: str) -> None:
+        """Spool the removal of the tags that a shell pattern matches, behind whatever sets them."""
+        self._spool.append([{"kind": "untag", "pattern": pattern}])
 
     def _warn_of_non_finite(self, metrics: Mapping[str, float], step: int) -> None:
         for key, value in metrics.items():
@@ -172,6 +202,22 @@ def checkpoint_identifier(job_uuid: str, epoch: int) -> str:
     return f"{job_uuid}-epoch-{epoch}"
 
 
+def describe_checkpoint(job_uuid: str, folder: Path, metrics: PostTrainingMetric) -> Checkpoint:
+    """Describe the checkpoint of an epoch that is a folder.
+
+    :raises ValueError: if the folder holds no file.
+    """
+    require_files(folder)
+    return Checkpoint(
+        identifier=checkpoint_identifier(job_uuid, metrics.epoch),
+        created_at=datetime.now(UTC),
+        epoch=metrics.epoch,
+        post_training_job_id=job_uuid,
+        path=folder.as_posix(),
+        training_metrics=metrics,
+    )
+
+
 def require_files(folder: Path) -> None:
     """Refuse a folder that would become an empty checkpoint.
 
@@ -179,6 +225,35 @@ def require_files(folder: Path) -> None:
     """
     if not any(path.is_file() for path in folder.rglob("*")):
         raise ValueError(f"a checkpoint needs files, and {folder} has none")
+
+
+def write_table(work_dir: Path, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table in MLflow's form, complete or not at all; numbers that are not finite become null.
+
+    Source: ``MlflowClient.log_table``, which writes pandas' JSON of orient "split" without an index.
+
+    :param work_dir: the job's folder.
+    """
+    data = [[None if _is_not_finite(value) else value for value in row] for row in rows]
+    file = work_dir / TABLES / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".tmp")
+    draft.write_text(json.dumps({"columns": list(columns), "data": data}, default=str))
+    draft.replace(file)
+
+
+def read_table(work_dir: Path, name: str) -> list[list[Any]]:
+    """Return the rows of a table that an attempt at the job wrote; none if it was not, or not whole."""
+    try:
+        table = json.loads((work_dir / TABLES / name).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # a machine that goes down can leave an empty file
+        return []
+    rows: list[list[Any]] = table["data"]
+    return rows
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def now_ms() -> int:

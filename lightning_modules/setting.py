@@ -66,8 +66,8 @@ class Setting:
             data=cast(DataConfig, training.data_config),  # the request was validated
             runtime=request.runtime or RuntimeConfig(),
             efficiency=efficiency,
-            logger=LoggerConfig.model_validate(request.logger_config),
-            algorithm=find_algorithm(request.algorithm_config),
+            logger=request.logger,
+            algorithm=find_algorithm(request),
             device=device,
             dtype=effective_dtype(training.dtype, device),
         )
@@ -77,4 +77,4 @@ class Setting:
         """Lightning's name: a frozen base in bf16 needs no autocast, fp16 needs a gradient scaler."""
         if self.dtype == "fp16":
             return "16-mixed"
-        return "bf16-mixed" if self.dtype == "bf16" and not self.algorithm.frozen_base else "32-true"
+        return "bf16-mixed" if self.dtype == "bf16" and not self.algorithm.weights.frozen_base else "32-true"

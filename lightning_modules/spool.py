@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
-"""One thing to record; ``kind`` is metrics, param, tag or dataset."""
+"""One thing to record; ``kind`` is metrics, param, tag, untag, dataset, table, or restart, before which
+everything belongs to another training."""
 
 _BLOCK_BYTES = 1 << 20
 
@@ -41,6 +42,11 @@ class Spool:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._cut_torn_line()
         self._sent = self._read_cursor()
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the file is in."""
+        return self._file.parent
 
     def append(self, events: Iterable[Event]) -> None:
         """Write the events behind the others.
@@ -76,7 +82,9 @@ class Spool:
         """The last step of each metric in the file, sent or not."""
         last: dict[str, int] = {}
         for event in self._events():
-            if event["kind"] == "metrics":
+            if event["kind"] == "restart":
+                last.clear()
+            elif event["kind"] == "metrics":
                 for key in event["values"]:
                     last[key] = max(event["step"], last.get(key, event["step"]))
         return last

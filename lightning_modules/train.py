@@ -76,14 +76,15 @@ def _train(spec: TrainerSpec, stop: Event) -> TrainerResult:
     _log_plainly()
     # Seconds of imports: a spec that cannot be read must not wait for them.
     from lightning_modules.callbacks import Progress, Resources  # noqa: PLC0415
-    from lightning_modules.job import run_job  # noqa: PLC0415
+    from lightning_modules.job import prepare_job  # noqa: PLC0415
     from lightning_modules.record import open_record  # noqa: PLC0415
 
     _quieten_libraries()
     record = open_record(spec)
     resources = Resources()
     try:
-        finished = run_job(spec, record, [Progress(PROGRESS_SECONDS), resources], stop.is_set)
+        job = prepare_job(spec, record, [Progress(PROGRESS_SECONDS), resources], stop.is_set)
+        finished = job.run()
     finally:
         record.set_tag(TAG_RESOURCES, json.dumps(resources.summary()))
         record.close()
@@ -125,7 +126,8 @@ def write_result(path: Path, result: TrainerResult) -> None:
 
 def _log_plainly() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
-    for name in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, and of each other
+    # of kernels for other machines or that are not used here, and of each other
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_DISABLE", "1")
 

@@ -15,6 +15,16 @@ LORA: dict[str, Any] = {
 }
 
 
+QAT: dict[str, Any] = {"type": "QAT", "quantizer_name": "int4_weight_only", "group_size": 32}
+
+OPTIMIZER: dict[str, Any] = {
+    "optimizer_type": "adamw",
+    "lr": 1e-4,
+    "weight_decay": 0.0,
+    "num_warmup_steps": 0,
+}
+
+
 def sft_body(**changes: Any) -> dict[str, Any]:
     """Return a valid body of supervised-fine-tune; keys are dotted paths with ``__`` for the dot.
 
@@ -44,6 +54,23 @@ def dpo_body(**changes: Any) -> dict[str, Any]:
     body = sft_body()
     body["finetuned_model"] = body.pop("model")
     body["algorithm_config"] = {"beta": 0.1, "loss_type": "sigmoid"}
+    return changed(body, **changes)
+
+
+def rlhf_body(**changes: Any) -> dict[str, Any]:
+    """Return a valid body of preference-optimize in its long form, changed in the same way."""
+    body: dict[str, Any] = {
+        "job_uuid": "job-1",
+        "finetuned_model": {"uri": "org/model"},
+        "dataset_id": "train.jsonl",
+        "validation_dataset_id": "test.jsonl",
+        "algorithm": "dpo",
+        "algorithm_config": {"beta": 0.1, "loss_type": "sigmoid"},
+        "optimizer_config": copy.deepcopy(OPTIMIZER),
+        "training_config": {"n_epochs": 1},
+        "hyperparam_search_config": {},
+        "logger_config": {},
+    }
     return changed(body, **changes)
 
 

@@ -9,11 +9,12 @@ import pytest
 
 from post_training.datasets import Resolver
 from post_training.errors import InvalidRequestError
-from post_training.schemas.requests import SupervisedFineTuneRequest
+from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
 from post_training.settings import Settings
-from tests.requests_of import sft_body
+from tests.requests_of import dpo_body, sft_body
 
 FIELD = "training_config.data_config.dataset_id"
+RUN_ID, MODEL_ID = "0a" * 16, "m-" + "1b" * 16
 
 
 @pytest.fixture
@@ -27,6 +28,10 @@ def root(tmp_path: Path) -> Path:
     (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "model.gguf").write_text("")
+    (folder / "rows.ndjson").write_text("")
     (folder / "empty").mkdir()
     return folder
 
@@ -64,19 +69,40 @@ def test_paths_below_a_root_become_absolute(resolver: Resolver, root: Path) -> N
     assert resolver.dataset(FIELD, "train.jsonl") == expected
     assert resolver.dataset(FIELD, expected) == expected
     assert resolver.dataset(FIELD, f"file://{expected}") == expected
-    assert resolver.dataset(FIELD, f"file:{root}/with%20space.csv") == str(root / "with space.csv")
+    assert resolver.dataset(FIELD, f"FILE:{root}/with%20space.csv") == str(root / "with space.csv")
+    assert resolver.dataset(FIELD, "file:rows.ndjson") == str(root / "rows.ndjson")
 
 
 @pytest.mark.parametrize(
     "uri",
     [
         "https://example.org/rows.jsonl",
+        "https://example.org/rows.jsonl?signature=a%2Fb",
         "huggingface://datasets/org/name?split=train",
+        "huggingface://datasets/org/name?split=train[:10%25]&name=main",
         "data:application/jsonl,%7B%7D",
+        "data:,../::?#",
+        "s3://my-bucket/folder/rows.jsonl",
+        "gs://bucket.example/rows.parquet",
+        "gcs://bucket/rows.csv",
+        "abfs://container/rows.json",
+        "abfss://container@account.dfs.core.windows.net/rows.json",
+        "az://container@account.blob.core.windows.net/rows.json",
+        "oci://bucket@namespace/rows.json",
+        "oss://bucket/rows.json",
+        f"runs:/{RUN_ID}/data/rows.jsonl",
+        "mlflow-artifacts:/0/data/rows of today.jsonl",
+        f"models:/{MODEL_ID}/rows.jsonl",
+        "models:/my model/3/rows.jsonl",
+        "models:/my.model@champion/data/rows.jsonl",
     ],
 )
 def test_uris_stay_as_they_are(resolver: Resolver, uri: str) -> None:
     assert resolver.dataset(FIELD, uri) == uri
+
+
+def test_a_scheme_in_capitals_is_the_same_scheme(resolver: Resolver) -> None:
+    assert resolver.dataset(FIELD, "S3://Bucket/Rows.jsonl") == "s3://Bucket/Rows.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -86,15 +112,57 @@ def test_uris_stay_as_they_are(resolver: Resolver, uri: str) -> None:
         ("../secret.jsonl", "must not hold '..'"),
         ("/etc/passwd", "must lie under a folder of"),
         ("link.jsonl", "must lie under a folder of"),
-        ("notes.txt", "must end in .jsonl, .json, .csv, .parquet, got 'notes.txt'"),
+        ("notes.txt", "must end in .jsonl, .ndjson, .json, .csv, .parquet, got 'notes.txt'"),
         ("empty", "no such file"),
         ("file://elsewhere/rows.jsonl", "must name this host, got 'elsewhere'"),
         ("ftp://example.org/rows.jsonl", "scheme must be one of"),
         ("http://example.org/rows.jsonl", "scheme must be one of"),
-        ("s3://bucket/rows.jsonl", "scheme must be one of"),
-        ("huggingface://datasets/../secret", "must have the form"),
-        ("huggingface://datasets/org/name/../../x", "must have the form"),
+        ("ssh://host/rows.jsonl", "scheme must be one of"),
+        ("local:///etc/rows.jsonl", "scheme must be one of"),
+        ("memory://rows.jsonl", "scheme must be one of"),
+        ("simplecache::s3://bucket/rows.jsonl", "scheme must be one of"),
+        ("s3://bucket/rows.jsonl::file:///etc/rows.jsonl", "must not hold '::', which chains URIs"),
+        ("https://example.org/rows.jsonl::file:///etc/rows.jsonl", "must not hold '::'"),
+        ("s3://bucket/../other/rows.jsonl", "must not hold '..'"),
+        ("s3://bucket/a%2f%2E./rows.jsonl", "must not hold '..'"),
+        ("s3://bucket/%25252e%25252e/rows.jsonl", "must not hold '..'"),
+        ("s3://bucket/rows.txt", "must end in .jsonl, .ndjson, .json, .csv, .parquet, got 'rows.txt'"),
+        ("s3://bucket/.jsonl", "must end in"),
+        ("s3://bucket/", "must have the form s3://BUCKET/KEY, got 's3://bucket/'"),
+        ("s3:///rows.jsonl", "must have the form s3://BUCKET/KEY"),
+        ("s3:bucket/rows.jsonl", "must have the form s3://BUCKET/KEY"),
+        ("s3://host:9000/rows.jsonl", "must have the form s3://BUCKET/KEY"),
+        ("s3://bucket/rows.jsonl?versionId=1", "must not hold a query or fragment"),
+        ("s3://bucket/rows.jsonl#1", "must not hold a query or fragment"),
+        ("s3://bucket/\trows.jsonl", "must not hold characters that cannot be seen"),
+        ("s3://bucket/" + "x" * 4096 + ".jsonl", "a URI may have 4096 characters, got 4114"),
+        ("oci://bucket@namespace@evil/rows.json", "must not hold a user or password"),
+        ("abfss://container@evil.example/rows.json", "must not hold a user or password"),
+        ("abfss://container@a.dfs.core.windows.net.evil.example/rows.json", "must not hold a user"),
+        ("file:train.jsonl?x", "must not hold a query or fragment"),
+        ("https://example.org/rows.zip?x=.jsonl", "must end in"),
+        ("runs:/", "must have the form runs:/RUN_ID/PATH"),
+        (f"runs:/{RUN_ID}", "must have the form runs:/RUN_ID/PATH"),
+        (f"runs://host/{RUN_ID}/rows.jsonl", "must have the form runs:/RUN_ID/PATH"),
+        (f"runs:/{RUN_ID}//rows.jsonl", "must have the form runs:/RUN_ID/PATH"),
+        (f"runs:/{RUN_ID}/data", "must end in .jsonl"),
+        (f"runs:/{RUN_ID}/%2e%2e/rows.jsonl", "must not hold '..'"),
+        (f"runs:/{RUN_ID}/rows.jsonl?x", "must not hold a query"),
+        ("mlflow-artifacts://evil.example/rows.jsonl", "must have the form mlflow-artifacts:/PATH"),
+        ("mlflow-artifacts:rows.jsonl", "must have the form mlflow-artifacts:/PATH"),
+        ("mlflow-artifacts:/a/../b/rows.jsonl", "must not hold '..'"),
+        (f"models:/{MODEL_ID}", "must end in .jsonl"),
+        ("models:/name/rows.jsonl", "must have the form models:/MODEL_ID, models:/NAME/VERSION or models"),
+        ("models://host/name/1/rows.jsonl", "must have the form models:/MODEL_ID"),
+        ("huggingface://datasets/../secret", "must not hold '..'"),
+        ("huggingface://datasets/org/name/../../x", "must not hold '..'"),
         ("huggingface://models/org/name", "must have the form"),
+        (
+            "huggingface://datasets/org/name?revision=main",
+            "may give split and name once each, got 'revision'",
+        ),
+        ("huggingface://datasets/org/name?split=", "may give split and name once each, got 'split'"),
+        ("huggingface://datasets/org/name?split", "cannot be read: bad query field"),
         ("https://[::1", "cannot be read"),
         ("https://" + "a" * 64 + ".org/rows.jsonl", "cannot be read"),
         ("x" * 5000, "cannot be read"),
@@ -113,7 +181,58 @@ def test_other_data_are_refused(resolver: Resolver, name: str, rule: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "192.168.1.1", "::1", "fd00::1"]
+    "uri",
+    [
+        "s3://key:secret@bucket/rows.jsonl",
+        "https://me:secret@example.org/rows.jsonl",
+        "https://me:secret@[::1/rows.jsonl",
+        "s3://bucket/rows.jsonl?key=secret",
+        "huggingface://datasets/a/b/c?token=secret",
+    ],
+)
+def test_secrets_are_not_repeated(resolver: Resolver, uri: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        resolver.dataset(FIELD, uri)
+    assert "secret" not in str(caught.value)
+    assert "got" in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"])
+def test_public_addresses_are_not(root: Path, address: str) -> None:
+    uri = "https://example.org/rows.jsonl"
+    assert resolver_of(root, (address,)).dataset(FIELD, uri) == uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "rule"),
+    [
+        ("https://example.org:99999/rows.jsonl", "cannot be read: Port out of range"),
+        ("https://example.org:a/rows.jsonl", "cannot be read: Port could not be cast"),
+        ("https://example.org/my rows.jsonl", "must be percent-encoded"),
+        ("https://example.org/r\u00f6ws.jsonl", "must be percent-encoded"),
+    ],
+)
+def test_addresses_that_no_client_could_open_are_refused(resolver: Resolver, uri: str, rule: str) -> None:
+    with pytest.raises(InvalidRequestError, match=rule):
+        resolver.dataset(FIELD, uri)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(
+            "127.0.0.1",
+            "10.0.0.1",
+            "169.254.169.254",
+            "192.168.1.1",
+            "224.0.0.1",
+            "::1",
+            "fd00::1",
+            "fec0::1",
+        ),
+        "64:ff9b::a9fe:a9fe",  # NAT64 and 6to4 forms of 169.254.169.254
+        "2002:a9fe:a9fe::1",
+    ],
 )
 def test_private_addresses_are_refused(root: Path, address: str) -> None:
     resolver = resolver_of(root, ("8.8.8.8", address))
@@ -126,29 +245,73 @@ def test_hub_models_are_taken(resolver: Resolver, name: str) -> None:
     assert resolver.model(request(model=name)) == name
 
 
-def test_model_folders_are_taken(resolver: Resolver, root: Path) -> None:
-    assert resolver.model(request(model=str(root / "model"))) == str(root / "model")
+@pytest.mark.parametrize("name", ["model", "adapter", "model.gguf"])
+def test_models_below_a_root_become_absolute(resolver: Resolver, root: Path, name: str) -> None:
+    expected = str(root / name)
+    assert resolver.model(request(model=expected)) == expected
+    assert resolver.model(request(model=f"./{name}")) == expected
+    assert resolver.model(request(model=f"file://{expected}")) == expected
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"models:/{MODEL_ID}",
+        "models:/my model/12",
+        "models:/my.model@champion",
+        "models:/name/1/inside",
+        f"runs:/{RUN_ID}/model",
+        "mlflow-artifacts:/0/model.gguf",
+    ],
+)
+def test_models_in_mlflow_are_taken(resolver: Resolver, uri: str) -> None:
+    assert resolver.model(request(model=uri)) == uri
+    preference = PreferenceOptimizeRequest.model_validate(dpo_body(finetuned_model=uri))
+    assert resolver.model(preference) == uri
+
+
+def test_a_hub_uri_is_its_hub_id(resolver: Resolver) -> None:
+    assert resolver.model(request(model="huggingface://Org/Model-1.5")) == "Org/Model-1.5"
+    assert resolver.model(request(model="huggingface://gpt2")) == "gpt2"
 
 
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
         ("/etc", "must lie under a folder of"),
-        ("./nothing", "no such file"),
-        ("model.gguf", "no such file"),
-        ("https://example.org/model", "must be a path or a hub id"),
+        ("./nothing", "no such file or folder: './nothing'"),
+        ("other.gguf", "no such file or folder"),
+        ("./train.jsonl", "must end in .gguf, got 'train.jsonl'"),
+        ("file:///etc", "must lie under a folder of"),
+        (
+            "https://example.org/model",
+            "scheme must be one of file, huggingface, mlflow-artifacts, models, runs",
+        ),
+        ("s3://bucket/model", "scheme must be one of file, huggingface, mlflow-artifacts, models, runs"),
+        ("huggingface://datasets/name", "must have the form huggingface://ORG/NAME"),
+        ("huggingface://org/name/file", "must have the form huggingface://ORG/NAME"),
+        ("huggingface://org/name?revision=x", "must not hold a query"),
+        ("models:/name", "must have the form models:/MODEL_ID, models:/NAME/VERSION or models:/NAME@ALIAS"),
+        ("models:/name/Production", "must have the form models:/MODEL_ID"),
+        ("models:/name/0", "must have the form models:/MODEL_ID"),
+        ("models:/../1", "must not hold '..'"),
+        ("mlflow-artifacts://evil.example/model", "must have the form mlflow-artifacts:/PATH"),
+        (f"runs:/{RUN_ID}", "must have the form runs:/RUN_ID/PATH"),
+        (f"runs:/{RUN_ID}/model/", "must have the form runs:/RUN_ID/PATH"),
+        ("models:/name/1x", "must have the form models:/MODEL_ID"),
         ("a/b/c", "hub id like org/name"),
         ("org/mo del", "hub id like org/name"),
     ],
 )
 def test_other_models_are_refused(resolver: Resolver, name: str, rule: str) -> None:
-    with pytest.raises(InvalidRequestError, match=rule) as caught:
+    with pytest.raises(InvalidRequestError) as caught:
         resolver.model(request(model=name))
     assert caught.value.errors[0]["loc"] == ["model"]
+    assert rule in caught.value.errors[0]["msg"]
 
 
 def test_a_model_folder_needs_a_config(resolver: Resolver, root: Path) -> None:
-    with pytest.raises(InvalidRequestError, match=r"no config\.json"):
+    with pytest.raises(InvalidRequestError, match=r"no config\.json and no adapter_config\.json"):
         resolver.model(request(model=str(root / "empty")))
 
 
@@ -156,6 +319,24 @@ def test_the_default_model_is_for_requests_without_one(root: Path) -> None:
     assert resolver_of(root, default_model="/models/base").model(request(model=None)) == "/models/base"
     with pytest.raises(InvalidRequestError, match="is required"):
         resolver_of(root).model(request(model=None))
+
+
+def test_the_default_model_may_lie_outside_the_roots(root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "base"
+    resolver = resolver_of(root, default_model=str(outside))
+    assert resolver.model(request(model=str(outside))) == str(outside)
+    assert resolver.model_roots() == (root, outside)
+    with pytest.raises(InvalidRequestError, match="must lie under a folder of"):
+        resolver.model(request(model=f"{outside}/inside"))
+
+
+@pytest.mark.parametrize("default", [None, "org/name", f"models:/{MODEL_ID}"])
+def test_a_default_model_that_is_no_path_is_no_root(root: Path, default: str | None) -> None:
+    assert resolver_of(root, default_model=default).model_roots() == (root,)
+
+
+def test_a_default_model_with_a_scheme_is_checked(root: Path) -> None:
+    assert resolver_of(root, default_model="huggingface://org/name").model(request(model=None)) == "org/name"
 
 
 def test_checkpoints_go_into_the_jobs_own_folder(resolver: Resolver, root: Path) -> None:
@@ -169,6 +350,10 @@ def test_checkpoints_go_into_the_jobs_own_folder(resolver: Resolver, root: Path)
         resolver.checkpoint_dir(request(checkpoint_dir="x" * 5000))
     with pytest.raises(InvalidRequestError, match="checkpoint_dir: must lie under"):
         resolver.checkpoint_dir(request(checkpoint_dir="/tmp/out"))
+    (root / "links").mkdir()
+    (root / "links" / "job-1").symlink_to(root.parent)
+    with pytest.raises(InvalidRequestError, match="checkpoint_dir: must lie under"):
+        resolver.checkpoint_dir(request(checkpoint_dir=str(root / "links")))
 
 
 def test_check_looks_at_everything(resolver: Resolver) -> None:

@@ -21,7 +21,7 @@ from post_training.schemas.flat import flatten
 from post_training.schemas.jobs import JobStatus
 from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
 from tests.fakes import NOW, FakeAccess, FakeRuns, FakeTracking, task
-from tests.requests_of import dpo_body, sft_body
+from tests.requests_of import LORA, dpo_body, sft_body
 
 KEY = TaskKey("supervised_fine_tune", "job-1", "train")
 
@@ -81,6 +81,19 @@ def test_submit_makes_a_scheduled_run_and_triggers_the_dag(
     assert runs.tasks["job-1"].conf == {**flatten(request()), "mlflow_run_id": "run-1"}
 
 
+def test_a_preference_job_is_submitted_to_its_own_dag(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    body = dpo_body(runtime={"adapter": LORA})
+    wanted = PreferenceOptimizeRequest.model_validate(body)
+    assert service.submit(wanted, FakeAccess()).job_uuid == "job-1"
+    assert runs.tasks["job-1"].key == TaskKey("preference_optimize", "job-1", "train")
+    assert runs.tasks["job-1"].conf == {**flatten(wanted), "mlflow_run_id": "run-1"}
+    assert tracking.runs["run-1"].tags["post_training.method"] == "preference_optimize"
+    assert service.submit(wanted, FakeAccess()).job_uuid == "job-1"
+    assert runs.triggered == ["job-1"]
+
+
 def test_the_same_again_answers_the_same_and_makes_nothing(
     service: JobService, runs: FakeRuns, tracking: FakeTracking
 ) -> None:
@@ -127,8 +140,9 @@ def test_without_mlflow_nothing_is_triggered(
 def test_a_request_that_cannot_be_trained_makes_nothing(
     service: JobService, runs: FakeRuns, tracking: FakeTracking, resolver: Accepting
 ) -> None:
-    with pytest.raises(InvalidRequestError, match=r"algorithm_config\.quantize_base"):
-        service.submit(request(algorithm_config__quantize_base=True), FakeAccess())
+    flags = {"fsdp_cpu_offload": True}
+    with pytest.raises(InvalidRequestError, match=r"efficiency_config\.fsdp_cpu_offload: must be false"):
+        service.submit(request(training_config__efficiency_config=flags), FakeAccess())
     resolver.error = InvalidRequestError.of("model", "no such file")
     with pytest.raises(InvalidRequestError, match="model: no such file"):
         service.submit(request(), FakeAccess())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from post_training.job_ids import TaskKey
 from post_training.record import run_params, run_tags
-from post_training.schemas.requests import SupervisedFineTuneRequest
-from tests.requests_of import sft_body
+from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
+from tests.requests_of import LORA, dpo_body, sft_body
 
 KEY = TaskKey("nightly", "run", "sft", 2)
 
@@ -31,9 +31,23 @@ def test_params_are_what_was_set() -> None:
     assert params["runtime.seed"] == 3
     assert "training_config.optimizer_config.lr" not in params
     assert "logger_config" not in params
+    assert not [name for name in params if name.startswith("runtime.adapter")]
+
+
+def test_params_of_a_preference_job_name_its_adapters() -> None:
+    params = run_params(PreferenceOptimizeRequest.model_validate(dpo_body(runtime={"adapter": LORA})))
+    assert (params["runtime.adapter.type"], params["runtime.adapter.rank"]) == ("LoRA", 4)
+    assert (params["algorithm_config.beta"], params["algorithm_config.loss_type"]) == (0.1, "sigmoid")
+    assert params["finetuned_model"] == "org/model"
 
 
 def test_rows_sent_inside_the_request_are_not_copied_into_params() -> None:
-    body = sft_body(training_config__data_config__dataset_id="data:,secret")
-    params = run_params(SupervisedFineTuneRequest.model_validate(body))
-    assert params["training_config.data_config.dataset_id"] == "data: URI of 12 characters"
+    shown = {
+        "data:,secret": "data: URI of 12 characters",
+        "DATA:,secret": "data: URI of 12 characters",
+        "HTTPS://host/rows.jsonl?signature=secret": "HTTPS://host/rows.jsonl",
+    }
+    for dataset, text in shown.items():
+        body = sft_body(training_config__data_config__dataset_id=dataset)
+        params = run_params(SupervisedFineTuneRequest.model_validate(body))
+        assert params["training_config.data_config.dataset_id"] == text

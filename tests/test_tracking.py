@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlflow.entities import LoggedModelOutput
 
 from post_training.errors import RecordUnavailableError
 from post_training.schemas import record as names
-from post_training.schemas.jobs import PostTrainingMetric
+from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 from post_training.tracking import JobRun, Tracking, TrackingServer
 from tests.conftest import MLflowServer
 
@@ -124,6 +125,49 @@ def test_checkpoints_are_the_finished_models_oldest_first(tracking: Tracking, cl
         "perplexity": 2.7,
     }
     assert first.created_at <= second.created_at
+
+
+def test_checkpoints_that_were_not_uploaded_are_listed_where_no_model_is(
+    tracking: Tracking, client: MlflowClient
+) -> None:
+    run = create(tracking, "copies")
+    for epoch in (10, 2, 1):
+        copy = Checkpoint(
+            identifier=f"copies-epoch-{epoch}",
+            created_at=datetime(2026, 11, 24, tzinfo=UTC),
+            epoch=epoch,
+            post_training_job_id="copies",
+            path=f"checkpoints/copies/epoch-{epoch}",
+        )
+        tags = {f"{names.TAG_CHECKPOINT_COPY_PREFIX}{epoch}": copy.model_dump_json()}
+        tracking.set_tags(run.run_id, tags)
+    metrics = PostTrainingMetric(epoch=2, train_loss=2.0, validation_loss=1.0, perplexity=2.7)
+    model = client.create_logged_model(
+        run.experiment_id,
+        name="epoch-2",
+        source_run_id=run.run_id,
+        tags={names.TAG_CHECKPOINT: metrics.model_dump_json()},
+    )
+    unfinished = tracking.checkpoints(fresh(tracking, run))
+    assert [checkpoint.epoch for checkpoint in unfinished] == [1, 2, 10]
+    assert unfinished[1] == Checkpoint.model_validate(
+        {**unfinished[0].model_dump(), "identifier": "copies-epoch-2", "epoch": 2}
+        | {"path": "checkpoints/copies/epoch-2"}
+    )
+    client.finalize_logged_model(model.model_id, "READY")
+    finished = tracking.checkpoints(fresh(tracking, run))
+    assert [(checkpoint.epoch, checkpoint.path) for checkpoint in finished] == [
+        (1, "checkpoints/copies/epoch-1"),
+        (2, f"models:/{model.model_id}"),
+        (10, "checkpoints/copies/epoch-10"),
+    ]
+
+
+def fresh(tracking: Tracking, run: JobRun) -> JobRun:
+    """Return the run as it is now."""
+    found = tracking.get(run.run_id)
+    assert found is not None
+    return found
 
 
 def test_a_server_that_does_not_answer_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

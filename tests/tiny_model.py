@@ -32,10 +32,13 @@ def train_tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """Write the model, always with the same weights, and its tokenizer; return the folder."""
+def write_tiny_model(folder: Path, **shape: int) -> Path:
+    """Write the model, always with the same weights, and its tokenizer; return the folder.
+
+    :param shape: fields of its configuration that differ.
+    """
     tokenizer = train_tokenizer()
     torch.manual_seed(0)
-    LlamaForCausalLM(tiny_llama(len(tokenizer))).save_pretrained(folder)
+    LlamaForCausalLM(tiny_llama(len(tokenizer), **shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

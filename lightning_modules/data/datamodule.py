@@ -10,17 +10,20 @@ import numpy as np
 import torch
 
 from lightning_modules.data.packing import pack
-from lightning_modules.data.tokenize import IGNORED, Example
+from lightning_modules.data.tokenize import IGNORED, Example, Pair
 
 Batch = dict[str, Any]
 """``input_ids`` and ``labels`` (b, s); ``tokens`` and ``scored``, the numbers of real and of scored tokens;
-where rows are packed ``position_ids`` (b, s) and ``layout``, the lengths of each row's sequences."""
+``units``, what the loss is a mean over: scored tokens, or pairs; where rows are packed ``position_ids``
+(b, s) and ``layout``, the lengths of each row's sequences; of pairs ``sequence`` (n), the number of each
+scored token's sequence, and ``reference`` (n) where it was computed, its reference log-probability."""
 
 SORT_WINDOW = 16
 """Optimizer steps among which rows of like length are brought together."""
 
-Row = list[Example]
-"""The sequences of one row of a batch: one, or several where rows are packed."""
+Item = Example | Pair
+Row = Sequence[Item]
+"""What shares a row of a batch: one item, or several where rows are packed."""
 
 
 def collate(rows: Sequence[Row], pad_id: int, *, packed: bool) -> Batch:
@@ -28,28 +31,55 @@ def collate(rows: Sequence[Row], pad_id: int, *, packed: bool) -> Batch:
 
     No mask is needed: no real token can attend to the padding that follows it. In a packed row
     positions restart with each sequence, which is how the model tells the sequences apart; the
-    padding is a sequence of its own.
+    padding is a sequence of its own. A pair that is not packed takes two rows, the chosen one first.
     """
-    width = max(sum(map(len, row)) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    labels = torch.full((len(rows), width), IGNORED)
-    position_ids = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
+    items = [item for row in rows for item in row]
+    lines = [[sequence for item in row for sequence in item.sequences] for row in rows]
+    if not packed:
+        lines = [[sequence] for line in lines for sequence in line]
+    batch = _stack(lines, pad_id)
+    batch["units"] = batch["scored"]
+    if packed:
+        width = batch["input_ids"].shape[1]
+        layout = [[*map(len, line), width - sum(map(len, line))] for line in lines]
+        batch["layout"] = [[length for length in line if length] for line in layout]
+    else:
+        del batch["position_ids"]
+    return batch | _of_pairs([item for item in items if isinstance(item, Pair)])
+
+
+def _stack(lines: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+    """Write each line's sequences behind each other."""
+    width = max(sum(map(len, line)) for line in lines)
+    input_ids = torch.full((len(lines), width), pad_id)
+    labels = torch.full((len(lines), width), IGNORED)
+    position_ids = torch.zeros((len(lines), width), dtype=torch.long)
+    for i, line in enumerate(lines):
         at = 0
-        for example in row:
+        for example in line:
             end = at + len(example)
             input_ids[i, at:end] = torch.tensor(example.input_ids)
             labels[i, at:end] = torch.tensor(example.labels)
             position_ids[i, at:end] = torch.arange(len(example))
             at = end
         position_ids[i, at:] = torch.arange(width - at)
-    tokens = sum(len(example) for row in rows for example in row)
-    batch: Batch = {"input_ids": input_ids, "labels": labels, "tokens": tokens}
-    batch["scored"] = int((labels != IGNORED).sum())
-    if packed:
-        layout = [[*map(len, row), width - sum(map(len, row))] for row in rows]
-        batch |= {"position_ids": position_ids, "layout": [[n for n in row if n] for row in layout]}
-    return batch
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": position_ids,
+        "tokens": sum(len(example) for line in lines for example in line),
+        "scored": int((labels != IGNORED).sum()),
+    }
+
+
+def _of_pairs(pairs: Sequence[Pair]) -> Batch:
+    """Return what a batch of pairs holds beside its tokens; nothing for other batches."""
+    if not pairs:
+        return {}
+    scored = torch.tensor([example.scored for pair in pairs for example in pair.sequences])
+    batch: Batch = {"units": len(pairs), "sequence": torch.arange(len(scored)).repeat_interleave(scored)}
+    references = [pair.reference for pair in pairs if pair.reference is not None]
+    return batch | {"reference": torch.cat(references)} if len(references) == len(pairs) else batch
 
 
 def epoch_order(
@@ -112,8 +142,7 @@ class StepLoader:
         return self.length
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        lengths = [sum(map(len, row)) for row in self.rows]
-        order = epoch_order(lengths, self.step_rows, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
+        order = self._order(self.epoch)
         # The position moves before the yield: whoever saves now has this step behind it.
         for step in order[self.position : self.length]:
             self.position += 1
@@ -125,6 +154,19 @@ class StepLoader:
                 )
                 for at in range(0, len(step), self.batch_size)
             ]
+
+    def items_seen(self, n_epochs: int) -> list[Item]:
+        """Return what so many epochs train on, each item once, in the rows' order."""
+        seen: set[int] = set()
+        for epoch in range(n_epochs if self.shuffle else 1):
+            seen.update(i for step in self._order(epoch)[: self.length] for i in step)
+            if len(seen) == len(self.rows):
+                break
+        return [item for i in sorted(seen) for item in self.rows[i]]
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        lengths = [sum(map(len, row)) for row in self.rows]
+        return epoch_order(lengths, self.step_rows, shuffle=self.shuffle, seed=self.seed, epoch=epoch)
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, and the optimizer steps of it that were handed out."""
@@ -138,8 +180,10 @@ class StepLoader:
 class BatchLoader:
     """Yields batches in a fixed order; Lightning would take a plain list for several loaders."""
 
-    def __init__(self, batches: Sequence[Sequence[Row]], pad_id: int) -> None:
-        self.batches = batches
+    def __init__(self, items: Sequence[Item], batch_size: int, pad_id: int) -> None:
+        self.batches = [
+            [[item] for item in items[at : at + batch_size]] for at in range(0, len(items), batch_size)
+        ]
         self.pad_id = pad_id
 
     def __len__(self) -> int:
@@ -155,12 +199,13 @@ class FineTuningData(pl.LightningDataModule):
     :param train: tokenized training rows.
     :param validation: tokenized validation rows, in file order, never packed.
     :param validation_batches: how many batches of them are read; None is all, 0 none.
+    :param max_seq_length: tokens of a packed row for each sequence that an item has: a pair has two.
     """
 
     def __init__(
         self,
-        train: Sequence[Example],
-        validation: Sequence[Example],
+        train: Sequence[Item],
+        validation: Sequence[Item],
         *,
         pad_id: int,
         batch_size: int,
@@ -173,9 +218,10 @@ class FineTuningData(pl.LightningDataModule):
         steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__()
-        rows: list[Row] = [[example] for example in train]
+        rows: list[Row] = [[item] for item in train]
         if packed:
-            rows = [[train[i] for i in row] for row in pack([len(e) for e in train], max_seq_length)]
+            capacity = max_seq_length * max(len(item.sequences) for item in train)
+            rows = [[train[i] for i in row] for row in pack([len(item) for item in train], capacity)]
         self.train_loader = StepLoader(
             rows,
             batch_size=batch_size,
@@ -186,11 +232,9 @@ class FineTuningData(pl.LightningDataModule):
             pad_id=pad_id,
             packed=packed,
         )
-        batches = [
-            [[example] for example in validation[at : at + batch_size]]
-            for at in range(0, len(validation), batch_size)
-        ]
-        self._validation = batches[:validation_batches]
+        read = None if validation_batches is None else validation_batches * batch_size
+        self.validation_items = validation[:read]
+        self._batch_size = batch_size
         self._pad_id = pad_id
 
     def train_dataloader(self) -> StepLoader:
@@ -210,4 +254,13 @@ class FineTuningData(pl.LightningDataModule):
 
     def val_dataloader(self) -> BatchLoader:
         """Return the validation batches in file order."""
-        return BatchLoader(self._validation, self._pad_id)
+        return self.batches_of(self.validation_items)
+
+    def batches_of(self, items: Sequence[Item]) -> BatchLoader:
+        """Return batches of any items, as validation has them."""
+        return BatchLoader(items, self._batch_size, self._pad_id)
+
+    def items_seen(self, n_epochs: int) -> list[Item]:
+        """Return what so many epochs train and validate on, each item once, in a fixed order."""
+        items = [*self.train_loader.items_seen(n_epochs), *self.validation_items]
+        return list({id(item): item for item in items}.values())

@@ -7,13 +7,17 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
+from lightning_modules.data.sources import fetch, first_line, shown
 from post_training.errors import DataError
+
+HUB_KEYS = {"split", "name"}
+HUB_BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -39,51 +43,35 @@ class RawDataset:
     rows: list[Row]
 
 
-def read_dataset(source: str) -> RawDataset:
+def read_dataset(source: str, tracking_uri: str | None = None, roots: Sequence[Path] = ()) -> RawDataset:
     """Read jsonl, json, csv or parquet rows from an absolute path or a URI.
 
-    :param source: a path; ``file:``, ``data:``, ``huggingface://datasets/ORG/NAME?split=…``,
-        or any other scheme that fsspec knows (https, s3, …).
-    :raises DataError: if it cannot be read, has an unknown kind, or holds no row.
+    :param source: a path; ``data:``, ``huggingface://datasets/ORG/NAME?split=…&name=…``, or what
+        ``sources.fetch`` takes (``file:``, ``https:``, ``s3:``, ``runs:``, …).
+    :param tracking_uri: of the job's MLflow server, for ``runs:``, ``models:`` and ``mlflow-artifacts:``.
+    :param roots: where on this machine that server may keep them, if it keeps them on a disk.
+    :raises DataError: if it cannot be read, has an unknown kind, or holds no row; its cause is an OSError
+        where another attempt may succeed.
     """
-    scheme = urlsplit(source).scheme
+    read = READERS.get(urlsplit(source).scheme)
     try:
-        dataset = _read_hub(source) if scheme == "huggingface" else _read_file(source, scheme)
+        dataset = read(source) if read else _read_file(source, tracking_uri, roots)
     except DataError:
         raise
     except Exception as error:  # any file system's or parser's own error
-        raise DataError(f"cannot read the data set {_shown(source)}: {_first_line(error)}") from error
+        raise DataError(f"cannot read the data set {shown(source)}: {first_line(error)}") from error
     if not dataset.rows:
-        raise DataError(f"the data set {_shown(source)} holds no rows")
+        raise DataError(f"the data set {shown(source)} holds no rows")
     return dataset
 
 
-def _read_file(source: str, scheme: str) -> RawDataset:
-    if scheme == "data":
-        content, kind = _decode_data_uri(source)
-    else:
-        content, kind = _fetch(source, scheme), _kind_of_name(source)
-    return RawDataset(_shown(source), hashlib.sha256(content).hexdigest(), PARSERS[kind](content))
+def _read_file(source: str, tracking_uri: str | None, roots: Sequence[Path]) -> RawDataset:
+    kind = _kind_of_name(source)
+    return _parse(source, fetch(source, tracking_uri, roots), kind)
 
 
-def _fetch(source: str, scheme: str) -> bytes:
-    if not scheme:
-        return _read_path(Path(source))
-    if scheme == "file":
-        return _read_path(Path(unquote(urlsplit(source).path)))
-    import fsspec  # noqa: PLC0415 - only remote data needs it
-
-    # A redirect could lead to an address that the request was not allowed to name.
-    options = {"allow_redirects": False} if scheme == "https" else {}
-    with fsspec.open(source, "rb", **options) as file:
-        return bytes(file.read())
-
-
-def _read_path(path: Path) -> bytes:
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise DataError(f"the data set {path} {what}")
-    return path.read_bytes()
+def _parse(source: str, content: bytes, kind: str) -> RawDataset:
+    return RawDataset(shown(source), hashlib.sha256(content).hexdigest(), PARSERS[kind](content))
 
 
 def _kind_of_name(source: str) -> str:
@@ -91,37 +79,54 @@ def _kind_of_name(source: str) -> str:
     kind = SUFFIXES.get(suffix)
     if kind is None:
         raise DataError(
-            f"the data set {_shown(source)} has the unknown suffix {suffix!r}: use {', '.join(SUFFIXES)}"
+            f"the data set {shown(source)} has the unknown suffix {suffix!r}: use {', '.join(SUFFIXES)}"
         )
     return kind
 
 
-def _decode_data_uri(uri: str) -> tuple[bytes, str]:
-    """Split an RFC 2397 URI into its bytes and the kind that its media type names (jsonl where none does)."""
-    header, comma, body = uri.removeprefix("data:").partition(",")
+def _read_data_uri(uri: str) -> RawDataset:
+    """Read an RFC 2397 URI; its media type names the kind of file, jsonl where it names none of ours."""
+    header, comma, body = uri.partition(",")
     if not comma:
         raise DataError("the data: URI has no comma between its media type and its content")
-    media, *parameters = header.lower().split(";")
+    media, *parameters = header.partition(":")[2].lower().split(";")
     content = unquote_to_bytes(body)
     if "base64" in parameters:
         content = base64.b64decode(content, validate=True)
-    kinds = {"text/csv": "csv", "csv": "csv", "application/json": "json"}
-    return content, kinds.get(media, "jsonl")
+    return _parse(uri, content, MEDIA_TYPES.get(media, "jsonl"))
 
 
 def _read_hub(source: str) -> RawDataset:
-    """Read ``huggingface://datasets/ORG/NAME?split=train`` with the datasets library."""
+    """Read a data set of the Hugging Face hub with the datasets library, which runs no code of theirs."""
     from datasets import load_dataset  # noqa: PLC0415 - seconds, only hub data needs it
+    from datasets.exceptions import DatasetGenerationError  # noqa: PLC0415
 
-    parts = urlsplit(source)
-    query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-    name = parts.path.strip("/")
-    table = load_dataset(name, query.get("name"), split=query.get("split", "train"))
-    rows = _number(table)
+    name, query = _hub_address(source)
+    try:
+        # By its bare name the library would prefer a folder in the working folder.
+        table = load_dataset(f"hf://datasets/{name}", query.get("name"), split=query.get("split", "train"))
+    except DatasetGenerationError as error:  # which says no more than that there is a cause
+        raise error.__cause__ or error from None
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row.value, sort_keys=True, default=str).encode())
-    return RawDataset(source, digest.hexdigest(), rows)
+    for batch in table.with_format("arrow").iter(HUB_BATCH_ROWS):  # raw: a decoded image has no digest
+        digest.update(json.dumps(batch.to_pylist(), sort_keys=True, default=str).encode())
+    return RawDataset(source, digest.hexdigest(), _number(map(_without_nulls, table)))
+
+
+def _hub_address(source: str) -> tuple[str, dict[str, str]]:
+    """Return ORG/NAME and the query.
+
+    :raises DataError: if it has another form or asks for more than split and configuration.
+    """
+    parts = urlsplit(source)
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    query, name = dict(pairs), parts.path.strip("/")
+    understood = len(query) == len(pairs) and query.keys() <= HUB_KEYS
+    if parts.netloc != "datasets" or name.count("/") != 1 or not understood:
+        raise DataError(
+            f"the data set {source} must have the form huggingface://datasets/ORG/NAME?split=train&name=CONFIG"
+        )
+    return name, query
 
 
 def _parse_jsonl(content: bytes) -> list[Row]:
@@ -134,6 +139,8 @@ def _parse_line(number: int, line: str) -> Row:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         return Row(number, {}, f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        return Row(number, {}, f"not JSON: {error}")
     return _as_row(number, value)
 
 
@@ -158,25 +165,49 @@ def _parse_json(content: bytes) -> list[Row]:
 
 
 def _parse_csv(content: bytes) -> list[Row]:
+    """Read rows under a header; empty cells are left out, as a column that a row lacks."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-    return [
-        Row(number, {}, "has more cells than the header")
-        if None in value
-        else Row(number, {key: cell for key, cell in value.items() if cell not in (None, "")})
-        for number, value in enumerate(reader, start=1)
-    ]
+    # Not strict, a quote that is never closed would swallow the rest of the file.
+    reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+    columns = [column for column in reader.fieldnames or () if column]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"a column's name is there twice: {', '.join(columns)[:200]}")
+    try:
+        return [_csv_row(number, value) for number, value in enumerate(reader, start=1)]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.reader.line_num}: {error}") from None
+
+
+def _csv_row(number: int, value: dict[Any, Any]) -> Row:
+    if None in value:
+        return Row(number, {}, "has more cells than the header")
+    return Row(number, {column: cell for column, cell in value.items() if cell not in (None, "")})
 
 
 def _parse_parquet(content: bytes) -> list[Row]:
     from pyarrow import parquet  # noqa: PLC0415 - only parquet needs it
 
-    return _number(parquet.read_table(io.BytesIO(content)).to_pylist())
+    return _number(map(_without_nulls, parquet.read_table(io.BytesIO(content)).to_pylist()))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out the keys with which columnar files fill an object that lacks them, at every depth."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    return value
 
 
 def _number(values: Iterable[Any]) -> list[Row]:
     return [_as_row(number, value) for number, value in enumerate(values, start=1)]
 
+
+READERS: dict[str, Callable[[str], RawDataset]] = {
+    "data": _read_data_uri,
+    "huggingface": _read_hub,
+}
+"""Reader of each scheme whose content is no file with a name."""
 
 PARSERS: dict[str, Callable[[bytes], list[Row]]] = {
     "jsonl": _parse_jsonl,
@@ -188,16 +219,9 @@ PARSERS: dict[str, Callable[[bytes], list[Row]]] = {
 
 SUFFIXES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "parquet": "parquet"}
 
-
-def _shown(source: str) -> str:
-    """Leave out what may hold rows or a secret: the body of a data: URI, a query, a password."""
-    if source.startswith("data:"):
-        return source.partition(",")[0]
-    parts = urlsplit(source)
-    if not parts.scheme or parts.scheme == "huggingface":
-        return source
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+MEDIA_TYPES = {
+    "text/csv": "csv",
+    "csv": "csv",
+    "application/json": "json",
+    "application/vnd.apache.parquet": "parquet",
+}

@@ -1,6 +1,6 @@
 """Which data sets and models a request may name, checked before anything is made.
 
-A path must lie under an allowed root; a URI must have a known scheme and no private address.
+A path must lie under an allowed root; a URI must have a known scheme and form, and no private address.
 """
 
 from __future__ import annotations
@@ -10,15 +10,32 @@ import re
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from post_training.errors import InvalidRequestError
 from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTuneRequest
 from post_training.settings import Settings
+from post_training.uris import (
+    DATA_SUFFIXES,
+    HUB_ID,
+    MLFLOW_FORMS,
+    OBJECT_STORES,
+    check_by_scheme,
+    check_suffix,
+    hub_dataset,
+    hub_model,
+    mlflow_uri,
+    path_of_file_uri,
+    shown,
+    split,
+    stored_object,
+)
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+MODEL_SUFFIXES = (".gguf",)
+MODEL_FILES = ("config.json", "adapter_config.json")
+"""A folder is a model's or an adapter's if it holds one of them."""
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -32,11 +49,18 @@ class Resolver:
     def __init__(self, settings: Settings, lookup: Callable[[str], Iterable[str]] | None = None) -> None:
         self._settings = settings
         self._lookup = lookup or _addresses
-        self._schemes: dict[str, Callable[[str, str], str]] = {
-            "file": self._file_uri,
+        self._data_schemes: dict[str, Callable[[str, str], str]] = {
+            "file": lambda field, uri: self._data_path(field, path_of_file_uri(field, uri)),
             "https": self._https,
             "data": self._data_uri,
-            "huggingface": self._hub_dataset,
+            "huggingface": hub_dataset,
+            **dict.fromkeys(OBJECT_STORES, stored_object),
+            **dict.fromkeys(MLFLOW_FORMS, partial(mlflow_uri, suffixes=DATA_SUFFIXES)),
+        }
+        self._model_schemes: dict[str, Callable[[str, str], str]] = {
+            "file": lambda field, uri: self._model_path(field, path_of_file_uri(field, uri)),
+            "huggingface": hub_model,
+            **dict.fromkeys(MLFLOW_FORMS, mlflow_uri),
         }
 
     def check(self, request: AnyTrainingRequest) -> None:
@@ -65,51 +89,47 @@ class Resolver:
         return self.dataset("training_config.data_config.validation_dataset_id", data.validation_dataset_id)
 
     def dataset(self, field: str, name: str) -> str:
-        """Return the absolute path or the URI of a data set.
+        """Return the absolute path or the URI of a data set, its scheme in lower case.
 
         :raises InvalidRequestError: naming ``field``.
         """
         with _readable(field, name):
-            return self._dataset(field, name)
-
-    def _dataset(self, field: str, name: str) -> str:
-        scheme = _SCHEME.match(name)
-        if scheme is None:
-            return str(self._path(field, name, suffixes=DATA_SUFFIXES))
-        if "@" in urlsplit(name).netloc:
-            raise InvalidRequestError.of(field, "must not hold a user or password: the record shows it")
-        check = self._schemes.get(scheme[1].lower())
-        if check is None:
-            raise InvalidRequestError.of(
-                field, f"scheme must be one of {', '.join(sorted(self._schemes))}, got {scheme[1]!r}"
-            )
-        return check(field, name)
+            if (scheme := _SCHEME.match(name)) is None:
+                return self._data_path(field, name)
+            return check_by_scheme(self._data_schemes, scheme[1], field, name)
 
     def model(self, request: AnyTrainingRequest) -> str:
-        """Return the base model's absolute path or hub id.
+        """Return the absolute path, the hub id or the MLflow URI of the model to start from.
 
         :raises InvalidRequestError: naming the field.
         """
-        field = "model" if isinstance(request, SupervisedFineTuneRequest) else "finetuned_model"
-        name = request.model if isinstance(request, SupervisedFineTuneRequest) else request.finetuned_model
+        supervised = isinstance(request, SupervisedFineTuneRequest)
+        field = "model" if supervised else "finetuned_model"
+        name = getattr(request, field) or self._settings.default_model
         if name is None:
-            if self._settings.default_model is None:
-                raise InvalidRequestError.of(
-                    field, "is required: the deployment has no [post_training] default_model", "missing"
-                )
-            return self._settings.default_model
-        if name == self._settings.default_model:
-            return name
-        if _SCHEME.match(name):
-            raise InvalidRequestError.of(field, f"must be a path or a hub id, got {name[:200]!r}")
-        if name.startswith(("/", ".", "~")) or name.endswith(".gguf"):
-            with _readable(field, name):
-                return str(self._path(field, name, suffixes=(".gguf",), folders=True))
-        if not _HUB_ID.fullmatch(name):
             raise InvalidRequestError.of(
-                field, f"must be a path or a hub id like org/name, got {name[:200]!r}"
+                field, "is required: the deployment has no [post_training] default_model", "missing"
+            )
+        with _readable(field, name):
+            return self._model(field, name)
+
+    def _model(self, field: str, name: str) -> str:
+        if (scheme := _SCHEME.match(name)) is not None:
+            return check_by_scheme(self._model_schemes, scheme[1], field, name)
+        if name == self._settings.default_model:  # where it lies is the deployment's own choice
+            return name
+        if name.startswith(("/", ".", "~")) or name.endswith(MODEL_SUFFIXES):
+            return self._model_path(field, name)
+        if not HUB_ID.fullmatch(name):
+            raise InvalidRequestError.of(
+                field, f"must be a path, a hub id like org/name, or a URI, got {name[:200]!r}"
             )
         return name
+
+    def model_roots(self) -> tuple[Path, ...]:
+        """Return where the base model that an adapter names may lie: also where the default model is."""
+        roots, default = self._settings.allowed_roots, self._settings.default_model
+        return (*roots, Path(default).resolve()) if default and default.startswith("/") else roots
 
     def checkpoint_dir(self, request: SupervisedFineTuneRequest) -> Path | None:
         """Return the job's own folder for checkpoint copies, None where the request names none.
@@ -119,23 +139,32 @@ class Resolver:
         if request.checkpoint_dir is None:
             return None
         with _readable("checkpoint_dir", request.checkpoint_dir):
-            folder = self._under_root("checkpoint_dir", request.checkpoint_dir) / request.job_uuid
+            parent = self._under_root("checkpoint_dir", request.checkpoint_dir)
+            folder = self._under_root("checkpoint_dir", str(parent / request.job_uuid))
             blocked = next((path for path in (folder, *folder.parents) if path.exists()), folder)
             if not blocked.is_dir():
                 raise InvalidRequestError.of("checkpoint_dir", f"must be a folder, {blocked.name!r} is none")
             return folder
 
-    def _path(self, field: str, name: str, *, suffixes: tuple[str, ...], folders: bool = False) -> Path:
+    def _data_path(self, field: str, name: str) -> str:
         path = self._under_root(field, name)
         if path.is_file():
-            if path.suffix not in suffixes:
-                raise InvalidRequestError.of(field, f"must end in {', '.join(suffixes)}, got {path.name!r}")
-            return path
-        if folders and (path / "config.json").is_file():
-            return path
-        if folders and path.is_dir():
-            raise InvalidRequestError.of(field, f"{name[:200]!r} is no model folder: it has no config.json")
+            check_suffix(field, path.name, DATA_SUFFIXES)
+            return str(path)
         raise InvalidRequestError.of(field, f"no such file: {name[:200]!r}", "not_found")
+
+    def _model_path(self, field: str, name: str) -> str:
+        path = self._under_root(field, name)
+        if path.is_file():
+            check_suffix(field, path.name, MODEL_SUFFIXES)
+            return str(path)
+        if not path.is_dir():
+            raise InvalidRequestError.of(field, f"no such file or folder: {name[:200]!r}", "not_found")
+        if not any((path / file).is_file() for file in MODEL_FILES):
+            raise InvalidRequestError.of(
+                field, f"{name[:200]!r} is no model folder: it has no {' and no '.join(MODEL_FILES)}"
+            )
+        return str(path)
 
     def _under_root(self, field: str, name: str) -> Path:
         """Return the resolved path, symbolic links followed."""
@@ -152,22 +181,21 @@ class Resolver:
             )
         return next((path for path in allowed if path.exists()), allowed[0])
 
-    def _file_uri(self, field: str, uri: str) -> str:
-        parts = urlsplit(uri)
-        if parts.netloc not in ("", "localhost"):
-            raise InvalidRequestError.of(field, f"a file URI must name this host, got {parts.netloc!r}")
-        return str(self._path(field, unquote(parts.path), suffixes=DATA_SUFFIXES))
-
     def _https(self, field: str, uri: str) -> str:
-        host = urlsplit(uri).hostname
-        if not host:
-            raise InvalidRequestError.of(field, f"must name a host, got {uri[:200]!r}")
+        parts = split(field, uri, query=True)  # of a signed URL
+        if not parts.hostname or parts.port == 0:
+            raise InvalidRequestError.of(field, f"must name a host, got {shown(uri)!r}")
+        if not uri.isascii() or " " in uri:
+            raise InvalidRequestError.of(field, f"must be percent-encoded, got {shown(uri)!r}")
+        check_suffix(field, parts.path, DATA_SUFFIXES)
         try:
-            addresses = [ipaddress.ip_address(address) for address in self._lookup(host)]
+            addresses = [ipaddress.ip_address(address) for address in self._lookup(parts.hostname)]
         except OSError:
-            raise InvalidRequestError.of(field, f"host {host!r} is unknown", "not_found") from None
-        if not all(address.is_global for address in addresses):
-            raise InvalidRequestError.of(field, f"must not name a private address, got host {host!r}")
+            raise InvalidRequestError.of(field, f"host {parts.hostname!r} is unknown", "not_found") from None
+        if not all(map(_is_public, addresses)):
+            raise InvalidRequestError.of(
+                field, f"must not name a private address, got host {parts.hostname!r}"
+            )
         return uri
 
     def _data_uri(self, field: str, uri: str) -> str:
@@ -178,14 +206,6 @@ class Resolver:
             raise InvalidRequestError.of(field, "a data: URI needs a comma between media type and content")
         return uri
 
-    def _hub_dataset(self, field: str, uri: str) -> str:
-        parts = urlsplit(uri)
-        if parts.netloc != "datasets" or not _HUB_ID.fullmatch(parts.path.removeprefix("/")):
-            raise InvalidRequestError.of(
-                field, f"must have the form huggingface://datasets/ORG/NAME?split=train, got {uri[:200]!r}"
-            )
-        return uri
-
 
 @contextmanager
 def _readable(field: str, name: str) -> Iterator[None]:
@@ -193,7 +213,22 @@ def _readable(field: str, name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise InvalidRequestError.of(field, f"cannot be read: {error}, got {name[:200]!r}") from None
+        raise InvalidRequestError.of(field, f"cannot be read: {error}, got {shown(name)!r}") from None
+
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is of one host on the internet; one that carries an IPv4 address is as that is."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address in _NAT64:
+            return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        if address.sixtofour is not None:
+            return _is_public(address.sixtofour)
+        if address.is_site_local:
+            return False
+    return address.is_global and not address.is_multicast
 
 
 def _addresses(host: str) -> list[str]:

@@ -30,7 +30,8 @@ from post_training.schemas.jobs import (
     PostTrainingJobLogStream,
     PostTrainingJobStatusResponse,
 )
-from post_training.schemas.requests import AnyTrainingRequest, unsupported
+from post_training.schemas.requests import AnyTrainingRequest
+from post_training.schemas.rules import unsupported
 from post_training.tracking import JobRun, Tracking
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Any
 
 from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.schemas import record as names
-from post_training.schemas.flat import flatten
+from post_training.schemas.flat import stated
 from post_training.schemas.requests import AnyTrainingRequest
 
 
@@ -43,14 +43,15 @@ def identity_tags(key: TaskKey) -> dict[str, str]:
 
 
 def run_params(request: AnyTrainingRequest) -> dict[str, Any]:
-    """Return the request's set fields by dotted path; null ones say nothing and are left out."""
-    return {path: _shown(value) for path, value in flatten(request).items() if value not in (None, {})}
+    """Return the request's set fields by dotted path; those that say nothing are left out."""
+    return {path: _shown(value) for path, value in stated(request).items() if value != {}}
 
 
 def _shown(value: Any) -> Any:
     """Name a data set that was sent inside the request by its size; the rest is shown as it is."""
-    if isinstance(value, str) and value.startswith("data:"):
+    scheme = value.partition(":")[0].lower() if isinstance(value, str) else ""
+    if scheme == "data":
         return f"data: URI of {len(value)} characters"
-    if isinstance(value, str) and value.startswith("https:"):
+    if scheme == "https":
         return value.partition("?")[0]  # a signed address carries its key behind it
     return value

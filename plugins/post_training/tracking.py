@@ -210,11 +210,14 @@ class Tracking:
             self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def checkpoints(self, run: JobRun) -> list[Checkpoint]:
-        """Return the run's finished checkpoints, oldest first."""
+        """Return the run's finished checkpoints by epoch: models, and copies of epochs that have none."""
         with _answers():
             models = self._logged_models(run)
         job_uuid = run.tags.get(names.TAG_JOB_UUID, "")
-        return [_checkpoint(model, job_uuid) for model in models if _is_checkpoint(model)]
+        uploaded = [_checkpoint(model, job_uuid) for model in models if _is_checkpoint(model)]
+        epochs = {checkpoint.epoch for checkpoint in uploaded}
+        copies = [copy for copy in _copies(run.tags) if copy.epoch not in epochs]
+        return sorted([*uploaded, *copies], key=lambda checkpoint: checkpoint.epoch)
 
     def _logged_models(self, run: JobRun) -> list[LoggedModel]:
         """Return the run's logged models of every page, oldest first."""
@@ -275,6 +278,13 @@ def _checkpoint(model: LoggedModel, job_uuid: str) -> Checkpoint:
         path=f"models:/{model.model_id}",
         training_metrics=metrics,
     )
+
+
+def _copies(tags: Mapping[str, str]) -> Iterator[Checkpoint]:
+    """Yield the checkpoints that the trainer noted in the run instead of uploading them."""
+    for key, value in tags.items():
+        if key.startswith(names.TAG_CHECKPOINT_COPY_PREFIX):
+            yield Checkpoint.model_validate_json(value)
 
 
 def _time(milliseconds: int) -> datetime:

@@ -10,9 +10,12 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import DAG
 
-from post_training.schemas.flat import flatten, leaves
-from post_training.schemas.requests import REQUESTS, SupervisedFineTuneRequest
-from tests.requests_of import dpo_body, sft_body
+from post_training.job_ids import TaskKey
+from post_training.operators.params import FORM_DEFAULTS
+from post_training.operators.training import PreferenceOptimizeOperator, SupervisedFineTuneOperator
+from post_training.schemas.flat import DEPLOYMENTS, flatten, leaves, unflatten
+from post_training.schemas.requests import REQUESTS
+from tests.requests_of import LORA, QAT, dpo_body, sft_body
 
 DAGS = Path(__file__).resolve().parents[2] / "dags"
 TYPED = {
@@ -64,7 +67,9 @@ def test_what_must_be_typed_is_asked_for(dags: dict[str, DAG], dag_id: str) -> N
     [
         sft_body(),
         sft_body(algorithm_config=None),
-        sft_body(algorithm_config={"type": "QAT", "quantizer_name": "x", "group_size": 32}),
+        sft_body(algorithm_config=QAT),
+        sft_body(algorithm_config=QAT | {"quantizer_name": "8da4w-qat"}, runtime={"adapter": LORA}),
+        sft_body(runtime={"export": "merged"}, logger_config={"sample_prompts": ["Hello?"]}),
         sft_body(runtime={"seed": 3, "save_total_limit": 2}, logger_config={"tags": {"a": "b"}}),
         sft_body(training_config__optimizer_config=None, training_config__max_steps_per_epoch=None),
         sft_body(
@@ -78,12 +83,47 @@ def test_what_must_be_typed_is_asked_for(dags: dict[str, DAG], dag_id: str) -> N
         ),
         dpo_body(),
         dpo_body(algorithm_config__reward_clip=5.0),
+        dpo_body(runtime={"adapter": LORA, "reference_logprobs": "live", "export": "adapter"}),
+        dpo_body(runtime={"adapter": LORA | {"use_dora": None}}),
+        dpo_body(runtime={"adapter": None}),
     ],
 )
 def test_every_valid_requests_conf_fits_the_params(dags: dict[str, DAG], body: dict[str, Any]) -> None:
     dag_id = "preference_optimize" if "finetuned_model" in body else "supervised_fine_tune"
     conf = flatten(REQUESTS[dag_id].model_validate(body))
     assert conf_of(dags[dag_id], conf) == conf
+    # What the task reads is what was sent, not the form's adapters or other defaults.
+    again = PreferenceOptimizeOperator if dag_id == "preference_optimize" else SupervisedFineTuneOperator
+    operator = again(task_id="again", request=conf_of(dags[dag_id], conf))
+    request = operator.build_request(TaskKey(dag_id, "job-1", "train"))
+    assert flatten(request) == conf
+    assert request.payload_hash() == REQUESTS[dag_id].model_validate(body).payload_hash()
+
+
+def test_adapters_have_a_section_of_their_own(dags: dict[str, DAG]) -> None:
+    for dag in dags.values():
+        sections = {path: param.schema["section"] for path, param in dag.params.items()}
+        of_adapters = {path for path, section in sections.items() if section == "Adapters"}
+        assert of_adapters == {path for path in sections if path.startswith("runtime.adapter.")}
+        assert of_adapters
+        assert dag.params.get_param("runtime.adapter.type").schema["enum"] == ["LoRA", DEPLOYMENTS, None]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("runtime.adapter.rank", 0),
+        ("runtime.adapter.type", "QAT"),
+        ("runtime.reference_logprobs", "cached"),
+        ("algorithm_config.gamma", 2.0),
+        ("algorithm_config.loss_type", "orpo"),
+    ],
+)
+def test_the_preference_form_refuses_what_the_schema_refuses(
+    dags: dict[str, DAG], path: str, value: Any
+) -> None:
+    with pytest.raises(Exception, match=rf"Invalid input for param {path}"):
+        conf_of(dags["preference_optimize"], {**TYPED["preference_optimize"], path: value})
 
 
 @pytest.mark.parametrize(
@@ -102,12 +142,24 @@ def test_the_form_refuses_what_the_schema_refuses(dags: dict[str, DAG], path: st
         conf_of(dags["supervised_fine_tune"], {**TYPED["supervised_fine_tune"], path: value})
 
 
-def test_the_schema_takes_what_the_form_shows(dags: dict[str, DAG]) -> None:
-    from post_training.operators.params import FORM_DEFAULTS
-    from post_training.schemas.flat import unflatten
-
-    params = conf_of(dags["supervised_fine_tune"], TYPED["supervised_fine_tune"])
-    nested = unflatten(SupervisedFineTuneRequest, params, form_defaults=FORM_DEFAULTS["supervised_fine_tune"])
-    request = SupervisedFineTuneRequest.model_validate({"job_uuid": "job-1", **nested})
+@pytest.mark.parametrize(
+    ("dag_id", "said"), [("supervised_fine_tune", None), ("preference_optimize", {"adapter"})]
+)
+def test_the_schema_takes_what_the_form_shows(
+    dags: dict[str, DAG], dag_id: str, said: set[str] | None
+) -> None:
+    params = conf_of(dags[dag_id], TYPED[dag_id])
+    nested = unflatten(REQUESTS[dag_id], params, form_defaults=FORM_DEFAULTS[dag_id])
+    request = REQUESTS[dag_id].model_validate({"job_uuid": "job-1", **nested})
     assert request.training_config.optimizer_config is None
-    assert request.runtime is None
+    assert (request.runtime and request.runtime.model_fields_set) == said
+    assert request.adapters is not None
+    assert (request.adapters.rank, request.adapters.alpha) == (8, 16)
+    assert request.adapters.lora_attn_modules == ["q_proj", "v_proj"]
+
+
+def test_a_cleared_type_in_the_preference_form_trains_every_weight(dags: dict[str, DAG]) -> None:
+    dag_id = "preference_optimize"
+    params = conf_of(dags[dag_id], {**TYPED[dag_id], "runtime.adapter.type": None})
+    nested = unflatten(REQUESTS[dag_id], params, form_defaults=FORM_DEFAULTS[dag_id])
+    assert nested["runtime"] == {"adapter": None}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.record import open_record
 from post_training.schemas.trainer import TrainerSpec
-from tests.lightning_modules.tiny import LORA, ROWS
+from tests.lightning_modules.tiny import LORA, PAIRS, ROWS
 from tests.tiny_model import train_tokenizer, write_tiny_model
 
 HERE = Path(__file__).parent
@@ -47,6 +47,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def dropout_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with dropout in its attention, so that the random state matters."""
+    folder = tmp_path_factory.mktemp("dropout")
+    for path in tiny_model_dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ten rows as a jsonl file."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
@@ -54,12 +65,24 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ten preference pairs as a jsonl file."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in PAIRS))
+    return path
+
+
 SpecMaker = Callable[..., TrainerSpec]
 
 
 @pytest.fixture
-def make_spec(tiny_model_dir: Path, rows_file: Path, tmp_path: Path) -> SpecMaker:
-    """Make a spec; keywords change training_config, data_config, runtime, algorithm and the spec itself."""
+def make_spec(tiny_model_dir: Path, rows_file: Path, pairs_file: Path, tmp_path: Path) -> SpecMaker:
+    """Make a spec; keywords change training_config, data_config, runtime, algorithm and the spec itself.
+
+    With ``preference``, the parameters of its loss, it is a preference job that trains the adapters of
+    ``algorithm``.
+    """
 
     def make(
         *,
@@ -67,6 +90,8 @@ def make_spec(tiny_model_dir: Path, rows_file: Path, tmp_path: Path) -> SpecMake
         data: Mapping[str, Any] = {},
         runtime: Mapping[str, Any] = {},
         algorithm: Mapping[str, Any] | None = LORA,
+        preference: Mapping[str, Any] | None = None,
+        logger: Mapping[str, Any] = {},
         **spec: Any,
     ) -> TrainerSpec:
         data_config = {"dataset_id": "rows", "batch_size": 2, "shuffle": False, "data_format": "instruct"}
@@ -87,14 +112,17 @@ def make_spec(tiny_model_dir: Path, rows_file: Path, tmp_path: Path) -> SpecMake
             "job_uuid": "job",
             "training_config": training_config | dict(training),
             "hyperparam_search_config": {},
-            "logger_config": {},
+            "logger_config": dict(logger),
             "runtime": {"seed": 7, "max_seq_length": 128} | dict(runtime),
             "algorithm_config": algorithm,
         }
+        if preference is not None:
+            request |= {"finetuned_model": "tiny", "algorithm_config": dict(preference)}
+            request["runtime"] |= {"adapter": algorithm} | dict(runtime)
         fields = {
             "request": request,
             "model": str(tiny_model_dir),
-            "train_data": str(rows_file),
+            "train_data": str(rows_file if preference is None else pairs_file),
             "validation_data": None,
             "checkpoint_dir": None,
             "work_dir": tmp_path / "work",
@@ -121,13 +149,13 @@ def read_metrics() -> Callable[[Path, str], list[float]]:
 
 @pytest.fixture
 def run(make_spec: SpecMaker) -> Callable[..., Any]:
-    """Train a spec with its local record; returns what run_job returns."""
-    from lightning_modules.job import run_job
+    """Train a spec with its local record; returns what the job does."""
+    from lightning_modules.job import prepare_job
 
     def train(spec: TrainerSpec, should_stop: Callable[[], bool] = lambda: False) -> Any:
         record = open_record(spec)
         try:
-            return run_job(spec, record, should_stop=should_stop)
+            return prepare_job(spec, record, should_stop=should_stop).run()
         finally:
             record.close()
 

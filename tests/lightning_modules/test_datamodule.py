@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_modules.data.datamodule import FineTuningData, collate, epoch_order
 from lightning_modules.data.packing import pack
-from lightning_modules.data.tokenize import Example
+from lightning_modules.data.tokenize import Example, Pair
 
 
 def example(length: int, first: int = 1) -> Example:
@@ -51,6 +51,51 @@ def test_collate_restarts_positions_in_packed_rows() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
     assert batch["layout"] == [[2, 3], [3, 2]]
     assert batch["labels"].tolist() == [[-100, 2, -100, 6, 7], [-100, 2, 3, -100, -100]]
+
+
+def pair(chosen: int, rejected: int, reference: list[float] | None = None) -> Pair:
+    numbers = torch.tensor(reference) if reference is not None else None
+    return Pair(example(chosen), example(rejected, first=10), numbers)
+
+
+def test_pairs_take_two_rows_each_and_number_their_scored_tokens() -> None:
+    rows = [[pair(3, 2, [0.1, 0.2, 0.3])], [pair(2, 4, [1.0, 2.0, 3.0, 4.0])]]
+    batch = collate(rows, 0, packed=False)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [10, 11, 0, 0], [1, 2, 0, 0], [10, 11, 12, 13]]
+    assert (batch["units"], batch["tokens"], batch["scored"]) == (2, 11, 7)
+    assert batch["sequence"].tolist() == [0, 0, 1, 2, 3, 3, 3]
+    assert batch["reference"].tolist() == pytest.approx([0.1, 0.2, 0.3, 1.0, 2.0, 3.0, 4.0])
+
+
+def test_packed_pairs_share_a_row_in_the_same_order() -> None:
+    rows = [[pair(3, 2), pair(2, 2)], [pair(2, 4)]]
+    batch = collate(rows, 0, packed=True)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 11, 1, 2, 10, 11], [1, 2, 10, 11, 12, 13, 0, 0, 0]]
+    assert batch["layout"] == [[3, 2, 2, 2], [2, 4, 3]]
+    assert batch["sequence"].tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 5]
+    assert (batch["units"], "reference" in batch) == (3, False)
+
+
+def test_a_batch_has_references_only_if_every_pair_has_one() -> None:
+    assert "reference" not in collate([[pair(2, 2, [0.1, 0.2])], [pair(2, 2)]], 0, packed=False)
+
+
+def test_packed_pairs_fit_a_row_of_two_sequences() -> None:
+    pairs = [pair(4, 4), pair(2, 2), pair(2, 2), pair(1, 1)]
+    options: dict[str, Any] = {"pad_id": 0, "batch_size": 1, "validation_batches": 0, "max_seq_length": 4}
+    data = FineTuningData(pairs, pairs, **options, packed=True)
+    assert [len(row) for row in data.train_loader.rows] == [1, 2, 1]
+
+
+def test_items_seen_are_those_of_the_epochs_and_of_the_validation() -> None:
+    train, held_out = [pair(2, 2) for _ in range(8)], [pair(2, 2) for _ in range(3)]
+    options: dict[str, Any] = {"pad_id": 0, "batch_size": 2, "max_seq_length": 8, "steps_per_epoch": 1}
+    data = FineTuningData(train, held_out, validation_batches=1, **options)
+    assert [id(item) for item in data.items_seen(5)] == [id(item) for item in (*train[:2], *held_out[:2])]
+    shuffled = FineTuningData(train, train, validation_batches=0, shuffle=True, **options)
+    seen = [i for epoch in range(2) for i in epoch_order([4] * 8, 2, shuffle=True, seed=0, epoch=epoch)[0]]
+    assert {id(item) for item in shuffled.items_seen(2)} == {id(train[i]) for i in seen}
+    assert len(shuffled.items_seen(10**6)) == 8
 
 
 def test_unshuffled_keeps_the_order() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_modules import losses
-from lightning_modules.losses import perplexity, scale_logits, scored_hidden, token_loss_sum
+from lightning_modules.losses import chunk_rows, perplexity, scale_logits, scored_hidden, token_loss_sum
 
 
 def test_scored_hidden_predicts_the_next_token() -> None:
@@ -57,6 +57,11 @@ def test_chunks_change_neither_loss_nor_gradients(
         torch.testing.assert_close(got, want)
     with torch.no_grad():
         assert token_loss_sum(hidden, targets, head, config(**scaling)).item() == pytest.approx(plain.item())
+
+
+def test_a_chunk_has_as_many_rows_as_its_logits_allow() -> None:
+    assert chunk_rows(config(vocab_size=49152)) == 682  # 2^25 / 49152 = 682.67
+    assert chunk_rows(config(vocab_size=2**26)) == 1
 
 
 def test_scalings_by_hand() -> None:

@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Dataset
 
 from lightning_modules.delivery import describe_source
 from lightning_modules.mlflow_record import MLflowRecord
-from lightning_modules.record import HTTP_LIMITS, SPOOL_FILE, LocalRecord, flatten, open_record
+from lightning_modules.record import (
+    HTTP_LIMITS,
+    SPOOL_FILE,
+    LocalRecord,
+    flatten,
+    open_record,
+    read_table,
+)
 from lightning_modules.spool import Spool
 from post_training.errors import RecordUnavailableError
-from post_training.schemas.jobs import PostTrainingMetric
-from post_training.schemas.record import TAG_CHECKPOINT, TAG_JOB_UUID
+from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
+from post_training.schemas.record import TAG_CHECKPOINT, TAG_CHECKPOINT_COPY_PREFIX, TAG_JOB_UUID
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.schemas.trainer import TrackingTarget, TrainerSpec
 from tests.requests_of import sft_body
@@ -37,13 +45,14 @@ EPOCH_0 = PostTrainingMetric(epoch=0, train_loss=1.5, validation_loss=2.0, perpl
 def _short_http_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given limits are kept by ``open_record``, and undone after the test."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 @pytest.fixture
-def server(mlflow_server: MLflowServer) -> Iterator[MLflowServer]:
+def server(mlflow_server: MLflowServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[MLflowServer]:
     """The shared server, running again at the end whatever a test did to it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)  # for what no client offers
     yield mlflow_server
     if not mlflow_server.running:
         mlflow_server.start()
@@ -121,20 +130,33 @@ def test_everything_reaches_the_run_and_its_status_is_left_alone(
     assert [file.path for file in client.list_artifacts(run_id, "logs")] == [f"logs/{SPOOL_FILE}"]
     [data] = run.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("gsm8k", ("ab" * 32)[:36])
-    assert json.loads(data.dataset.profile) == {"num_rows": 7, "sha256": "ab" * 32}
+    assert json.loads(data.dataset.profile) == {"num_rows": 7, "sha256": "ab" * 32, "source": "/d/x.jsonl"}
     assert {tag.key: tag.value for tag in data.tags} == {"mlflow.data.context": "training"}
+
+
+SECRET_URIS = (
+    "https://me:secret@host/x.jsonl?sig=secret",
+    "s3://key:secret@bucket/x.jsonl?X-Amz-Signature=secret#secret",
+    "huggingface://datasets/org/name?split=train&token=secret",
+    "runs:/0123/x.jsonl?token=secret",
+    "data:text/csv;base64," + "c2VjcmV0" * 1000,
+)
 
 
 def test_a_data_set_that_is_named_by_its_uri_gives_no_secret_away(
     client: MlflowClient, run_id: str, spec: TrainerSpec
 ) -> None:
     record = open_record(spec)
-    for name in ("https://me:secret@host/x.jsonl?sig=secret", "data:text/csv;base64," + "QUJD" * 1000):
+    for name in SECRET_URIS:
         record.log_dataset(name=name, digest="ab", source=name, rows=1, context="training")
     record.close()
     datasets = [data.dataset for data in client.get_run(run_id).inputs.dataset_inputs]
-    assert {data.name for data in datasets} == {"https://host/x.jsonl", "data:text/csv;base64,..."}
-    assert "secret" not in str([data.to_dictionary() for data in datasets])
+    names = {"https://host/x.jsonl", "s3://bucket/x.jsonl", "org/name", "runs:/0123/x.jsonl"}
+    assert {data.name for data in datasets} == names | {"data:text/csv;base64,..."}
+    assert {json.loads(data.profile)["source"] for data in datasets} == {data.name for data in datasets}
+    text = str([data.to_dictionary() for data in datasets])
+    assert "secret" not in text
+    assert "c2VjcmV0" not in text
 
 
 def test_values_that_are_not_finite_are_recorded_as_nan(
@@ -246,12 +268,7 @@ def test_what_mlflow_refuses_is_reported_and_holds_nothing_up(
 
 
 def test_a_checkpoint_is_listed_with_its_metrics_and_comes_back_byte_for_byte(
-    server: MLflowServer,
-    client: MlflowClient,
-    run_id: str,
-    spec: TrainerSpec,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
 ) -> None:
     record = open_record(spec)
     record.log_metrics({"validation_loss": 2.0, "train_loss": 1.1}, 10)
@@ -279,10 +296,76 @@ def test_a_checkpoint_is_listed_with_its_metrics_and_comes_back_byte_for_byte(
     assert points(client, run_id, "validation_loss") == [(10, 2.0)]
     assert points(client, run_id, "train_loss") == [(10, 1.1)]
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     copy = Path(mlflow.artifacts.download_artifacts(checkpoint.path))
     for file in ("adapter.safetensors", "tokenizer/vocab.json"):
         assert (copy / file).read_bytes() == (folder / file).read_bytes()
+
+
+def noted(client: MlflowClient, run_id: str) -> dict[str, Checkpoint]:
+    tags = client.get_run(run_id).data.tags
+    return {
+        key.removeprefix(TAG_CHECKPOINT_COPY_PREFIX): Checkpoint.model_validate_json(value)
+        for key, value in tags.items()
+        if key.startswith(TAG_CHECKPOINT_COPY_PREFIX)
+    }
+
+
+def of_epoch(epoch: int) -> PostTrainingMetric:
+    return EPOCH_0.model_copy(update={"epoch": epoch})
+
+
+def test_a_noted_checkpoint_is_a_tag_and_no_model(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    record = open_record(spec)
+    checkpoint = record.note_checkpoint(folder, metrics=EPOCH_0)
+    record.close()
+    assert noted(client, run_id) == {"0": checkpoint}
+    assert (checkpoint.identifier, checkpoint.epoch, checkpoint.path) == (
+        "job-1-epoch-0",
+        0,
+        folder.as_posix(),
+    )
+    assert (checkpoint.post_training_job_id, checkpoint.training_metrics) == ("job-1", EPOCH_0)
+    assert models(client, run_id) == []
+
+
+def test_a_discarded_note_is_gone_and_others_stay(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    record = open_record(spec)
+    checkpoints = [record.note_checkpoint(folder, metrics=of_epoch(epoch)) for epoch in (0, 1, 10)]
+    record.discard_checkpoint(checkpoints[1])
+    record.discard_checkpoint(checkpoints[0])
+    record.note_checkpoint(folder, metrics=of_epoch(0))  # behind the removal
+    record.close()
+    assert noted(client, run_id).keys() == {"0", "10"}
+
+
+def test_an_attempt_on_another_machine_that_starts_over_removes_notes_and_no_other_tag(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, tmp_path: Path
+) -> None:
+    first = open_record(spec)
+    first.set_tag("color", "blue")
+    for epoch in (0, 1):
+        first.note_checkpoint(folder, metrics=of_epoch(epoch))
+    first.close()
+    second = open_record(retried(spec, work_dir=tmp_path / "elsewhere"))
+    second.start_over()
+    checkpoint = second.note_checkpoint(folder, metrics=EPOCH_0)
+    second.close()
+    assert noted(client, run_id) == {"0": checkpoint}
+    assert client.get_run(run_id).data.tags["color"] == "blue"
+
+
+def test_starting_over_removes_notes_that_were_not_sent(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    LocalRecord(Spool(spec.work_dir / SPOOL_FILE, run_id), "job-1").note_checkpoint(folder, metrics=EPOCH_0)
+    record = open_record(retried(spec))
+    record.start_over()
+    record.close()
+    assert noted(client, run_id) == {}
 
 
 def test_starting_over_forgets_checkpoints_and_steps(
@@ -357,10 +440,101 @@ def test_during_an_outage_a_checkpoint_fails_and_an_artifact_warns(
     record.close()
 
 
+COLUMNS = ("step", "answer")
+
+
+def table_of(client: MlflowClient, run_id: str, name: str) -> dict[str, list[Any]]:
+    """Read a table as MLflow does; it looks only at what the run's tag lists."""
+    return dict(client.load_table("0", name, [run_id]).to_dict("list"))
+
+
+@pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes")  # MLflow's own log_table
+def test_tables_are_mlflow_s_and_each_is_the_last_one_logged(
+    client: MlflowClient, run_id: str, spec: TrainerSpec
+) -> None:
+    client.log_table(run_id, {"by": ["another"]}, "theirs.json")
+    record = open_record(spec)
+    record.log_table("samples.json", COLUMNS, [[0, "no"], [1, "well"]])
+    record.log_table("bad_rows.json", ("row", "reason"), [[7, "no answer"]])
+    record.close()
+    record = open_record(retried(spec))
+    record.log_table("samples.json", COLUMNS, [[0, "no"], [3, 'ä "\n\u2028']])
+    record.close()
+
+    assert table_of(client, run_id, "samples.json") == {"step": [0, 3], "answer": ["no", 'ä "\n\u2028']}
+    assert table_of(client, run_id, "bad_rows.json") == {"row": [7], "reason": ["no answer"]}
+    assert table_of(client, run_id, "theirs.json") == {"by": ["another"]}
+    listed = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
+    names = ["theirs.json", "samples.json", "bad_rows.json"]
+    assert listed == [{"path": name, "type": "table"} for name in names]
+
+
+def test_a_table_holds_only_what_json_can_say(spec: TrainerSpec) -> None:
+    record = open_record(spec)
+    record.log_table("t.json", ("a", "b", "c"), [(math.nan, -math.inf, 1.5), (None, Path("/x"), "y")])
+    record.close()
+    text = (spec.work_dir / "tables" / "t.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "columns": ["a", "b", "c"],
+        "data": [[None, None, 1.5], [None, "/x", "y"]],
+    }
+
+
+def test_tables_wait_for_the_end_of_an_outage_and_nothing_waits_for_them(
+    server: MLflowServer, client: MlflowClient, run_id: str, spec: TrainerSpec
+) -> None:
+    server.stop()
+    started = monotonic()
+    first = open_record(spec, close_timeout=0.2)
+    first.log_table("bad_rows.json", ("row", "reason"), [[7, "no answer"]])
+    first.log_table("samples.json", COLUMNS, [[0, "no"]])
+    first.close()
+    second = open_record(retried(spec))
+    second.log_table("samples.json", COLUMNS, [[0, "no"], [1, "yes"]])
+    assert monotonic() - started < 2.0
+    server.start()
+    second.close()
+    assert table_of(client, run_id, "bad_rows.json") == {"row": [7], "reason": ["no answer"]}
+    assert table_of(client, run_id, "samples.json") == {"step": [0, 1], "answer": ["no", "yes"]}
+
+
+def test_a_broken_artifact_store_holds_up_tables_alone(
+    server: MLflowServer,
+    client: MlflowClient,
+    run_id: str,
+    spec: TrainerSpec,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # as in production: the server closes the connection on which it failed, and a client may have it in use
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    blocked = server.home / "artifacts" / "0" / run_id  # a file where the run's folder would be
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.touch()
+    record = open_record(spec)
+    record.log_table("samples.json", COLUMNS, [[0, "no"]])
+    wait_until(lambda: "kept on disk" in caplog.text)
+    record.log_metrics({"train_loss": 1.0}, 1)
+    wait_until(lambda: points(client, run_id) == [(1, 1.0)])
+    blocked.unlink()
+    record.close()
+    assert table_of(client, run_id, "samples.json") == {"step": [0], "answer": ["no"]}
+
+
+@pytest.mark.parametrize("content", [None, "", '{"columns": ["a"], "da'])
+def test_a_table_that_was_not_written_whole_has_no_rows(content: str | None, tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    if content is not None:
+        (tmp_path / "tables" / "t.json").write_text(content)
+    assert read_table(tmp_path, "t.json") == []
+
+
 def test_a_checkpoint_without_files_is_an_error(tmp_path: Path, spec: TrainerSpec) -> None:
     record = open_record(spec)
     with pytest.raises(ValueError, match="has none"):
         record.log_checkpoint(tmp_path / "nothing", step=1, metrics=EPOCH_0)
+    with pytest.raises(ValueError, match="has none"):
+        record.note_checkpoint(tmp_path / "nothing", metrics=EPOCH_0)
     record.close()
 
 
@@ -370,9 +544,15 @@ def test_without_tracking_the_folder_is_the_record(tmp_path: Path, spec: Trainer
     record.log_metrics({"train_loss": 1.0}, 1)
     record.set_tag("a", "b")
     assert record.log_checkpoint(folder, step=1, metrics=EPOCH_0).path == folder.as_posix()
+    checkpoint = record.note_checkpoint(folder, metrics=EPOCH_0)
+    record.discard_checkpoint(checkpoint)
+    record.log_table("samples.json", COLUMNS, [(0, "no")])
     record.close()
     lines = [json.loads(line) for line in (spec.work_dir / SPOOL_FILE).read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["metrics", "tag"]
+    assert [line["kind"] for line in lines] == ["metrics", "tag", "tag", "untag"]
+    assert lines[2]["key"] == lines[3]["pattern"] == "post_training.checkpoint.0"
+    assert Checkpoint.model_validate_json(lines[2]["value"]) == checkpoint
+    assert read_table(spec.work_dir, "samples.json") == [[0, "no"]]
 
 
 def test_http_limits_are_set_where_none_are(spec: TrainerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,19 +565,36 @@ def test_http_limits_are_set_where_none_are(spec: TrainerSpec, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("source", "described"),
     [
-        ("/data/x.jsonl", ("local", {"uri": "/data/x.jsonl"})),
+        ("/data/x#1.jsonl", ("local", {"uri": "/data/x#1.jsonl"})),
         ("file:///data/x.jsonl", ("local", {"uri": "/data/x.jsonl"})),
         ("https://me:secret@host/x.jsonl?sig=secret", ("http", {"url": "https://host/x.jsonl"})),
         ("s3://bucket/x.jsonl", ("s3", {"uri": "s3://bucket/x.jsonl"})),
         (
-            "huggingface://datasets/org/name?split=train",
-            ("huggingface", {"uri": "huggingface://datasets/org/name?split=train"}),
+            "huggingface://datasets/org/name?split=train&name=main&token=secret",
+            ("hugging_face", {"path": "org/name", "split": "train", "config_name": "main"}),
+        ),
+        ("runs:/0123/data/x.jsonl", ("runs", {"uri": "runs:/0123/data/x.jsonl"})),
+        ("models:/m-0123/x.jsonl", ("models", {"uri": "models:/m-0123/x.jsonl"})),
+        ("models:/name@champion/x.jsonl", ("models", {"uri": "models:/name@champion/x.jsonl"})),
+        ("mlflow-artifacts:/0/x.jsonl", ("mlflow-artifacts", {"uri": "mlflow-artifacts:/0/x.jsonl"})),
+        (
+            "mlflow-artifacts://me:secret@host:5000/0/x.jsonl",
+            ("mlflow-artifacts", {"uri": "mlflow-artifacts://host:5000/0/x.jsonl"}),
         ),
         ("data:text/csv;base64,QUJD", ("data", {"uri": "data:text/csv;base64,..."})),
     ],
 )
 def test_a_source_is_described_without_secrets(source: str, described: tuple[str, dict[str, str]]) -> None:
     assert describe_source(source) == described
+
+
+@pytest.mark.parametrize(
+    "source", ["/data/x.jsonl", "https://host/x.jsonl", "s3://bucket/x", "huggingface://datasets/org/name"]
+)
+def test_mlflow_knows_the_described_source(source: str) -> None:
+    source_type, fields = describe_source(source)
+    known = mlflow.data.get_source(Dataset("name", "digest", source_type, json.dumps(fields)))
+    assert known.to_dict().items() >= fields.items()
 
 
 def test_params_are_flattened() -> None:

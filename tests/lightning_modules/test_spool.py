@@ -70,3 +70,9 @@ def test_last_steps_and_times_are_found(file: Path) -> None:
     assert spool.last_steps() == {"loss": 7}
     assert spool.time_of("loss", 7, 0.25) == 70
     assert spool.time_of("loss", 7, 0.5) is None
+
+
+def test_steps_of_another_training_are_not_the_last_ones(file: Path) -> None:
+    spool = Spool(file, "run")
+    spool.append([metrics(9), {"kind": "restart"}, metrics(3)])
+    assert spool.last_steps() == {"loss": 3}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -21,7 +21,6 @@ from lightning_modules.attention import BY_SEQUENCE, use_by_sequence
 from lightning_modules.data.datamodule import Batch, collate
 from lightning_modules.data.packing import pack
 from lightning_modules.data.tokenize import Example
-from lightning_modules.optimization import Schedule, default_optimizer
 from lightning_modules.supervised import SupervisedFineTuning
 from post_training.errors import DivergenceError
 from tests.lightning_modules.tiny import LORA, ROWS, TINY
@@ -138,7 +137,7 @@ def test_equals_a_plain_loop(
         torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-3, atol=1e-5)
 
 
-def unpacked_and_packed(model_type: str, attention: str) -> tuple[SupervisedFineTuning, list[list[Batch]]]:
+def unpacked_and_packed(model_type: str, attention: str) -> tuple[Any, list[list[Batch]]]:
     """A model, and the same seven sequences once padded and once in packed rows."""
     config = copy.deepcopy(TINY[model_type])  # a model changes the config that it is given
     torch.manual_seed(0)
@@ -150,31 +149,21 @@ def unpacked_and_packed(model_type: str, attention: str) -> tuple[SupervisedFine
     for length in (9, 14, 3, 20, 11, 5, 2):
         ids = torch.randint(3, 400, (length,), generator=rng).tolist()
         examples.append(Example(ids, [-100] * (length // 2) + ids[length // 2 :]))
-    module = SupervisedFineTuning(
-        model,
-        optimizer_config=default_optimizer(0.1, 1),
-        schedule=Schedule(0.1, 0, 1, "constant"),
-        steps_per_epoch=1,
-        record=cast(Any, None),
-        dtype_name="fp32",
-    )
     rows = [[examples[i] for i in row] for row in pack([len(e) for e in examples], 24)]
     assert max(map(len, rows)) > 1
-    return module, [[collate([[e] for e in examples], 0, packed=False)], [collate(rows, 0, packed=True)]]
+    return model, [[collate([[e] for e in examples], 0, packed=False)], [collate(rows, 0, packed=True)]]
 
 
 @pytest.mark.parametrize(("model_type", "attention"), PACKING)
 def test_packed_rows_have_the_loss_and_gradients_of_single_rows(model_type: str, attention: str) -> None:
-    module, batches = unpacked_and_packed(model_type, attention)
+    model, batches = unpacked_and_packed(model_type, attention)
     losses, gradients = [], []
     for (batch,) in batches:
-        loss = module.loss_sum(batch)
+        loss = SupervisedFineTuning()(model, batch).loss
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.item())
-        gradients.append(
-            {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-        )
-        module.zero_grad()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4)
@@ -182,15 +171,15 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_rows(model_type: str,
 
 @pytest.mark.parametrize(("model_type", "attention"), ATTENTION)
 def test_loss_equals_the_models_own_with_its_mask(model_type: str, attention: str) -> None:
-    module, ((batch,), _) = unpacked_and_packed(model_type, attention)
+    model, ((batch,), _) = unpacked_and_packed(model_type, attention)
     mask = torch.zeros_like(batch["input_ids"])
     for row, length in enumerate((9, 14, 3, 20, 11, 5, 2)):
         mask[row, :length] = 1
-    logits = module.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
+    logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
     expected = functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
     )
-    assert module.loss_sum(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert SupervisedFineTuning()(model, batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_packed_training_equals_unpacked_training(

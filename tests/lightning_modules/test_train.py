@@ -99,7 +99,7 @@ OFFLOAD = {"efficiency_config": {"enable_activation_offloading": True}}
         ({"model": "/no/model"}, "the model /no/model does not exist"),
         ({"training": HARD}, "dtype fp16 needs a GPU: on this machine's CPU use bf16 or fp32"),
         ({"training": OFFLOAD}, "enable_activation_offloading moves activations off a GPU"),
-        ({"data": {"data_format": "dialog"}}, "10 of 10 rows of .* are bad: row 1: has neither a dialog"),
+        ({"data": {"data_format": "dialog"}}, "10 of 10 rows .* is 0: row 1: has neither a dialog"),
         ({"runtime": {"max_seq_length": 8}}, "row 1: the prompt is longer than max_seq_length"),
     ],
 )

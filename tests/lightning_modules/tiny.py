@@ -40,6 +40,15 @@ ROWS = [
     {"question": words(i), "answer": f"There are {i * 7 % 10} apples" + " now" * (i % 4)} for i in range(10)
 ]
 
+PAIRS = [
+    {
+        "prompt": words(i),
+        "chosen": f"There are {i * 7 % 10} apples" + " now" * (i % 4),
+        "rejected": f"I do not know {i}" + " sorry" * (i % 3),
+    }
+    for i in range(10)
+]
+
 
 def tiny_llama(vocab_size: int = 400, **changes: Any) -> LlamaConfig:
     """The configuration of the tiny model."""

@@ -6,8 +6,9 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvicorn
@@ -18,6 +19,9 @@ from post_training.api.app import create_app
 from post_training.jobs import JobService
 from tests.fakes import FakeAccess, FakeRuns, FakeTracking
 from tests.test_jobs import Accepting
+
+if TYPE_CHECKING:
+    from tests.operators.workplace import Workplace
 
 
 class ApiServer:
@@ -74,6 +78,14 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    """Settings, a data set and a trainer, over a fake record."""
+    from tests.operators.workplace import Workplace
+
+    return Workplace(tmp_path, monkeypatch)
 
 
 def connect(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import stat
-import sys
 import threading
-from pathlib import Path
-from types import SimpleNamespace
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -21,72 +18,11 @@ from post_training.record import identity_tags
 from post_training.schemas.flat import flatten
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.schemas.trainer import TrainerSpec
-from tests.fakes import FakeTracking
 from tests.operators.conftest import connect
-from tests.requests_of import sft_body
+from tests.operators.workplace import KEY, RESULT, Workplace
+from tests.requests_of import QAT, sft_body
 
-KEY = TaskKey("supervised_fine_tune", "job-1", "train")
-RESULT = {"status": "completed", "metrics": {"train_loss": 1.5}}
-
-
-class Workplace:
-    """Settings, a data set, and a trainer that does what ``program`` says."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.home = folder / "home"
-        self.data = folder / "data" / "train.jsonl"
-        self.data.parent.mkdir()
-        self.data.write_text("{}\n")
-        self.trainer = folder / "trainer"
-        self.tracking = FakeTracking()
-        self.links: dict[str, str] = {}
-        monkeypatch.setenv("AIRFLOW__POST_TRAINING__HOME", str(self.home))
-        monkeypatch.setenv("AIRFLOW__POST_TRAINING__ALLOWED_ROOTS", str(self.data.parent))
-        monkeypatch.setenv("AIRFLOW__POST_TRAINING__TRAINER_PYTHON", str(self.trainer))
-        connect(monkeypatch, host="http://airflow/post-training", extra={"runtime": {"seed": 7}})
-        self.trains(f"result = {RESULT!r}")
-
-    def trains(self, program: str) -> None:
-        """Let the trainer run ``program``; what it leaves in ``result`` is written."""
-        self.trainer.write_text(
-            f"#!{sys.executable} -u\n"
-            "import json, os, sys, time\n"
-            "from pathlib import Path\n"
-            "spec = Path(sys.argv[3])\n"
-            "result = None\n"
-            f"{program}\n"
-            "if result is not None:\n"
-            "    (spec.parent / 'result.json').write_text(json.dumps(result))\n"
-        )
-        self.trainer.chmod(self.trainer.stat().st_mode | stat.S_IXUSR)
-
-    def operator(self, **fields: Any) -> SupervisedFineTuneOperator:
-        body = sft_body()
-        given = {name: body[name] for name in ("model", "training_config", "algorithm_config")}
-        operator = SupervisedFineTuneOperator(task_id="train", **(given | fields))
-        operator.tracking = self.tracking  # type: ignore[assignment]
-        return operator
-
-    def context(self, key: TaskKey = KEY, conf: dict[str, Any] | None = None) -> Any:
-        ti = SimpleNamespace(
-            dag_id=key.dag_id,
-            run_id=key.run_id,
-            task_id=key.task_id,
-            map_index=key.map_index,
-            try_number=1,
-            log_url="http://airflow/run",
-            xcom_push=lambda key, value: self.links.update({key: value}),
-        )
-        return {"ti": ti, "dag_run": SimpleNamespace(conf=conf or {}, run_id=key.run_id)}
-
-    @property
-    def work_dir(self) -> Path:
-        return self.home / "jobs" / "supervised_fine_tune" / "job-1" / "train"
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
-    return Workplace(tmp_path, monkeypatch)
+FSDP = sft_body(training_config__efficiency_config={"fsdp_cpu_offload": True})["training_config"]
 
 
 def test_a_job_is_trained_and_recorded(workplace: Workplace) -> None:
@@ -108,11 +44,8 @@ def test_a_job_is_trained_and_recorded(workplace: Workplace) -> None:
 
 
 def test_the_trainer_is_told_everything(workplace: Workplace) -> None:
-    workplace.trains("result = {'status': 'failed', 'error': 'stop here'}")
-    with pytest.raises(AirflowException):
-        workplace.operator(runtime={"max_seq_length": 64}).execute(workplace.context())
-    spec = TrainerSpec.model_validate_json((workplace.work_dir / "spec.json").read_text())
-    assert spec.model == "org/model"
+    spec = workplace.spec_of(workplace.operator(runtime={"max_seq_length": 64}))
+    assert (spec.model, spec.model_roots) == ("org/model", (workplace.data.parent,))
     assert spec.train_data == str(workplace.data)
     assert (spec.validation_data, spec.checkpoint_dir, spec.attempt) == (None, None, 1)
     assert spec.tracking is not None
@@ -164,8 +97,9 @@ def test_a_killed_task_stops_its_trainer_and_is_recorded_as_killed(workplace: Wo
     operator = workplace.operator()
 
     def kill_when_ready() -> None:
-        while not (workplace.work_dir / "ready").exists():
-            threading.Event().wait(0.01)
+        deadline = monotonic() + 30
+        while not (workplace.work_dir / "ready").exists() and monotonic() < deadline:
+            sleep(0.01)
         operator.on_kill()
 
     killer = threading.Thread(target=kill_when_ready)
@@ -248,7 +182,12 @@ def test_a_run_of_another_job_is_not_written_to(workplace: Workplace) -> None:
     [
         ({"training_config": {"n_epochs": 0}}, r"training_config\.n_epochs: .* got 0"),
         ({"model": "/no/model"}, "model: must lie under"),
-        ({"algorithm_config": {"type": "QAT", "quantizer_name": "x", "group_size": 32}}, "QAT is not"),
+        ({"algorithm_config": QAT | {"quantizer_name": "int2"}}, "quantizer_name: .* got 'int2'"),
+        ({"logger_config": {"log_model": False}}, r"logger_config\.log_model: needs a checkpoint_dir"),
+        (
+            {"training_config": FSDP},
+            r"training_config\.efficiency_config\.fsdp_cpu_offload: must be false: it shards",
+        ),
     ],
 )
 def test_a_request_that_is_refused_has_a_record_that_says_why(
@@ -260,18 +199,6 @@ def test_a_request_that_is_refused_has_a_record_that_says_why(
     assert run.status == "FAILED"
     assert run.tags["post_training.job_uuid"] == "job-1"
     assert run.tags["post_training.error"]
-
-
-def test_preference_optimization_is_refused_with_a_clear_error(workplace: Workplace) -> None:
-    operator = PreferenceOptimizeOperator(
-        task_id="train",
-        finetuned_model="org/model",
-        algorithm_config={},
-        training_config=sft_body()["training_config"],
-    )
-    operator.tracking = workplace.tracking  # type: ignore[assignment]
-    with pytest.raises(AirflowFailException, match=r"preference optimization \(DPO\) is not available"):
-        operator.execute(workplace.context(TaskKey("preference_optimize", "job-1", "train")))
 
 
 def test_a_stage_of_a_larger_dag_has_an_id_of_its_own(workplace: Workplace) -> None:

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from post_training.schemas.algorithms import (
+    QUANTIZER_ALIASES,
+    LoraFinetuningConfig,
+    QATFinetuningConfig,
+    Quantizer,
+)
 from post_training.schemas.requests import (
-    PostTrainingRLHFRequest,
     PreferenceOptimizeRequest,
     SupervisedFineTuneRequest,
     error_details,
-    unsupported,
 )
-from tests.requests_of import dpo_body, sft_body
+from tests.requests_of import LORA, QAT, dpo_body, sft_body
 
 
 def refused(model: type, body: dict[str, Any]) -> tuple[str, str]:
@@ -163,51 +167,84 @@ def test_dpo_takes_what_older_and_newer_clients_send(algorithm_config: dict[str,
     assert config.model_dump(mode="json") == expected
 
 
-def test_the_long_form_of_a_preference_job_is_read() -> None:
-    body = {
-        "job_uuid": "job-1",
-        "finetuned_model": {"uri": "org/model"},
-        "dataset_id": "train.jsonl",
-        "validation_dataset_id": "test.jsonl",
-        "algorithm": "dpo",
-        "algorithm_config": {"beta": 0.2},
-        "optimizer_config": {
-            "optimizer_type": "adamw",
-            "lr": 1e-4,
-            "weight_decay": 0.0,
-            "num_warmup_steps": 0,
-        },
-        "training_config": {"n_epochs": 1},
-        "hyperparam_search_config": {},
-        "logger_config": {},
-    }
-    assert PostTrainingRLHFRequest.model_validate(body).algorithm_config.beta == 0.2
+@pytest.mark.parametrize(
+    ("changes", "field", "message"),
+    [
+        ({"algorithm_config__epsilon": -1e-9}, "algorithm_config.epsilon", "greater than or equal to 0"),
+        ({"algorithm_config__gamma": 0.0}, "algorithm_config.gamma", "greater than 0, got 0.0"),
+        ({"algorithm_config__gamma": 1.5}, "algorithm_config.gamma", "less than or equal to 1, got 1.5"),
+        ({"algorithm_config__reward_clip": 0.0}, "algorithm_config.reward_clip", "greater than 0, got 0.0"),
+        ({"algorithm_config__reward_scale": 0.0}, "algorithm_config.reward_scale", "greater than 0, got 0.0"),
+        ({"algorithm_config__beta": -0.1}, "algorithm_config.beta", "greater than 0, got -0.1"),
+        ({"algorithm_config__loss_type": "orpo"}, "algorithm_config.loss_type", "'sigmoid', 'hinge', 'ipo'"),
+        ({"runtime": {"adapter": LORA | {"rank": 0}}}, "runtime.adapter.rank", "equal to 1, got 0"),
+        ({"runtime": {"adapter": QAT}}, "runtime.adapter", None),
+        ({"runtime": {"export": "onnx"}}, "runtime.export", "'adapter' or 'merged', got 'onnx'"),
+        ({"logger_config": {"log_model": "some"}}, "logger_config.log_model", "'all', got 'some'"),
+        ({"logger_config": {"sample_prompts": [""]}}, "logger_config.sample_prompts.0", "at least 1 char"),
+        ({"logger_config": {"sample_prompts": ["x"] * 21}}, "logger_config.sample_prompts", "at most 20"),
+    ],
+)
+def test_refusals_of_preference_requests(changes: dict[str, Any], field: str, message: str | None) -> None:
+    if message is None:
+        with pytest.raises(ValidationError, match=rf"{field}\.type"):
+            PreferenceOptimizeRequest.model_validate(dpo_body(**changes))
+        return
+    loc, msg = refused(PreferenceOptimizeRequest, dpo_body(**changes))
+    assert loc == field
+    assert message in msg
+
+
+@pytest.mark.parametrize("alias", [*QUANTIZER_ALIASES, *[quantizer.value for quantizer in Quantizer]])
+def test_a_quantizers_names_are_one_scheme(alias: str) -> None:
+    named = SupervisedFineTuneRequest.model_validate(
+        sft_body(algorithm_config=QAT | {"quantizer_name": alias})
+    )
+    assert isinstance(named.algorithm_config, QATFinetuningConfig)
+    canonical = named.algorithm_config.quantizer_name
+    assert canonical is QUANTIZER_ALIASES.get(alias, canonical)
+    plain = SupervisedFineTuneRequest.model_validate(
+        sft_body(algorithm_config=QAT | {"quantizer_name": canonical.value})
+    )
+    assert named.payload_hash() == plain.payload_hash()
+
+
+def test_every_name_of_a_quantizer_is_described() -> None:
+    described = QATFinetuningConfig.model_json_schema()["properties"]["quantizer_name"]["enum"]
+    assert sorted(described) == sorted([*QUANTIZER_ALIASES, *[quantizer.value for quantizer in Quantizer]])
+
+
+def test_an_unknown_quantizer_is_refused() -> None:
+    loc, msg = refused(SupervisedFineTuneRequest, sft_body(algorithm_config=QAT | {"quantizer_name": "int2"}))
+    assert loc == "algorithm_config.quantizer_name"
+    assert "got 'int2'" in msg
 
 
 @pytest.mark.parametrize(
-    ("body", "field"),
-    [
-        (
-            sft_body(algorithm_config={"type": "QAT", "quantizer_name": "x", "group_size": 32}),
-            "algorithm_config.type",
-        ),
-        (sft_body(algorithm_config__quantize_base=True), "algorithm_config.quantize_base"),
-        (
-            sft_body(training_config__efficiency_config={"fsdp_cpu_offload": True}),
-            "training_config.efficiency_config.fsdp_cpu_offload",
-        ),
-        (
-            sft_body(training_config__efficiency_config={"memory_efficient_fsdp_wrap": True}),
-            "training_config.efficiency_config.memory_efficient_fsdp_wrap",
-        ),
-    ],
+    "runtime",
+    [{}, {"export": None}, {"save_total_limit": None, "reference_logprobs": None}, "{}"],
 )
-def test_what_this_version_cannot_train_is_named(body: dict[str, Any], field: str) -> None:
-    (problem,) = unsupported(SupervisedFineTuneRequest.model_validate(body))
-    assert ".".join(map(str, problem["loc"])) == field
+def test_a_runtime_block_that_says_nothing_is_none(runtime: Any) -> None:
+    plain = PreferenceOptimizeRequest.model_validate(dpo_body())
+    empty = PreferenceOptimizeRequest.model_validate(dpo_body(runtime=runtime))
+    assert empty.runtime is None
+    assert empty.payload_hash() == plain.payload_hash()
 
 
-def test_preference_optimization_is_refused_and_plain_lora_is_not() -> None:
-    (problem,) = unsupported(PreferenceOptimizeRequest.model_validate(dpo_body()))
-    assert problem["loc"] == ["algorithm_config"]
-    assert unsupported(SupervisedFineTuneRequest.model_validate(sft_body())) == []
+def test_a_null_adapter_is_said_and_other_nulls_are_not() -> None:
+    runtime = {"adapter": None, "export": None, "seed": 3}
+    request = PreferenceOptimizeRequest.model_validate(dpo_body(runtime=runtime))
+    assert request.runtime is not None
+    assert request.runtime.model_fields_set == {"adapter", "seed"}
+    assert (request.runtime.seed, request.adapters) == (3, None)
+
+
+def test_the_adapters_of_a_job_are_found_where_its_method_has_them() -> None:
+    lora = LoraFinetuningConfig.model_validate(LORA)
+    for body in (sft_body(), sft_body(algorithm_config=QAT, runtime={"adapter": LORA})):
+        assert SupervisedFineTuneRequest.model_validate(body).adapters == lora
+    for body in (sft_body(algorithm_config=None), sft_body(algorithm_config=QAT)):
+        assert SupervisedFineTuneRequest.model_validate(body).adapters is None
+    preference = dpo_body(runtime={"adapter": LORA})
+    assert PreferenceOptimizeRequest.model_validate(preference).adapters == lora
+    assert PreferenceOptimizeRequest.model_validate(dpo_body()).adapters is None

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from post_training.schemas import algorithms, jobs, requests, training
+from post_training.schemas import algorithms, jobs, requests, rlhf, training
 
 REQUIRED = ...
 
@@ -67,7 +67,7 @@ PUBLISHED: dict[type[BaseModel], dict[str, Any]] = {
         "loss_type": algorithms.DPOLossType.sigmoid,
     },
     jobs.PostTrainingJobLogStream: {"job_uuid": REQUIRED, "log_lines": REQUIRED},
-    requests.PostTrainingRLHFRequest: dict.fromkeys(
+    rlhf.PostTrainingRLHFRequest: dict.fromkeys(
         (
             "job_uuid",
             "finetuned_model",

@@ -105,6 +105,11 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     data.mkdir()
     rows = [{"question": f"How many are {i} apples?", "answer": f"There are {i} apples."} for i in range(12)]
     (data / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    pairs = [
+        {"prompt": row["question"], "chosen": row["answer"], "rejected": f"No idea, {i}."}
+        for i, row in enumerate(rows)
+    ]
+    (data / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
     (data / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"question": "?"}) + "\n")
     model = write_tiny_model(data / "tiny-llama")
     servers = Standalone(

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_modules.job import run_job
+from lightning_modules.job import prepare_job
 from lightning_modules.record import open_record
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.schemas.trainer import TrainerSpec
@@ -86,7 +86,7 @@ def test_the_adapter_in_mlflow_is_the_trained_model(
         tracking=None,
     )
     keep = Keep()
-    run_job(spec, open_record(spec), [keep])
+    prepare_job(spec, open_record(spec), [keep]).run()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", deployment.servers.mlflow_url)
     folder = mlflow.artifacts.download_artifacts(lora_job[0].checkpoints[-1]["path"])
     base = AutoModelForCausalLM.from_pretrained(deployment.model)

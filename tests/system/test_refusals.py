@@ -31,7 +31,17 @@ SUBMIT = "/post-training/v1/post-training/supervised-fine-tune"
         ),
         ({"model": "./no-such-model"}, "model", "no such file"),
         ({"algorithm_config__rank": 0}, "algorithm_config.rank", "got 0"),
-        ({"algorithm_config__quantize_base": True}, "algorithm_config.quantize_base", "not available"),
+        ({"hyperparam_search_config": {"n": 3}}, "hyperparam_search_config", "not available"),
+        (
+            {"algorithm_config": {"type": "QAT", "quantizer_name": "int3", "group_size": 32}},
+            "algorithm_config.quantizer_name",
+            "got 'int3'",
+        ),
+        (
+            {"training_config__efficiency_config": {"fsdp_cpu_offload": True}},
+            "training_config.efficiency_config.fsdp_cpu_offload",
+            "shards over several devices",
+        ),
         ({"job_uuid": "a/b"}, "job_uuid", "may hold only"),
         ({"job_uuid": "a\n"}, "job_uuid", "may hold only"),
     ],

@@ -29,7 +29,8 @@ from post_training.schemas.jobs import (
     PostTrainingJobLogStream,
     PostTrainingJobStatusResponse,
 )
-from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
+from post_training.schemas.requests import SupervisedFineTuneRequest
+from post_training.schemas.rlhf import PreferenceBody
 
 JobUuidQuery = Annotated[str, Query(min_length=1, max_length=1000, description="The job's id.")]
 
@@ -53,9 +54,9 @@ def training_routes(service: JobService, current_access: Callable[..., Any]) -> 
 
     @router.post("/preference-optimize")
     def preference_optimize(
-        request: PreferenceOptimizeRequest, access: Any = Depends(current_access)
+        request: PreferenceBody, access: Any = Depends(current_access)
     ) -> PostTrainingJob:
-        """Start preference optimization. The same job_uuid with the same body answers the same again."""
+        """Start preference optimization, in either form of its body. The same again answers the same."""
         return service.submit(request, access)
 
     return router

@@ -6,33 +6,40 @@ from typing import Any
 
 from airflow.sdk import Param
 
-from post_training.schemas.flat import Leaf, leaves
+from post_training.schemas.flat import DEPLOYMENTS, Leaf, leaves
 from post_training.schemas.requests import AnyTrainingRequest
+from post_training.schemas.training import DATA_DEFAULTS
 
 _OF_BOTH_METHODS: dict[str, Any] = {
     "training_config.n_epochs": 1,
     "training_config.max_steps_per_epoch": 0,
     "training_config.max_validation_steps": 8,
-    "training_config.data_config.batch_size": 4,
-    "training_config.data_config.shuffle": True,
-    "training_config.data_config.data_format": "instruct",
+    **{f"training_config.data_config.{name}": value for name, value in DATA_DEFAULTS.items()},
     "hyperparam_search_config": {},
     "logger_config": {},
+}
+
+_LORA: dict[str, Any] = {
+    "type": "LoRA",
+    "lora_attn_modules": ["q_proj", "v_proj"],
+    "apply_lora_to_mlp": False,
+    "apply_lora_to_output": False,
+    "rank": 8,
+    "alpha": 16,
+    "use_dora": False,
+    "quantize_base": False,
 }
 
 FORM_DEFAULTS: dict[str, dict[str, Any]] = {
     "supervised_fine_tune": {
         **_OF_BOTH_METHODS,
-        "algorithm_config.type": "LoRA",
-        "algorithm_config.lora_attn_modules": ["q_proj", "v_proj"],
-        "algorithm_config.apply_lora_to_mlp": False,
-        "algorithm_config.apply_lora_to_output": False,
-        "algorithm_config.rank": 8,
-        "algorithm_config.alpha": 16,
-        "algorithm_config.use_dora": False,
-        "algorithm_config.quantize_base": False,
+        **{f"algorithm_config.{name}": value for name, value in _LORA.items()},
+        "runtime.adapter.type": DEPLOYMENTS,
     },
-    "preference_optimize": _OF_BOTH_METHODS,
+    "preference_optimize": {
+        **_OF_BOTH_METHODS,
+        **{f"runtime.adapter.{name}": value for name, value in _LORA.items()},
+    },
 }
 """What the form shows before anything is typed; other leaves show the schema's default."""
 
@@ -42,6 +49,7 @@ SECTIONS: dict[str, str] = {
     "checkpoint_dir": "Model",
     "training_config.data_config": "Data",
     "algorithm_config": "Algorithm",
+    "runtime.adapter": "Adapters",
     "training_config.optimizer_config": "Optimizer",
     "training_config.efficiency_config": "Memory and compute",
     "training_config": "Training",
@@ -70,6 +78,8 @@ def _param(leaf: Leaf, defaults: dict[str, Any]) -> Param:
         types = [*types, "null"]
     if "enum" in schema and "null" in types and None not in schema["enum"]:
         schema["enum"] = [*schema["enum"], None]
+    if "object" in types:  # its JSON as a string is for HTTP clients
+        types = [kind for kind in types if kind != "string"]
     schema["type"] = types if len(types) > 1 else types[0]
     schema["title"] = leaf.path.rpartition(".")[2]
     schema["section"] = SECTIONS[_prefix(leaf.path)]

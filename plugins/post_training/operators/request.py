@@ -1,8 +1,9 @@
-"""From what an operator was given to the request of its task's job."""
+"""From what an operator and its connection were given to the request of its task's job."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,11 @@ from post_training.errors import InvalidRequestError
 from post_training.operators.params import FORM_DEFAULTS
 from post_training.schemas.flat import unflatten
 from post_training.schemas.record import CONF_MLFLOW_RUN
-from post_training.schemas.requests import REQUESTS, AnyTrainingRequest, error_details, unsupported
+from post_training.schemas.requests import REQUESTS, AnyTrainingRequest, error_details
+from post_training.schemas.rlhf import read_request
+from post_training.schemas.rules import unsupported
+
+logger = logging.getLogger(__name__)
 
 
 def build_request(
@@ -20,25 +25,46 @@ def build_request(
 ) -> AnyTrainingRequest:
     """Validate what was given.
 
-    :param whole: the request, nested or with dotted keys, or a JSON string of it.
+    :param whole: the request, nested (a preference job's in either form) or with dotted keys, or a JSON
+        string of it.
     :param fields: single fields; None stands for what was not given.
     :raises InvalidRequestError: naming each field, rule and value.
     """
-    model = REQUESTS[method]
-    body = {"hyperparam_search_config": {}, "logger_config": {}, **_given(model, whole, fields)}
+    given = _given(REQUESTS[method], whole, fields)
+    body = {"hyperparam_search_config": {}, "logger_config": {}, **given}
     if body.setdefault("job_uuid", job_uuid) != job_uuid:
         raise InvalidRequestError.of(
             "job_uuid", f"must be left out or be {job_uuid!r}, the id of this task's job"
         )
     # Templates render to strings unless the DAG renders native objects, so numbers may come as text.
     try:
-        request = model.model_validate(body, strict=False)
+        request = read_request(method, body, strict=False)
     except ValidationError as error:
         raise InvalidRequestError(error_details(error.errors())) from None
     problems = unsupported(request)
     if problems:
         raise InvalidRequestError(problems)
     return request
+
+
+def with_runtime_defaults(request: AnyTrainingRequest, defaults: Mapping[str, Any]) -> AnyTrainingRequest:
+    """Return the request with these values where its runtime block leaves a field unset.
+
+    A deployment has one set of defaults for jobs of every kind: one that means nothing for this job, as
+    adapters do for a LoRA job, is left out.
+
+    :raises InvalidRequestError: naming each field, rule and value.
+    """
+    given = request.runtime.model_dump(exclude_unset=True) if request.runtime is not None else {}
+    try:
+        return type(request).model_validate({**dict(request), "runtime": {**defaults, **given}})
+    except ValidationError as error:
+        refused = {str(detail["loc"][1]) for detail in error.errors() if detail["loc"][:1] == ("runtime",)}
+        unfit = refused & defaults.keys() - given.keys()
+        if not unfit:
+            raise InvalidRequestError(error_details(error.errors())) from None
+        logger.info("Defaults of the connection that mean nothing for this job: %s", ", ".join(sorted(unfit)))
+        return with_runtime_defaults(request, {k: v for k, v in defaults.items() if k not in unfit})
 
 
 def _given(

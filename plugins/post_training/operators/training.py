@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
@@ -19,16 +19,13 @@ from post_training.launch.local import trainer_argv, trainer_environment
 from post_training.launch.process import TrainerProcess
 from post_training.operators.hooks import MLflowHook, PostTrainingHook
 from post_training.operators.links import MLflowRunLink
-from post_training.operators.request import build_request
+from post_training.operators.request import build_request, with_runtime_defaults
 from post_training.operators.task_record import TaskRecord
 from post_training.record import run_params
 from post_training.schemas import record as names
-from post_training.schemas.requests import (
-    AnyTrainingRequest,
-    SupervisedFineTuneRequest,
-)
+from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTuneRequest
+from post_training.schemas.rlhf import PostTrainingRLHFRequest
 from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrackingTarget, TrainerResult, TrainerSpec
-from post_training.schemas.training import RuntimeConfig
 from post_training.settings import load_settings
 from post_training.tracking import JobRun, Tracking
 
@@ -48,7 +45,8 @@ class TrainingOperator(BaseOperator):
     :param algorithm_config: the algorithm's parameters.
     :param hyperparam_search_config: search space and budget.
     :param logger_config: MLflow names and intervals.
-    :param runtime: limits; what it leaves open comes from the ``post_training`` connection.
+    :param runtime: limits, and adapters of a preference or QAT job; what it leaves unset comes from the
+        ``post_training`` connection, as far as it means something for this job.
     :param mlflow_conn_id: connection of the tracking server; None is the deployment's setting.
     :param post_training_conn_id: connection with the defaults of ``runtime``; None is the setting.
     """
@@ -157,16 +155,18 @@ class TrainingOperator(BaseOperator):
         self, request: AnyTrainingRequest, run: JobRun, work_dir: Path, attempt: int
     ) -> TrainerSpec:
         """Resolve what the request names and write the trainer's instructions into the job's folder."""
-        assert isinstance(request, SupervisedFineTuneRequest)  # noqa: S101
         resolver = Resolver(load_settings())
-        request = self._with_runtime_defaults(request)
+        conn_id = self.post_training_conn_id or load_settings().post_training_conn_id
+        request = with_runtime_defaults(request, PostTrainingHook(conn_id).runtime_defaults())
+        folder = resolver.checkpoint_dir(request) if isinstance(request, SupervisedFineTuneRequest) else None
         self.tracking.add_params(run.run_id, run_params(request))
         spec = TrainerSpec(
             request=request,
             model=resolver.model(request),
+            model_roots=resolver.model_roots(),
             train_data=resolver.train_data(request),
             validation_data=resolver.validation_data(request),
-            checkpoint_dir=resolver.checkpoint_dir(request),
+            checkpoint_dir=folder,
             work_dir=work_dir,
             attempt=attempt,
             tracking=TrackingTarget(tracking_uri=self.tracking.server.uri, run_id=run.run_id),
@@ -174,12 +174,6 @@ class TrainingOperator(BaseOperator):
         (work_dir / SPEC_FILE).write_text(spec.model_dump_json(indent=2), encoding="utf-8")
         (work_dir / RESULT_FILE).unlink(missing_ok=True)
         return spec
-
-    def _with_runtime_defaults(self, request: SupervisedFineTuneRequest) -> SupervisedFineTuneRequest:
-        conn_id = self.post_training_conn_id or load_settings().post_training_conn_id
-        defaults = PostTrainingHook(conn_id).runtime_defaults()
-        given = request.runtime.model_dump(exclude_unset=True) if request.runtime is not None else {}
-        return request.model_copy(update={"runtime": RuntimeConfig.model_validate({**defaults, **given})})
 
     def _train(self, spec: TrainerSpec) -> TrainerResult:
         """Run the trainer to its end, its output in the task's log.
@@ -236,7 +230,7 @@ class SupervisedFineTuneOperator(TrainingOperator):
 class PreferenceOptimizeOperator(TrainingOperator):
     """Fine-tune a model on chosen and rejected answers.
 
-    :param finetuned_model: model to start from: a hub id or a path under an allowed root.
+    :param finetuned_model: model to start from: a hub id, a path under an allowed root, or an MLflow URI.
     """
 
     method = "preference_optimize"
@@ -246,6 +240,20 @@ class PreferenceOptimizeOperator(TrainingOperator):
     def __init__(self, *, finetuned_model: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.finetuned_model = finetuned_model
+
+    @classmethod
+    def from_rlhf_request(
+        cls, request: Mapping[str, Any] | str | PostTrainingRLHFRequest, **operator_kwargs: Any
+    ) -> Self:
+        """Make the operator of a request in the published schema's long form.
+
+        :param request: a mapping, or a JSON string of one, may hold templates and leave out ``job_uuid``;
+            one that is given must be the id of the task's job.
+        :param operator_kwargs: what every operator takes, ``task_id`` and so on.
+        """
+        if isinstance(request, PostTrainingRLHFRequest):
+            request = request.model_dump(mode="json", exclude_unset=True)
+        return cls(request=request, **operator_kwargs)
 
 
 def _task_key(context: Context) -> TaskKey:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from post_training.schemas.base import Count, StrictModel
 
@@ -48,6 +48,27 @@ class LoraFinetuningConfig(StrictModel):
         return self
 
 
+class Quantizer(Enum):
+    """Quantization schemes: 4-bit weights in groups, with or without 8-bit activations."""
+
+    int8_dynamic_activation_int4_weight = "int8_dynamic_activation_int4_weight"
+    int4_weight_only = "int4_weight_only"
+
+
+QUANTIZER_ALIASES = {
+    "8da4w-qat": Quantizer.int8_dynamic_activation_int4_weight,
+    "Int8DynActInt4WeightQATQuantizer": Quantizer.int8_dynamic_activation_int4_weight,
+    "int8_dynact_int4weight": Quantizer.int8_dynamic_activation_int4_weight,
+    "4w-qat": Quantizer.int4_weight_only,
+    "Int4WeightOnlyQATQuantizer": Quantizer.int4_weight_only,
+}
+"""Names that torchtune, torchao and clients of Llama Stack use for the same schemes."""
+
+
+def _canonical_quantizer(name: Any) -> Any:
+    return QUANTIZER_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
 class QATFinetuningConfig(StrictModel):
     """Quantization-aware training: fake-quantized forward passes, then a real conversion.
 
@@ -55,7 +76,25 @@ class QATFinetuningConfig(StrictModel):
     """
 
     type: Literal["QAT"] = Field(default="QAT", description=TYPE_DESCRIPTION)
-    quantizer_name: str = Field(min_length=1, description="Name of the quantization scheme.")
+    quantizer_name: Annotated[
+        Quantizer,
+        BeforeValidator(
+            _canonical_quantizer,
+            json_schema_input_type=Literal[
+                "int8_dynamic_activation_int4_weight",
+                "int4_weight_only",
+                "8da4w-qat",
+                "Int8DynActInt4WeightQATQuantizer",
+                "int8_dynact_int4weight",
+                "4w-qat",
+                "Int4WeightOnlyQATQuantizer",
+            ],
+        ),
+    ] = Field(
+        strict=False,
+        description="Quantization scheme: int8_dynamic_activation_int4_weight (8da4w-qat) or"
+        " int4_weight_only (4w-qat).",
+    )
     group_size: Count = Field(ge=1, description="Weights that share one scale, counted along in_features.")
 
 
@@ -91,7 +130,11 @@ class DPOAlignmentConfig(StrictModel):
     reward_clip: float | None = Field(
         default=None, gt=0, description="Rewards are clamped to ± this value; null leaves them as they are."
     )
-    epsilon: float = Field(default=1e-8, ge=0, description="Floor inside the logarithm of the sigmoid loss.")
+    epsilon: float = Field(
+        default=1e-8,
+        ge=0,
+        description="Floor inside the logarithm of the sigmoid loss; added to the token count in ipo.",
+    )
     gamma: float = Field(
         default=1.0, gt=0, le=1, description="Discount for later completion tokens; 1 is none."
     )

@@ -39,8 +39,26 @@ def parse_json_object(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        parsed = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise PydanticCustomError(
             "json_invalid", "must be an object or a JSON string of one: {reason}", {"reason": str(error)}
         ) from None
+    return check_text(parsed)
+
+
+def check_text(value: Any) -> Any:
+    """Refuse half characters and NUL, which JSON can write and neither a database nor a file can hold.
+
+    :raises PydanticCustomError: if there is one.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        text.encode()
+        if "\\u0000" in text:
+            raise ValueError("it holds the character NUL")
+    except (UnicodeEncodeError, RecursionError, ValueError) as error:
+        raise PydanticCustomError(
+            "string_unicode", "must be text in valid Unicode: {reason}", {"reason": str(error.args[-1])}
+        ) from None
+    return value

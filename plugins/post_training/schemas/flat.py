@@ -7,7 +7,10 @@ JSON editor; one level avoids both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import MappingProxyType
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -19,6 +22,9 @@ from post_training.schemas.requests import AnyTrainingRequest
 REQUIRED_GROUPS = frozenset({"training_config.data_config"})
 """Groups that the schema lets be absent and every training request must have."""
 
+DEPLOYMENTS = "default"
+"""Chosen type of a group of ``runtime`` that is unset: the deployment's default is taken. Null is none."""
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -26,7 +32,8 @@ class Leaf:
 
     :param path: dotted path from the request's root.
     :param schema: its JSON schema, without ``$ref``; ``type`` is a list where null is allowed.
-    :param tags: algorithm types that it belongs to; empty outside the algorithm union.
+    :param tags: types of its group that it belongs to; empty in a group that has no ``type``.
+    :param chosen_by: path of the leaf that holds the group's type.
     :param optional: whether a group that it lies in may be absent, so that null may stand for the leaf.
     """
 
@@ -34,20 +41,33 @@ class Leaf:
     schema: dict[str, Any] = field(hash=False)
     required: bool
     tags: tuple[str, ...] = ()
+    chosen_by: str = ""
     optional: bool = False
 
     @property
     def keeps_null(self) -> bool:
         """Whether null is a value of its own; elsewhere it says that the field is absent."""
-        return "null" in self.schema.get("type", ()) and not self.path.startswith("runtime.")
+        unsets = self.path.startswith("runtime.") and not self.tags
+        return "null" in self.schema.get("type", ()) and not unsets
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it is the type of its group."""
+        return self.path == self.chosen_by
+
+    @property
+    def may_be_the_deployments(self) -> bool:
+        """Whether its group, unset, takes the deployment's default."""
+        return self.chooses and self.path.startswith("runtime.")
 
 
-def leaves(model: type[BaseModel]) -> dict[str, Leaf]:
+@cache
+def leaves(model: type[BaseModel]) -> Mapping[str, Leaf]:
     """Return every leaf of a request class by its path, in the schema's order, without ``job_uuid``."""
     found: dict[str, Leaf] = {}
     _walk(model, Leaf("", {}, True), found)
     found.pop("job_uuid", None)
-    return found
+    return MappingProxyType(found)
 
 
 def _walk(model: type[BaseModel], group: Leaf, found: dict[str, Leaf]) -> None:
@@ -56,19 +76,27 @@ def _walk(model: type[BaseModel], group: Leaf, found: dict[str, Leaf]) -> None:
         path = f"{group.path}.{name}".lstrip(".")
         variants = _models_in(info)
         for variant in variants:
-            tags = (variant.model_fields["type"].default,) if len(variants) > 1 else group.tags
             may_be_absent = type(None) in get_args(info.annotation) and path not in REQUIRED_GROUPS
             optional = group.optional or may_be_absent
-            _walk(variant, Leaf(path, {}, True, tags, optional), found)
-        if variants:
-            continue
-        schema = _resolved(document["properties"][name], document.get("$defs", {}))
-        tags = group.tags
-        if path in found:
-            twin = found[path]
-            schema = {**schema, "enum": [*twin.schema["enum"], *schema["enum"]]}
-            tags = (*twin.tags, *tags)
-        found[path] = Leaf(path, schema, info.is_required(), tags, group.optional)
+            kind = variant.model_fields.get("type")
+            tags, chosen_by = ((kind.default,), f"{path}.type") if kind else (group.tags, group.chosen_by)
+            _walk(variant, Leaf(path, {}, True, tags, chosen_by, optional), found)
+        if not variants:
+            schema = _resolved(document["properties"][name], document.get("$defs", {}))
+            leaf = Leaf(path, schema, info.is_required(), group.tags, group.chosen_by, group.optional)
+            found[path] = _with_twin(leaf, found.get(path))
+
+
+def _with_twin(leaf: Leaf, twin: Leaf | None) -> Leaf:
+    """Let the types of a union share one leaf, and offer the deployment's default where there may be one."""
+    schema, tags = leaf.schema, leaf.tags
+    if twin is not None:
+        schema = {**schema, "enum": [*twin.schema["enum"], *schema["enum"]]}
+        tags = (*twin.tags, *tags)
+    if leaf.may_be_the_deployments:
+        text = f"{schema['description']} {DEPLOYMENTS!r} takes the deployment's."
+        schema = {**schema, "enum": [*schema["enum"], DEPLOYMENTS], "description": text}
+    return replace(leaf, schema=schema, tags=tags)
 
 
 def _models_in(info: FieldInfo) -> list[type[BaseModel]]:
@@ -108,9 +136,26 @@ def flatten(request: AnyTrainingRequest) -> dict[str, Any]:
     Unset fields of ``runtime`` stay absent, so that the deployment's defaults still apply.
     """
     body = request.model_dump(mode="json")
-    if request.runtime is not None:
-        body["runtime"] = request.runtime.model_dump(mode="json", exclude_unset=True)
-    return {path: _at(body, path.split(".")) for path in leaves(type(request))}
+    said = request.runtime.model_fields_set if request.runtime is not None else set()
+    body["runtime"] = {name: value for name, value in (body["runtime"] or {}).items() if name in said}
+    return {path: _flat_value(body, leaf) for path, leaf in leaves(type(request)).items()}
+
+
+def _flat_value(body: dict[str, Any], leaf: Leaf) -> Any:
+    *groups, _ = keys = leaf.path.split(".")
+    if leaf.may_be_the_deployments and groups[-1] not in _at(body, groups[:-1]):
+        return DEPLOYMENTS
+    return _at(body, keys)
+
+
+def stated(request: AnyTrainingRequest) -> dict[str, Any]:
+    """Return the leaves that say something: neither null nor left to the deployment."""
+    known = leaves(type(request))
+    return {
+        path: value
+        for path, value in flatten(request).items()
+        if value is not None and not (known[path].may_be_the_deployments and value == DEPLOYMENTS)
+    }
 
 
 def _at(body: Any, keys: list[str]) -> Any:
@@ -126,34 +171,44 @@ def unflatten(
 ) -> dict[str, Any]:
     """Return the nested body of a flat one.
 
-    A field of another algorithm than the chosen one is left out when it still holds the form's default,
-    and refused when it was changed. A group whose leaves are all null is null itself.
+    A field of another type than the chosen one of its group is left out when it still holds the form's
+    default, and refused when it was changed. A group whose leaves are all null is null itself.
 
     :param form_defaults: what the form shows before anything is typed, by dotted path.
-    :raises InvalidRequestError: on an unknown key or a field of another algorithm.
+    :raises InvalidRequestError: on an unknown key or a field of another type.
     """
     known = leaves(model)
     unknown = sorted(set(flat) - set(known))
     if unknown:
         raise InvalidRequestError.of(unknown[0], "unknown parameter", "extra_forbidden")
-    chosen = flat.get("algorithm_config.type")
     body: dict[str, Any] = {}
     for path, leaf in known.items():
-        value = flat.get(path)
+        value, chosen = flat.get(path), flat.get(leaf.chosen_by)
         if leaf.tags and chosen not in leaf.tags:
-            if value is not None and value != form_defaults.get(path):
-                raise InvalidRequestError.of(
-                    path, f"belongs to {' or '.join(leaf.tags)}, but algorithm_config.type is {chosen}"
-                )
-            continue
-        if value is None and not leaf.keeps_null:
-            continue
-        *groups, name = path.split(".")
-        target = body
-        for group in groups:
-            target = target.setdefault(group, {})
-        target[name] = value
+            _refuse_unless_untouched(leaf, value, chosen, form_defaults.get(path))
+        elif value is not None or leaf.keeps_null:
+            _put(body, path, value)
+        if leaf.may_be_the_deployments and path in flat and value is None:
+            _put(body, path.rpartition(".")[0], None)
     return _without_empty_groups(body, model)
+
+
+def _refuse_unless_untouched(leaf: Leaf, value: Any, chosen: Any, form_default: Any) -> None:
+    untouched = [None, form_default, *([DEPLOYMENTS] if leaf.may_be_the_deployments else [])]
+    if value in untouched:
+        return
+    types = " or ".join(leaf.tags)
+    if leaf.chooses:
+        raise InvalidRequestError.of(leaf.path, f"must be {types}, got {value!r}")
+    given = "null" if chosen is None else chosen
+    raise InvalidRequestError.of(leaf.path, f"belongs to {types}, but {leaf.chosen_by} is {given}")
+
+
+def _put(body: dict[str, Any], path: str, value: Any) -> None:
+    *groups, name = path.split(".")
+    for group in groups:
+        body = body.setdefault(group, {})
+    body[name] = value
 
 
 def _without_empty_groups(body: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
@@ -162,7 +217,8 @@ def _without_empty_groups(body: dict[str, Any], model: type[BaseModel]) -> dict[
         variants = _models_in(model.model_fields[name]) if name in model.model_fields else []
         if isinstance(value, dict) and variants:
             value = _without_empty_groups(value, variants[0]) if len(variants) == 1 else value
-            optional = type(None) in get_args(model.model_fields[name].annotation)
+            # In runtime, null is put only where it is said.
+            optional = type(None) in get_args(model.model_fields[name].annotation) and name != "runtime"
             if optional and all(item is None for item in value.values()):
                 value = None
         pruned[name] = value

@@ -51,7 +51,9 @@ class Checkpoint(LenientModel):
     created_at: datetime
     epoch: int = Field(description="Epoch at whose end it was taken, counted from 0.")
     post_training_job_id: str = Field(description="The job's job_uuid.")
-    path: str = Field(description="MLflow model URI, ``models:/<model id>``.")
+    path: str = Field(
+        description="MLflow model URI, ``models:/<model id>``; where none was uploaded, the copy's folder."
+    )
     training_metrics: PostTrainingMetric | None = None
 
 

@@ -29,6 +29,9 @@ TAG_WARNING: Final = "post_training.warning"
 TAG_CHECKPOINT: Final = "post_training.checkpoint"
 """JSON of ``schemas.jobs.PostTrainingMetric``."""
 
+TAG_CHECKPOINT_COPY_PREFIX: Final = "post_training.checkpoint."
+"""Before the epoch, in a tag of the run: JSON of a ``schemas.jobs.Checkpoint`` that is no logged model."""
+
 # Metrics by optimizer step.
 METRIC_TRAIN_LOSS: Final = "train_loss"
 METRIC_VALIDATION_LOSS: Final = "validation_loss"
@@ -40,6 +43,17 @@ METRIC_TOKENS_PER_SECOND: Final = "tokens_per_second"
 METRIC_TOKENS_SEEN: Final = "tokens_seen"
 METRIC_PROGRESS: Final = "progress"
 METRIC_SECONDS_LEFT: Final = "seconds_left"
+
+# Of preference jobs, under the names that TRL made known.
+METRIC_REWARD_CHOSEN: Final = "rewards/chosen"
+METRIC_REWARD_REJECTED: Final = "rewards/rejected"
+METRIC_REWARD_ACCURACY: Final = "rewards/accuracies"
+METRIC_REWARD_MARGIN: Final = "rewards/margins"
+METRIC_REWARD_CLIPPED: Final = "rewards/clipped_fraction"
+METRIC_KL: Final = "kl"
+
+VALIDATION_PREFIX: Final = "validation_"
+"""Before the name of a metric that was measured in validation."""
 
 # Folders of the run's artifacts.
 ARTIFACT_REQUEST: Final = "request.json"

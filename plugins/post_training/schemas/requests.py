@@ -1,4 +1,4 @@
-"""The bodies of the two training methods, and what an accepted request must not ask for yet."""
+"""The bodies of the two training methods, and how their errors are told."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from post_training.errors import ErrorDetail
-from post_training.schemas.algorithms import AlgorithmConfig, DPOAlignmentConfig, RLHFAlgorithm
-from post_training.schemas.base import StrictModel, parse_json_object
-from post_training.schemas.training import LoggerConfig, OptimizerConfig, RuntimeConfig, TrainingConfig
+from post_training.schemas.algorithms import AlgorithmConfig, DPOAlignmentConfig, LoraFinetuningConfig
+from post_training.schemas.base import StrictModel, check_text, parse_json_object
+from post_training.schemas.rules import RULES, check
+from post_training.schemas.training import NULL_IS_SAID, LoggerConfig, RuntimeConfig, TrainingConfig
 
 MAX_JOB_UUID_LENGTH = 200
 _JOB_UUID = re.compile(r"[A-Za-z0-9_.~:+-]+")
@@ -43,9 +51,33 @@ def check_job_uuid(value: str) -> str:
     return value
 
 
-def _check_logger_config(value: dict[str, Any]) -> dict[str, Any]:
-    LoggerConfig.model_validate(value)
-    return value
+LENIENT = {"lenient": True}
+"""Validation context of what templates rendered: a validation inside another does not know its strictness."""
+
+
+_RENDERED_FLAGS = {"true": True, "false": False}
+"""A literal, unlike a bool, is not read from text by itself."""
+
+
+def _check_logger_config(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """Return the config without its defaults, so that one meaning has one spelling."""
+    lenient = info.context == LENIENT
+    if lenient and isinstance(value.get("log_model"), str):
+        value = {**value, "log_model": _RENDERED_FLAGS.get(value["log_model"].lower(), value["log_model"])}
+    config = LoggerConfig.model_validate(value, strict=False if lenient else None)
+    return config.model_dump(mode="json", exclude_defaults=True)
+
+
+def _without_nulls(runtime: RuntimeConfig | None) -> RuntimeConfig | None:
+    """Read null as unset, so that one meaning has one spelling; but null adapters are no adapters."""
+    if runtime is None:
+        return None
+    said = {
+        name
+        for name in runtime.model_fields_set
+        if getattr(runtime, name) is not None or name in NULL_IS_SAID
+    }
+    return RuntimeConfig.model_construct(said, **dict(runtime)) if said else None
 
 
 def _check_search_config(value: dict[str, Any]) -> dict[str, Any]:
@@ -77,32 +109,38 @@ LoggerConfigDict = Annotated[
     dict[str, Any],
     BeforeValidator(parse_json_object),
     AfterValidator(_check_logger_config),
-    WithJsonSchema({**LoggerConfig.model_json_schema(), "description": LoggerConfig.__doc__}),
+    WithJsonSchema(
+        LoggerConfig.model_json_schema() | {"type": ["object", "string"], "description": LoggerConfig.__doc__}
+    ),
 ]
 SearchConfigDict = Annotated[
     dict[str, Any],
     BeforeValidator(parse_json_object),
     AfterValidator(_check_search_config),
-    WithJsonSchema({"type": "object", "maxProperties": 0}),
+    WithJsonSchema({"type": ["object", "string"], "maxProperties": 0}),
+]
+JsonRuntime = Annotated[
+    RuntimeConfig | None,
+    BeforeValidator(parse_json_object, json_schema_input_type=RuntimeConfig | str | None),
+    AfterValidator(_without_nulls),
+]
+JsonDPOConfig = Annotated[
+    DPOAlignmentConfig,
+    BeforeValidator(parse_json_object, json_schema_input_type=DPOAlignmentConfig | str),
 ]
 
 
-class TrainingRequest(StrictModel):
-    """What both training methods share."""
-
-    method: ClassVar[Literal["supervised_fine_tune", "preference_optimize"]]
-    """Name of the method, of its DAG and of its trainer."""
+class JobRequest(StrictModel):
+    """What every body that starts a job has."""
 
     job_uuid: JobUuid = Field(description="The job's id, chosen by the client; also its Airflow run id.")
     training_config: JsonTrainingConfig = Field(description="The training loop and its data.")
     hyperparam_search_config: SearchConfigDict = Field(description="Search space and budget; {} is none.")
     logger_config: LoggerConfigDict = Field(
-        description="MLflow names and intervals: experiment_name, run_name, tags, log_every_n_steps."
+        description="MLflow names and intervals: experiment_name, run_name, tags, log_every_n_steps,"
+        " log_model, sample_prompts."
     )
-    runtime: Annotated[
-        RuntimeConfig | None,
-        BeforeValidator(parse_json_object, json_schema_input_type=RuntimeConfig | str | None),
-    ] = Field(
+    runtime: JsonRuntime = Field(
         default=None,
         description="Where and within which limits it runs; null takes the deployment's defaults.",
     )
@@ -110,24 +148,29 @@ class TrainingRequest(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, value: Any) -> Any:
-        """Refuse half characters, which JSON can write and neither a database nor a file can hold."""
-        try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
-        except (UnicodeEncodeError, RecursionError, ValueError) as error:
-            raise PydanticCustomError(
-                "string_unicode", "must be text in valid Unicode: {reason}", {"reason": str(error.args[-1])}
-            ) from None
-        return value
+        return check_text(value)
+
+    @property
+    def logger(self) -> LoggerConfig:
+        """The validated ``logger_config``."""
+        return LoggerConfig.model_validate(self.logger_config)
+
+
+class TrainingRequest(JobRequest):
+    """What both training methods share."""
+
+    method: ClassVar[Literal["supervised_fine_tune", "preference_optimize"]]
+    """Name of the method, of its DAG and of its trainer."""
 
     @model_validator(mode="after")
-    def _has_data(self) -> TrainingRequest:
-        if self.training_config.data_config is None:
-            missing = PydanticCustomError("missing", "Field required: it names the data set to train on")
-            raise ValidationError.from_exception_data(
-                type(self).__name__,
-                [{"type": missing, "loc": ("training_config", "data_config"), "input": None}],
-            )
+    def _fits_together(self) -> TrainingRequest:
+        check(self, RULES[self.method])
         return self
+
+    @property
+    def adapters(self) -> LoraFinetuningConfig | None:
+        """The adapters that the job trains; None where it trains every weight."""
+        return self.runtime.adapter if self.runtime is not None else None
 
     def payload_hash(self) -> str:
         """SHA-256 of the request's canonical JSON, defaults filled in, as hexadecimal digits."""
@@ -143,7 +186,7 @@ class SupervisedFineTuneRequest(TrainingRequest):
     model: str | None = Field(
         default=None,
         min_length=1,
-        description="Base model: a hub id, or a folder or .gguf file under an allowed root;"
+        description="Base model: a hub id, a folder or .gguf file under an allowed root, or an MLflow URI;"
         " null is the deployment's default model.",
     )
     checkpoint_dir: str | None = Field(
@@ -156,6 +199,13 @@ class SupervisedFineTuneRequest(TrainingRequest):
         BeforeValidator(parse_json_object, json_schema_input_type=AlgorithmConfig | str | None),
     ] = Field(default=None, description="LoRA or QAT; null trains every weight.")
 
+    @property
+    def adapters(self) -> LoraFinetuningConfig | None:
+        """The adapters that the job trains; None where it trains every weight."""
+        if isinstance(self.algorithm_config, LoraFinetuningConfig):
+            return self.algorithm_config
+        return super().adapters
+
 
 class PreferenceOptimizeRequest(TrainingRequest):
     """Body of ``preference-optimize``: train on chosen and rejected answers."""
@@ -164,33 +214,10 @@ class PreferenceOptimizeRequest(TrainingRequest):
 
     finetuned_model: str = Field(
         min_length=1,
-        description="Model to start from: a hub id, or a folder or .gguf file under an allowed root.",
+        description="Model to start from: a hub id, a folder or .gguf file under an allowed root, or an"
+        " MLflow URI, of a checkpoint too.",
     )
-    algorithm_config: Annotated[
-        DPOAlignmentConfig,
-        BeforeValidator(parse_json_object, json_schema_input_type=DPOAlignmentConfig | str),
-    ] = Field(description="Parameters of the preference loss.")
-
-
-class URL(StrictModel):
-    """A model's address."""
-
-    uri: str = Field(min_length=1)
-
-
-class PostTrainingRLHFRequest(StrictModel):
-    """The published schema's long form of a preference job."""
-
-    job_uuid: JobUuid
-    finetuned_model: URL
-    dataset_id: str = Field(min_length=1, description="Preference data to train on.")
-    validation_dataset_id: str = Field(min_length=1, description="Held-out preference data.")
-    algorithm: RLHFAlgorithm = Field(strict=False)
-    algorithm_config: DPOAlignmentConfig
-    optimizer_config: OptimizerConfig
-    training_config: TrainingConfig
-    hyperparam_search_config: dict[str, Any]
-    logger_config: dict[str, Any]
+    algorithm_config: JsonDPOConfig = Field(description="Parameters of the preference loss.")
 
 
 AnyTrainingRequest = SupervisedFineTuneRequest | PreferenceOptimizeRequest
@@ -198,35 +225,6 @@ REQUESTS: dict[str, type[SupervisedFineTuneRequest] | type[PreferenceOptimizeReq
     request.method: request for request in (SupervisedFineTuneRequest, PreferenceOptimizeRequest)
 }
 """Request class of each training method."""
-
-
-def unsupported(request: AnyTrainingRequest) -> list[ErrorDetail]:
-    """List the fields whose value is valid in the schema and cannot be trained by this version."""
-    found: list[tuple[str, str]] = []
-    if isinstance(request, PreferenceOptimizeRequest):
-        found.append(("algorithm_config", "preference optimization (DPO) is not available in this version"))
-        return _details(found)
-    algorithm = request.algorithm_config
-    if algorithm is not None and algorithm.type == "QAT":
-        found.append(("algorithm_config.type", "QAT is not available in this version; use LoRA or null"))
-    elif algorithm is not None and algorithm.quantize_base:
-        found.append(
-            ("algorithm_config.quantize_base", "4-bit base weights are not available in this version")
-        )
-    efficiency = request.training_config.efficiency_config
-    for flag in ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload"):
-        if efficiency is not None and getattr(efficiency, flag):
-            found.append(
-                (
-                    f"training_config.efficiency_config.{flag}",
-                    "shards over several devices (FSDP); this job has one",
-                )
-            )
-    return _details(found)
-
-
-def _details(found: list[tuple[str, str]]) -> list[ErrorDetail]:
-    return [{"loc": list(field.split(".")), "msg": msg, "type": "unsupported"} for field, msg in found]
 
 
 def error_details(errors: Iterable[Mapping[str, Any]]) -> list[ErrorDetail]:

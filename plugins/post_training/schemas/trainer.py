@@ -9,7 +9,7 @@ from pydantic import Field
 
 from post_training.schemas.base import LenientModel
 from post_training.schemas.jobs import Checkpoint, FiniteOrNull
-from post_training.schemas.requests import SupervisedFineTuneRequest
+from post_training.schemas.requests import AnyTrainingRequest
 
 RESULT_FILE = "result.json"
 SPEC_FILE = "spec.json"
@@ -26,8 +26,13 @@ class TrackingTarget(LenientModel):
 class TrainerSpec(LenientModel):
     """One attempt at one job. The trainer trusts it: it was validated before."""
 
-    request: SupervisedFineTuneRequest
-    model: str = Field(description="Resolved base model: an absolute path or a hub id.")
+    request: AnyTrainingRequest = Field(description="Told apart by their fields: each forbids the other's.")
+    model: str = Field(
+        description="Resolved model to start from: an absolute path, a hub id, or an MLflow URI."
+    )
+    model_roots: tuple[Path, ...] = Field(
+        default=(), description="Where the base model that an adapter names may lie, if it is a path."
+    )
     train_data: str = Field(description="Resolved training data: an absolute path or a URI.")
     validation_data: str | None = Field(description="The same for validation; null is the training data.")
     checkpoint_dir: Path | None = Field(description="The job's own folder for copies of checkpoints.")

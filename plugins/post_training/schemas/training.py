@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
+from pydantic_core import PydanticCustomError
 
+from post_training.schemas.algorithms import LoraFinetuningConfig
 from post_training.schemas.base import Count, StrictModel
 
 RESERVED_TAG_PREFIXES = ("post_training.", "airflow.", "mlflow.")
@@ -15,6 +17,9 @@ RESERVED_TAG_PREFIXES = ("post_training.", "airflow.", "mlflow.")
 
 MAX_TAG_KEY_LENGTH, MAX_TAG_LENGTH = 250, 5000
 """Characters that MLflow keeps of a tag; it cuts longer ones in silence."""
+
+MAX_SAMPLE_PROMPTS, MAX_PROMPT_LENGTH = 20, 4000
+"""How many prompts are answered at each validation, and how many characters each may have."""
 
 
 class OptimizerType(Enum):
@@ -38,7 +43,10 @@ class DataConfig(StrictModel):
     dataset_id: str = Field(
         min_length=1, description="Training data: a path under an allowed root, or a URI."
     )
-    batch_size: Count = Field(ge=1, description="Sequences in one micro-batch on one device.")
+    batch_size: Count = Field(
+        ge=1,
+        description="Rows, pairs of preference data, or packed rows in one micro-batch on one device.",
+    )
     shuffle: bool = Field(description="Whether each epoch has its own seeded order.")
     data_format: DatasetFormat = Field(strict=False, description="Shape of a row: instruct or dialog.")
     validation_dataset_id: str | None = Field(
@@ -52,6 +60,10 @@ class DataConfig(StrictModel):
     train_on_input: bool | None = Field(
         default=False, description="Whether the prompt's tokens count in the loss as well as the answer's."
     )
+
+
+DATA_DEFAULTS = {"batch_size": 4, "shuffle": True, "data_format": "instruct"}
+"""How data is read where a form or a body leaves it open; the published schema itself has no defaults."""
 
 
 class OptimizerConfig(StrictModel):
@@ -104,11 +116,18 @@ class TrainingConfig(StrictModel):
         default="bf16", description="Type of the frozen weights and of the arithmetic; null is bf16."
     )
 
+    @field_validator("efficiency_config")
+    @classmethod
+    def _says_something(cls, config: EfficiencyConfig | None) -> EfficiencyConfig | None:
+        """Read a block without a flag that is set as no block, so that one meaning has one spelling."""
+        return config if config is not None and any(flag for _, flag in config) else None
+
 
 class RuntimeConfig(StrictModel):
     """Beyond the published schema: where and within which limits a job runs.
 
-    Unset fields take the defaults of the ``post_training`` connection's ``runtime`` extra.
+    Unset fields take the defaults of the ``post_training`` connection's ``runtime`` extra, and null is the
+    same as unset. Only a null ``adapter`` says something: every weight, whatever the connection's default.
     """
 
     max_seq_length: Count = Field(
@@ -131,6 +150,32 @@ class RuntimeConfig(StrictModel):
     max_bad_row_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="Share of unreadable rows that is skipped instead of refused."
     )
+    export: Literal["adapter", "merged"] | None = Field(
+        default=None,
+        description="Form of a LoRA checkpoint: the adapter alone, or merged into its base; null is the"
+        " adapter, and merged where the job started from an adapter.",
+    )
+    adapter: LoraFinetuningConfig | None = Field(
+        default=None,
+        description="Adapters for a preference or QAT job, whose algorithm_config has no place for them;"
+        " null trains every weight, unset takes the deployment's default.",
+    )
+    reference_logprobs: Literal["precomputed", "live"] | None = Field(
+        default=None,
+        description="Preference jobs: the reference's log-probabilities are computed once before training,"
+        " or at each step with the adapters switched off; null is precomputed.",
+    )
+
+
+NULL_IS_SAID = frozenset({"adapter"})
+"""Fields of ``runtime`` in which null is a value of its own."""
+
+
+def _no_number(value: Any) -> Any:
+    """Refuse 1 and 0, which a literal true and false take for themselves."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise PydanticCustomError("literal_error", "Input should be True, False or 'all'")
+    return value
 
 
 class LoggerConfig(StrictModel):
@@ -145,6 +190,16 @@ class LoggerConfig(StrictModel):
     tags: dict[str, str] = Field(default_factory=dict, description="Further tags of the MLflow run.")
     log_every_n_steps: Count = Field(
         default=1, ge=1, description="Optimizer steps between two points of the training metrics."
+    )
+    log_model: Annotated[Literal[True, False, "all"], BeforeValidator(_no_number)] = Field(
+        default="all",
+        description="Checkpoints that become MLflow models: all, true for the last one only, or false for"
+        " none, which needs a checkpoint_dir.",
+    )
+    sample_prompts: list[Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]] = Field(
+        default_factory=list,
+        max_length=MAX_SAMPLE_PROMPTS,
+        description="Prompts that the model answers at each validation; the answers are a table of the run.",
     )
 
     @field_validator("tags")

@@ -1,0 +1,267 @@
+"""The model that a job starts from: one on disk, in MLflow or on the hub, adapters merged in."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from lightning_modules.mlflow_uris import LOOKUPS, resolve
+from lightning_modules.models import TOKENIZER_FILE, as_model_error
+from post_training.errors import ModelError
+from post_training.schemas.trainer import TrackingTarget
+
+log = logging.getLogger(__name__)
+
+MAX_ADAPTERS = 8
+"""Adapters upon adapters; more is taken for a circle."""
+
+MAX_REASON = 300
+"""Characters of another library's error that are passed on."""
+
+HUB_ADAPTER_FILES = [SAFETENSORS_WEIGHTS_NAME, "*.json", "*.jinja", "*.model", "*.txt"]
+ADAPTER_LIMITS: dict[str, tuple[Any, ...]] = {
+    "megatron_config": (None,),  # PEFT would import the module that it names, from the working folder too
+    "revision": (None, "main"),  # of the base, which is loaded at its newest
+}
+"""Entries of an adapter's configuration that may hold nothing else."""
+
+FILES, NAME_FILE = "files", "name.txt"
+REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED")
+"""MLflow's words for what asking again would not change; a proxy that finds no server has none of them."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a job starts from.
+
+    :param name: what an adapter that is trained on it names as its base: the name that was given, an alias
+        replaced by the version that it stood for.
+    :param source: the base model, as ``load_config`` and ``load_model`` take it.
+    :param tokenizer_source: the same for ``load_tokenizer``; an adapter's own where it has one, for its chat
+        template.
+    :param adapters: folders of the adapters to merge into it, in this order.
+    """
+
+    name: str
+    source: str
+    tokenizer_source: str
+    adapters: tuple[Path, ...] = ()
+
+
+def find_base(model: str, folder: Path, tracking: TrackingTarget | None, roots: Sequence[Path]) -> Base:
+    """Find the model to start from, and the adapters that lead to it.
+
+    :param model: an absolute path, a hub id, or a URI of scheme models, runs or mlflow-artifacts.
+    :param folder: receives what comes from MLflow, complete or not at all; a retry finds it there.
+    :param tracking: the job's own, whose server the URIs mean.
+    :param roots: where a base that an adapter names may lie on this machine, or a store that MLflow names.
+    :raises ModelError: if something is missing, not allowed or cannot be merged; its cause is an OSError
+        where another attempt may succeed.
+    """
+    name, source = _fetched(model, folder, tracking, roots)
+    adapters: list[Path] = []
+    while (adapter := _adapter_at(source)) is not None:
+        if len(adapters) == MAX_ADAPTERS:
+            raise ModelError(f"the model {model} is more than {MAX_ADAPTERS} adapters upon adapters")
+        adapters.append(adapter)
+        base_name, source = _fetched(_base_of(adapter, roots), folder, tracking, roots)
+        log.info("the adapter %s is merged into %s", adapter, base_name)
+    tokenizers = [str(adapter) for adapter in adapters if (adapter / TOKENIZER_FILE).is_file()]
+    return Base(name, source, [*tokenizers, source][0], tuple(reversed(adapters)))
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Merge a LoRA or DoRA adapter into its base, in place; every weight of the result requires gradients.
+
+    The result keeps the type of the base's weights, and is rounded to it.
+
+    :param folder: with the adapter's configuration and its weights in safetensors.
+    :raises ModelError: if it is no such adapter, or does not fit the model.
+    """
+    _adapter_config(folder)
+    weights = _adapter_weights(folder)
+    try:
+        with warnings.catch_warnings():
+            # GPT-2's head is no Conv1D like its other projections; peft settles each by its type.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            adapted = PeftModel(model, LoraConfig.from_pretrained(str(folder), inference_mode=True))
+        loaded: Any = set_peft_model_state_dict(adapted, load_file(weights))
+        _check_names(loaded.missing_keys, loaded.unexpected_keys)
+        merged = cast(Any, adapted).merge_and_unload(safe_merge=True)  # its tuner's method
+    except Exception as error:  # PEFT's and torch's: shapes, names, values that are not finite
+        raise ModelError(f"the adapter {folder} does not fit the model: {_squeezed(error)}") from error
+    return cast(PreTrainedModel, merged.requires_grad_(True).eval())
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model without weights, on the meta device: names and shapes, in milliseconds.
+
+    :raises ModelError: if there is no causal language model of this kind.
+    """
+    with as_model_error(config.name_or_path or config.model_type), torch.device("meta"):
+        # A copy: the model shares its configuration and changes it.
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            copy.deepcopy(config), trust_remote_code=False
+        )
+    return cast(PreTrainedModel, model)
+
+
+def _fetched(
+    model: str, folder: Path, tracking: TrackingTarget | None, roots: Sequence[Path]
+) -> tuple[str, str]:
+    """Return the name to remember and the place on this machine, which for a hub id is its name."""
+    parts = urlsplit(model)
+    if parts.scheme not in LOOKUPS:
+        return model, model
+    if tracking is None:
+        raise ModelError(f"the model {model} lies on an MLflow server, and this job has none")
+    if parts.netloc:
+        raise ModelError(f"the model {model} must name no host: the job's own MLflow server is meant")
+    kept = folder / hashlib.sha256(model.encode()).hexdigest()[:16]
+    if not kept.exists():
+        with _answers(model):
+            _download(model, kept, tracking.tracking_uri, roots)
+    (source,) = (kept / FILES).iterdir()
+    return (kept / NAME_FILE).read_text(), str(source)
+
+
+def _download(uri: str, target: Path, tracking_uri: str, roots: Sequence[Path]) -> None:
+    from mlflow import MlflowClient  # noqa: PLC0415 - seconds, only models in MLflow need it
+    from mlflow.artifacts import download_artifacts  # noqa: PLC0415
+
+    name, location = resolve(MlflowClient(tracking_uri, registry_uri=tracking_uri), uri)
+    parts = urlsplit(location)
+    # Whoever writes to MLflow chooses this place; on this machine's disks it is the deployment that does.
+    if parts.scheme in ("", "file") and not _lies_under(unquote(parts.path), roots):
+        raise ModelError(f"MLflow keeps the model {uri} in {location}, under no folder of allowed_roots")
+    temporary = target.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    download_artifacts(
+        location, dst_path=str(temporary / FILES), tracking_uri=tracking_uri, registry_uri=tracking_uri
+    )
+    (temporary / NAME_FILE).write_text(name)
+    os.replace(temporary, target)
+    log.info("%s came from MLflow: %s", name, location)
+
+
+def _adapter_at(source: str) -> Path | None:
+    """Return the folder of the adapter at a source; None is a model of its own."""
+    if Path(source).is_absolute():
+        return Path(source) if (Path(source) / CONFIG_NAME).is_file() else None
+    with as_model_error(source):
+        # Left to itself, transformers would follow an adapter on the hub to whatever base it names.
+        if find_adapter_config_file(source) is None:
+            return None
+        return Path(snapshot_download(source, allow_patterns=HUB_ADAPTER_FILES))
+
+
+def _base_of(adapter: Path, roots: Sequence[Path]) -> str:
+    """Return the base that an adapter names.
+
+    :raises ModelError: if it is neither a hub id, nor a path under one of ``roots``, nor in MLflow.
+    """
+    config = _adapter_config(adapter)
+    _adapter_weights(adapter)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"the adapter {adapter} names no base model: base_model_name_or_path is {base!r}")
+    if Path(base).is_absolute():
+        if not _lies_under(base, roots):
+            raise ModelError(f"the adapter {adapter} names the base {base}, under no folder of allowed_roots")
+        return base
+    if urlsplit(base).scheme not in LOOKUPS:
+        try:
+            validate_repo_id(base)
+        except HFValidationError:
+            rule = "must be an absolute path, a hub id or an MLflow URI"
+            raise ModelError(f"the base that the adapter {adapter} names {rule}, got {base!r}") from None
+    return base
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    """Read an adapter's configuration.
+
+    :raises ModelError: if it describes something else than a LoRA that can be merged into its base.
+    """
+    try:
+        config = json.loads((adapter / CONFIG_NAME).read_bytes())
+    except ValueError as error:
+        raise ModelError(f"the adapter {adapter} has a broken {CONFIG_NAME}: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else config
+        raise ModelError(f"the adapter {adapter} is of type {kind}: only LORA can be merged")
+    for key, allowed in ADAPTER_LIMITS.items():
+        if config.get(key) not in allowed:
+            raise ModelError(f"the adapter {adapter} has {key} {config[key]!r}, which is not supported")
+    return config
+
+
+def _adapter_weights(adapter: Path) -> Path:
+    """Return the file of an adapter's weights.
+
+    :raises ModelError: if it has none that are safe to read.
+    """
+    if (weights := adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
+        return weights
+    if (adapter / WEIGHTS_NAME).exists():
+        raise ModelError(
+            f"the adapter {adapter} holds only the pickled {WEIGHTS_NAME}, which can run code when read:"
+            f" save it as {SAFETENSORS_WEIGHTS_NAME}"
+        )
+    raise ModelError(f"the adapter {adapter} holds no {SAFETENSORS_WEIGHTS_NAME}")
+
+
+def _check_names(missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """PEFT leaves weights without a module out, and modules without weights untrained."""
+    problems = {
+        "its weights have no module": list(unexpected),
+        "its modules have no weights": [name for name in missing if "lora_" in name],
+    }
+    for problem, names in problems.items():
+        if names:
+            raise ValueError(f"{len(names)} of {problem}, the first is {names[0]}")
+
+
+def _lies_under(path: str, roots: Sequence[Path]) -> bool:
+    resolved = Path(path).resolve()
+    return any(resolved.is_relative_to(root.resolve()) for root in roots)
+
+
+@contextmanager
+def _answers(uri: str) -> Iterator[None]:
+    """Turn what MLflow's client raises into one sentence, its cause an OSError unless MLflow refuses."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # MLflow's, its HTTP client's, an object store's
+        reason = _squeezed(error)
+        refused = any(word in str(error) for word in REFUSALS)
+        cause = error if isinstance(error, OSError) else ConnectionError(reason)
+        raise ModelError(f"MLflow does not give the model {uri}: {reason}") from (None if refused else cause)
+
+
+def _squeezed(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} …"

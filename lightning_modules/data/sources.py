@@ -1,0 +1,172 @@
+"""The content of a data set's file, wherever it lies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.error import HTTPError
+from urllib.parse import unquote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from lightning_modules.mlflow_uris import LOOKUPS, resolve
+from post_training.errors import DataError
+
+TIMEOUT_SECONDS = 60.0
+"""How long an https server may be silent."""
+
+USER_AGENT = "airflow-provider-post-training"
+
+BUCKET_AT_HOST = ("abfs", "abfss", "az", "oci")
+"""Schemes in which a bucket stands where others have a user and a password."""
+
+MISSING_ARTIFACT = re.compile(r"404 Client Error|\(404\)|No such file")
+"""What MLflow's one error for every failed download says of a file that is not there."""
+
+MAX_REASON = 300
+"""Characters of another library's error that are passed on; some list every suffix they know."""
+
+PASSING_STATUS = (408, 429)
+"""Answers of the 4xx kind that another attempt may not meet."""
+
+
+def fetch(source: str, tracking_uri: str | None, roots: Sequence[Path]) -> bytes:
+    """Read a whole file.
+
+    :param source: an absolute path; or a URI of scheme ``file``, ``https``, ``runs``, ``models``,
+        ``mlflow-artifacts``, or any that fsspec knows (``s3``, ``gs``, ``abfs``, …).
+    :param tracking_uri: of the MLflow server whose artifacts the three schemes mean.
+    :param roots: where on this machine that server may keep them.
+    :raises DataError: if there is no such file, or it may not be read so.
+    :raises OSError: if it cannot be reached, which another attempt may not meet.
+    :raises ImportError: naming the package that a scheme needs.
+    """
+    scheme = urlsplit(source).scheme
+    if scheme in LOOKUPS:
+        return _fetch_artifact(source, tracking_uri, roots)
+    return FETCHERS.get(scheme, _fetch_object)(source)
+
+
+def shown(source: str) -> str:
+    """Leave out what may hold rows or a secret: the body of a data: URI, a query, a password."""
+    parts = urlsplit(source)
+    if parts.scheme == "data":
+        return source.partition(",")[0]
+    if not parts.scheme or parts.scheme == "huggingface":
+        return source
+    netloc = parts.netloc if parts.scheme in BUCKET_AT_HOST else parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=netloc, query="", fragment="").geturl()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, not all of a long one; its class if it says nothing."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} …"
+
+
+def _missing(source: str) -> DataError:
+    return DataError(f"the data set {shown(source)} does not exist")
+
+
+def _fetch_path(source: str) -> bytes:
+    path = Path(source)
+    if path.is_dir():
+        raise DataError(f"the data set {path} is a folder, not a file")
+    if not path.is_file():
+        raise _missing(source)
+    return path.read_bytes()
+
+
+def _fetch_file_uri(source: str) -> bytes:
+    return _fetch_path(unquote(urlsplit(source).path))
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """Takes a redirect for an error: it could lead to an address that the request may not name."""
+
+    def redirect_request(self, *args: object) -> None:
+        """Make no request."""
+
+
+def _fetch_https(source: str) -> bytes:
+    request = Request(source, headers={"User-Agent": USER_AGENT})  # noqa: S310 - the scheme is known
+    try:
+        with build_opener(_NoRedirects).open(request, timeout=TIMEOUT_SECONDS) as response:
+            return bytes(response.read())
+    except HTTPError as error:
+        error.close()
+        if error.code == 404:
+            raise _missing(source) from None
+        if error.code < 500 and error.code not in PASSING_STATUS:
+            rule = ", and redirects are not followed" if error.code < 400 else ""
+            raise DataError(
+                f"cannot read the data set {shown(source)}: the server answers {error.code}{rule}"
+            ) from None
+        raise
+    except HTTPException as error:  # the answer broke off
+        raise ConnectionError(first_line(error)) from error
+
+
+def _fetch_object(source: str) -> bytes:
+    import fsspec  # noqa: PLC0415 - only remote data needs it
+
+    if "::" in source:  # fsspec would read it as one address inside another, a local one as well
+        raise DataError(f"the data set {shown(source)} must not be a chain of addresses ('::')")
+    # fsspec hears of this scheme from the package alone, and could not say which one is missing.
+    fsspec.register_implementation(
+        "abfss", "adlfs.AzureBlobFileSystem", errtxt="Install adlfs to access Azure"
+    )
+    filesystem, path = fsspec.url_to_fs(source)
+    try:
+        return bytes(filesystem.cat_file(path))
+    except FileNotFoundError:
+        raise _missing(source) from None
+    except OSError:
+        raise
+    except Exception as error:  # each store has its own for a server that does not answer
+        raise ConnectionError(first_line(error)) from error
+
+
+def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path]) -> bytes:
+    """Download from the store that the job's own tracking server names."""
+    if tracking_uri is None:
+        raise DataError(f"the data set {source} lies on an MLflow server, and this job has none")
+    from mlflow import MlflowClient  # noqa: PLC0415 - seconds, only artifacts need it
+    from mlflow.artifacts import download_artifacts  # noqa: PLC0415
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    parts = urlsplit(source)
+    if parts.netloc or ".." in unquote(parts.path).split("/"):
+        raise DataError(f"the data set {shown(source)} must be {parts.scheme}:/PATH, without a host or '..'")
+    try:
+        _, location = resolve(MlflowClient(tracking_uri, registry_uri=tracking_uri), source)
+        _check_store(source, location, roots)
+        with TemporaryDirectory() as folder:
+            file = download_artifacts(
+                location, dst_path=folder, tracking_uri=tracking_uri, registry_uri=tracking_uri
+            )
+            return Path(file).read_bytes()
+    except MlflowException as error:
+        if MISSING_ARTIFACT.search(str(error)):
+            raise _missing(source) from None
+        if error.get_http_status_code() >= 500:  # type: ignore[no-untyped-call]
+            raise ConnectionError(first_line(error)) from error
+        raise
+
+
+def _check_store(source: str, location: str, roots: Sequence[Path]) -> None:
+    """Let the deployment choose what is read of this machine's disks, not whoever writes to MLflow."""
+    parts = urlsplit(location)
+    path = Path(unquote(parts.path)).resolve()
+    if parts.scheme in ("", "file") and not any(path.is_relative_to(root.resolve()) for root in roots):
+        raise DataError(f"MLflow keeps the data set {source} in {location}, under no folder of allowed_roots")
+
+
+FETCHERS: dict[str, Callable[[str], bytes]] = {
+    "": _fetch_path,
+    "file": _fetch_file_uri,
+    "https": _fetch_https,
+}
+"""Reader of each scheme that is no object store."""

@@ -1,0 +1,150 @@
+"""A job's data: read, checked, tokenized, and what the user is told of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Literal
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lightning_modules.data.datamodule import FineTuningData, Item
+from lightning_modules.data.reading import RawDataset, read_dataset
+from lightning_modules.data.tokenize import check_bad_rows, tokenize_dataset
+from lightning_modules.setting import Notices, Setting
+from post_training.schemas.training import TrainingConfig
+
+if TYPE_CHECKING:
+    from lightning_modules.record import JobRecord
+
+log = logging.getLogger(__name__)
+
+Context = Literal["training", "validation"]
+
+DEFAULT_STEPS_PER_EPOCH = TrainingConfig.model_fields["max_steps_per_epoch"].default
+
+
+def build_data(
+    setting: Setting,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    length: int,
+    record: JobRecord,
+    notices: Notices,
+) -> tuple[FineTuningData, list[str]]:
+    """Read, tokenize and arrange the rows; return them and the digests of what was read.
+
+    :param config: the model's.
+    :param length: the longest sequence in tokens.
+    :raises DataError: if they cannot be read or are bad.
+    """
+    training, data, spec = setting.spec.request.training_config, setting.data, setting.spec
+    vocab_size = config.get_text_config().vocab_size
+    reader = _Reader(setting, tokenizer, vocab_size, length, record, notices)
+    train, digest = reader.items(spec.train_data, "training")
+    validation, digests = train, [digest]
+    if spec.validation_data is not None and training.max_validation_steps != 0:
+        validation, digest = reader.items(spec.validation_data, "validation")
+        digests.append(digest)
+    module = FineTuningData(
+        train,
+        validation,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=data.batch_size,
+        validation_batches=training.max_validation_steps,
+        max_seq_length=length,
+        packed=bool(data.packed),
+        accumulation=training.gradient_accumulation_steps,
+        shuffle=data.shuffle,
+        seed=setting.runtime.seed,
+        steps_per_epoch=training.max_steps_per_epoch,
+    )
+    _give_notice(setting, module, notices)
+    return module, digests
+
+
+class _Reader:
+    """Reads data sets for one job."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        length: int,
+        record: JobRecord,
+        notices: Notices,
+    ) -> None:
+        self._setting = setting
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._length = length
+        self._record = record
+        self._notices = notices
+
+    def items(self, source: str, context: Context) -> tuple[list[Item], str]:
+        """Return a data set's rows as what batches are made of, and the digest of its content."""
+        spec, method = self._setting.spec, self._setting.algorithm.method
+        tracking_uri = spec.tracking.tracking_uri if spec.tracking is not None else None
+        dataset = read_dataset(source, tracking_uri, spec.model_roots)
+        tokenized = tokenize_dataset(
+            dataset,
+            self._tokenizer,
+            method.conversations[self._setting.data.data_format.value],
+            max_seq_length=self._length,
+            vocab_size=self._vocab_size,
+            train_on_input=bool(self._setting.data.train_on_input),
+        )
+        self._tell_of_bad_rows(dataset, tokenized.bad, context)
+        if tokenized.cut:
+            self._notices.add(
+                f"{tokenized.cut} of {len(tokenized.rows)} {context} rows are longer than max_seq_length"
+                f" ({self._length} tokens) and were cut at their end"
+            )
+        self._log_dataset(dataset, context)
+        items = [method.item(*row) for row in tokenized.rows]
+        log.info("%s data: %d rows, %d tokens", context, len(items), sum(map(len, items)))
+        return items, dataset.digest
+
+    def _tell_of_bad_rows(self, dataset: RawDataset, bad: dict[int, str], context: Context) -> None:
+        """Put the table of bad rows on the record, and go on if they are few.
+
+        :raises DataError: if they are too many.
+        """
+        if bad:
+            self._record.log_table(f"bad_{context}_rows.json", ["row", "reason"], sorted(bad.items()))
+        skipped = check_bad_rows(dataset, bad, self._setting.runtime.max_bad_row_fraction)
+        if skipped is not None:
+            self._notices.add(skipped)
+
+    def _log_dataset(self, dataset: RawDataset, context: Context) -> None:
+        data = self._setting.data
+        name = data.dataset_id if context == "training" else data.validation_dataset_id
+        if name is None or ":" in name:  # a URI may hold the rows themselves, or a secret
+            name = dataset.source
+        self._record.log_dataset(
+            name=name,
+            digest=dataset.digest,
+            source=dataset.source,
+            rows=len(dataset.rows),
+            context=context,
+        )
+
+
+def _give_notice(setting: Setting, data: FineTuningData, notices: Notices) -> None:
+    """Say what the request's defaults have done that its author may not expect."""
+    training, loader = setting.spec.request.training_config, data.train_loader
+    if training.max_steps_per_epoch == DEFAULT_STEPS_PER_EPOCH and len(loader) < loader.whole_epoch:
+        notices.add(
+            f"max_steps_per_epoch is {DEFAULT_STEPS_PER_EPOCH}, its default: each epoch trains {len(loader)}"
+            f" of its {loader.whole_epoch} steps; 0 is the whole epoch"
+        )
+    if training.max_validation_steps == 0:
+        unread = ", and validation_dataset_id is not read" if setting.spec.validation_data is not None else ""
+        notices.add(
+            f"max_validation_steps is 0: validation_loss of the checkpoints is the epoch's train_loss{unread}"
+        )
+    elif setting.spec.validation_data is None:
+        notices.add(
+            f"no validation_dataset_id: validation_loss is measured on the first {len(data.val_dataloader())}"
+            " batches of the training data itself"
+        )

@@ -1,0 +1,33 @@
+"""Means of values that arrive in sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+class Means:
+    """Running means by name; tensors stay where they are until a mean is asked for."""
+
+    def __init__(self, sums: Iterable[tuple[str, float, int]] = ()) -> None:
+        self._sums: dict[str, tuple[Tensor | float, int]] = {n: (total, count) for n, total, count in sums}
+
+    def add(self, name: str, total: Tensor | float, count: int) -> None:
+        """Add a sum of so many values."""
+        before, counted = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (before + total, counted + count)
+
+    def mean(self, name: str) -> float:
+        """Return the mean so far; not a number before the first value."""
+        total, count = self._sums.get(name, (0.0, 0))
+        return float(total) / count if count else math.nan
+
+    def all(self) -> dict[str, float]:
+        """Return every mean by its name."""
+        return {name: self.mean(name) for name in self._sums}
+
+    def sums(self) -> list[tuple[str, float, int]]:
+        """Return name, sum and count of each; ``Means(sums)`` goes on from there."""
+        return [(name, float(total), count) for name, (total, count) in self._sums.items()]

@@ -1,0 +1,47 @@
+"""What every training objective gives the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_modules.data.datamodule import Batch
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum of values, and how many they are."""
+
+    total: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An objective on one batch.
+
+    :param loss: sum over the batch's units (scored tokens, or pairs); a scalar in fp32 with a gradient.
+    :param nll: negative log-probabilities of answer tokens, in nats; perplexity is exp of their mean.
+    :param metrics: further means by the metric's name.
+    """
+
+    loss: Tensor
+    nll: Sum
+    metrics: Mapping[str, Sum] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Computes the loss of a batch, the number of whose units is ``batch["units"]``."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Outcome:
+        """Run the model on the batch."""
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model, adapters inside."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)

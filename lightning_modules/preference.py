@@ -1,0 +1,127 @@
+"""Direct preference optimization: chosen answers against rejected ones, relative to a reference model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_modules.data.datamodule import Batch
+from lightning_modules.data.tokenize import Pair
+from lightning_modules.logprobs import token_log_probs
+from lightning_modules.losses import scored_hidden
+from lightning_modules.objective import Outcome, Sum, language_model
+from lightning_modules.preference_losses import PREFERENCE_LOSSES, kl_estimate, rewards
+from lightning_modules.probes import hidden_states
+from post_training.schemas import record as names
+from post_training.schemas.algorithms import DPOAlignmentConfig, DPOLossType
+from post_training.schemas.requests import PreferenceOptimizeRequest
+
+LOSSES_WITH_EPSILON = (DPOLossType.sigmoid, DPOLossType.ipo)
+
+
+class PreferenceOptimization:
+    """The objective of DPO; a unit is a pair.
+
+    The reference is the base model: its log-probabilities come with the batch where they were computed
+    before training, else from the same model with its adapters switched off.
+
+    Reference: Rafailov et al., https://arxiv.org/abs/2305.18290, equation 7.
+
+    :param config: loss type and its parameters.
+    """
+
+    def __init__(self, config: DPOAlignmentConfig) -> None:
+        self.config = config
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Outcome:
+        """Sum the batch's losses; the metrics are TRL's, means over pairs but for ``kl``, over tokens."""
+        policy = answer_log_probs(model, batch)
+        reference = batch["reference"] if "reference" in batch else reference_log_probs(model, batch)
+        ratios = policy - reference
+        result = rewards(ratios, batch["sequence"], self.config)
+        losses = PREFERENCE_LOSSES[self.config.loss_type](result, self.config)
+        chosen, rejected, pairs = result.chosen.detach(), result.rejected.detach(), batch["units"]
+        of_chosen = batch["sequence"] % 2 == 0
+        return Outcome(
+            losses.sum(),
+            nll=Sum(-policy.detach()[of_chosen].sum(), int(of_chosen.sum())),
+            metrics={
+                names.METRIC_REWARD_CHOSEN: Sum(chosen.sum(), pairs),
+                names.METRIC_REWARD_REJECTED: Sum(rejected.sum(), pairs),
+                names.METRIC_REWARD_ACCURACY: Sum((chosen > rejected).float().sum(), pairs),
+                names.METRIC_REWARD_MARGIN: Sum((chosen - rejected).sum(), pairs),
+                names.METRIC_REWARD_CLIPPED: Sum(result.clipped * pairs, pairs),
+                names.METRIC_KL: Sum(kl_estimate(ratios), len(ratios)),
+            },
+        )
+
+
+def notices(request: PreferenceOptimizeRequest) -> Iterator[str]:
+    """Say what a request sets and its loss does not have, or has in another way than expected."""
+    config, training = request.algorithm_config, request.training_config
+    default = DPOAlignmentConfig.model_fields["epsilon"].default
+    if config.epsilon != default and config.loss_type not in LOSSES_WITH_EPSILON:
+        having = " and ".join(loss.value for loss in LOSSES_WITH_EPSILON)
+        yield f"algorithm_config.epsilon is in the losses {having}, not in {config.loss_type.value}"
+    if config.loss_type is DPOLossType.kto_pair and training.gradient_accumulation_steps > 1:
+        yield (
+            "kto_pair compares with the mean reward of a micro-batch: with gradient_accumulation_steps it is"
+            " a mean over batch_size pairs, not over the step's"
+        )
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0: its noise would look like a distance between policy and reference."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - to mypy it could be a module
+
+
+def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the log-probability of each scored token (n) in fp32, in nats."""
+    transformer = language_model(model)
+    hidden = hidden_states(transformer, batch["input_ids"], batch.get("position_ids"), batch.get("layout"))
+    selected, targets = scored_hidden(hidden, batch["labels"])
+    head = transformer.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return token_log_probs(selected, targets, head, transformer.config.get_text_config())
+
+
+@torch.no_grad()
+def reference_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the same (n) of the model without its adapters; of a model without any, as it is now."""
+    without: AbstractContextManager[None] = (
+        model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    )
+    with without:
+        return answer_log_probs(model, batch)
+
+
+def set_references(pairs: Sequence[Pair], log_probs: Tensor) -> None:
+    """Give each pair its reference's log-probabilities.
+
+    :param log_probs: of all pairs' scored tokens, one pair after the other (n).
+    """
+    sizes = [pair.chosen.scored + pair.rejected.scored for pair in pairs]
+    for pair, part in zip(pairs, log_probs.split(sizes), strict=True):  # type: ignore[no-untyped-call]
+        pair.reference = part
+
+
+def save_references(file: Path, log_probs: Tensor) -> None:
+    """Write the log-probabilities of all pairs (n), complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    save_file({"reference": log_probs}, temporary)
+    temporary.replace(file)
+
+
+def load_references(file: Path) -> Tensor | None:
+    """Return what was saved (n), None where nothing was."""
+    return load_file(file)["reference"] if file.exists() else None

@@ -1,0 +1,161 @@
+"""What the model answers while it is trained: a table of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import lightning.pytorch as pl
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_modules.attention import BY_SEQUENCE
+from lightning_modules.record import read_table
+from post_training.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from lightning_modules.record import JobRecord
+
+MAX_NEW_TOKENS = 128
+"""Longest answer, in tokens."""
+
+SAMPLES_TABLE = "samples.json"
+COLUMNS = ("step", "prompt", "answer")
+
+
+class AnsweringModule(Protocol):
+    """What the callback needs of the module that is trained."""
+
+    optimizer_steps: int
+    """Optimizer steps done, those of earlier attempts included."""
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The transformers model, adapters inside."""
+
+    def stop_if_asked(self) -> None:
+        """Raise if the process is to stop."""
+
+
+class SamplePrompts(pl.Callback):
+    """Lets the model answer the prompts at the end of each validation.
+
+    Nothing that training depends on changes: decoding is greedy, without gradients, and in the
+    evaluation mode that Lightning leaves only after this hook.
+
+    :param prompts: each the one user turn of a conversation.
+    :param work_dir: the job's folder, from which earlier attempts' answers are taken up.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        record: JobRecord,
+        work_dir: Path,
+    ) -> None:
+        self._prompts = prompts
+        self._tokenizer = tokenizer
+        self._record = record
+        self._work_dir = work_dir
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse before training what could not be answered.
+
+        :raises InvalidRequestError: if a prompt does not fit the chat template or the model's positions.
+        """
+        positions = max_positions(_answering(pl_module).language_model)
+        for i, prompt in enumerate(self._prompts):
+            field = f"logger_config.sample_prompts.{i}"
+            try:
+                tokens = len(prompt_ids(self._tokenizer, prompt))
+            except Exception as error:  # a template raises what it likes
+                raise InvalidRequestError.of(field, f"the chat template refuses it: {error}") from error
+            if positions is not None and tokens >= positions:
+                raise InvalidRequestError.of(
+                    field, f"must have fewer than the model's {positions} tokens, got {tokens}"
+                )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Answer, and log the table; rows of this step and of later ones are an attempt's that was cut off.
+
+        :raises StopRequestedError: between two prompts, if the process is to stop.
+        """
+        module = _answering(pl_module)
+        step = module.optimizer_steps
+        rows = [row for row in read_table(self._work_dir, SAMPLES_TABLE) if row[0] < step]
+        with trainer.precision_plugin.val_step_context():  # of the weights' types, as in validation
+            for prompt in self._prompts:
+                module.stop_if_asked()
+                rows.append([step, prompt, answer(module.language_model, self._tokenizer, prompt)])
+        self._record.log_table(SAMPLES_TABLE, COLUMNS, rows)
+
+
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Answer a prompt by greedy decoding, up to an end token.
+
+    :param model: in evaluation mode; left as it is.
+    :returns: the answer without special tokens, of at most ``MAX_NEW_TOKENS`` tokens, and of as many as
+        the model has positions for.
+    """
+    ids = prompt_ids(tokenizer, prompt)
+    positions = max_positions(model)
+    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        max_new_tokens=MAX_NEW_TOKENS if positions is None else min(MAX_NEW_TOKENS, positions - len(ids)),
+        eos_token_id=end_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    batch = torch.tensor([ids], device=model.device)
+    with _generating(model, greedy):
+        output: Any = model.generate(  # type: ignore[operator]
+            batch, attention_mask=torch.ones_like(batch), generation_config=greedy
+        )
+    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Tokenize a conversation of one user turn, up to where the answer begins; length n."""
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's and those of the model's own generation."""
+    own = model.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *ids} - {None})
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Return the longest sequence that the model is made for, in tokens; None where it has no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+@contextmanager
+def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Lend the model what generation needs.
+
+    transformers fills what ``config`` leaves open from the model's own settings: a penalty on
+    repetitions would not be greedy decoding, and sampling's settings bring warnings. And attention by
+    sequence has no masks, which a window shorter than the prompt needs.
+    """
+    own, attention = model.generation_config, model.config.get_text_config()._attn_implementation
+    model.generation_config = config
+    if attention == BY_SEQUENCE:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        if attention == BY_SEQUENCE:
+            model.set_attn_implementation(BY_SEQUENCE)
+
+
+def _answering(module: pl.LightningModule) -> AnsweringModule:
+    return cast(AnsweringModule, module)

@@ -1,0 +1,193 @@
+"""Token log-probabilities against the softmax of all logits, and what they hold in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_modules import losses
+from lightning_modules.logprobs import token_log_probs
+from lightning_modules.losses import scale_logits
+
+WIDTH, VOCABULARY, TOKENS = 5, 11, 7
+
+
+def config(**changes: Any) -> Any:
+    return SimpleNamespace(**({"vocab_size": VOCABULARY} | changes))
+
+
+def reference(hidden: Tensor, targets: Tensor, head: nn.Module, config: Any) -> Tensor:
+    logits = scale_logits(head(hidden), config).float()
+    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def check_gradients(ours: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
+    torch.testing.assert_close(ours, expected)
+    upstream = torch.linspace(-1, 2, len(ours))
+    wanted = torch.autograd.grad(expected, leaves, upstream)
+    for got, want in zip(torch.autograd.grad(ours, leaves, upstream), wanted, strict=True):
+        assert want.abs().sum() > 0
+        torch.testing.assert_close(got, want)
+
+
+@pytest.fixture(autouse=True)
+def chunk_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Set how many rows a chunk has; 3 until a test says otherwise."""
+    torch.manual_seed(0)
+
+    def set_rows(rows: int) -> None:
+        monkeypatch.setattr(losses, "CHUNK_LOGITS", rows * VOCABULARY)
+
+    set_rows(3)
+    return set_rows
+
+
+def test_by_hand() -> None:
+    head = nn.Linear(1, 2, bias=False)
+    head.weight.data = torch.tensor([[0.0], [1.0]])
+    hidden = torch.tensor([[0.0], [math.log(3)]])
+    found = token_log_probs(hidden, torch.tensor([0, 1]), head, config(vocab_size=2))
+    assert found.tolist() == pytest.approx([math.log(1 / 2), math.log(3 / 4)])
+
+
+@pytest.mark.parametrize("scaling", [{}, {"logit_scale": 0.3}, {"final_logit_softcapping": 0.5}])
+@pytest.mark.parametrize("trained_head", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, TOKENS, 64])
+def test_chunks_change_neither_values_nor_gradients(
+    scaling: dict[str, float],
+    trained_head: bool,
+    rows: int,
+    chunk_of: Callable[[int], None],
+) -> None:
+    chunk_of(rows)
+    head = nn.Linear(WIDTH, VOCABULARY).requires_grad_(trained_head)
+    hidden, targets = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randint(VOCABULARY, (TOKENS,))
+    expected = reference(hidden, targets, head, config(**scaling))
+    found = token_log_probs(hidden, targets, head, config(**scaling))
+    check_gradients(found, expected, [hidden, *(p for p in head.parameters() if trained_head)])
+    with torch.no_grad():
+        assert torch.equal(token_log_probs(hidden, targets, head, config(**scaling)), found)
+
+
+def test_a_tied_head_adds_to_the_embedding_s_gradient() -> None:
+    embedding, head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+    head.weight = embedding.weight
+    ids, targets = torch.randint(VOCABULARY, (2, TOKENS))
+    expected = reference(embedding(ids).tanh(), targets, head, config())
+    found = token_log_probs(embedding(ids).tanh(), targets, head, config())
+    check_gradients(found, expected, [embedding.weight])
+
+
+def test_an_adapter_on_the_head_is_trained() -> None:
+    model = nn.ModuleDict({"head": nn.Linear(WIDTH, VOCABULARY, bias=False)})
+    inject_adapter_in_model(
+        LoraConfig(r=2, target_modules=["head"], lora_dropout=0.0, init_lora_weights=False), model
+    )
+    hidden, targets = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randint(VOCABULARY, (TOKENS,))
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    assert len(adapter) == 2
+    expected = reference(hidden, targets, model["head"], config())
+    found = token_log_probs(hidden, targets, model["head"], config())
+    check_gradients(found, expected, [hidden, *adapter])
+
+
+def test_a_bf16_head_does_not_round_its_logits(chunk_of: Callable[[int], None]) -> None:
+    chunk_of(64)
+    head = nn.Linear(WIDTH, VOCABULARY).bfloat16()
+    hidden = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (TOKENS,))
+    exact_head = nn.Linear(WIDTH, VOCABULARY)
+    exact_head.load_state_dict(head.state_dict())
+    exact = reference(hidden.float(), targets, exact_head, config())
+    assert (reference(hidden, targets, head, config()) - exact).abs().max() > 1e-3
+    fine = token_log_probs(hidden, targets, head, config())
+    torch.testing.assert_close(fine, exact)
+    of_exact, wanted = torch.autograd.grad(exact.sum(), [hidden, exact_head.weight])
+    of_fine, found = torch.autograd.grad(fine.sum(), [hidden, head.weight])
+    assert found.dtype == of_fine.dtype == torch.bfloat16
+    torch.testing.assert_close(of_fine, of_exact)
+    torch.testing.assert_close(found, wanted.bfloat16())
+
+
+def test_autocast_does_not_reach_the_head() -> None:
+    head, hidden = nn.Linear(WIDTH, VOCABULARY), torch.randn(TOKENS, WIDTH)
+    targets = torch.randint(VOCABULARY, (TOKENS,))
+    exact = reference(hidden, targets, head, config())
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = reference(hidden, targets, head, config())
+        fine = token_log_probs(hidden, targets, head, config())
+    assert fine.dtype == torch.float32
+    assert (coarse - exact).abs().max() > 1e-3
+    torch.testing.assert_close(fine, exact)
+
+
+def test_under_autocast_the_head_s_gradient_is_summed_in_fp32(chunk_of: Callable[[int], None]) -> None:
+    tokens = 256
+    head, hidden = nn.Linear(WIDTH, VOCABULARY, bias=False), torch.randn(tokens, WIDTH)
+    targets = torch.randint(VOCABULARY, (tokens,))
+    (exact,) = torch.autograd.grad(reference(hidden, targets, head, config()).sum(), [head.weight])
+
+    def error(rows: int) -> float:
+        chunk_of(rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = token_log_probs(hidden, targets, head, config())
+        (gradient,) = torch.autograd.grad(found.sum(), [head.weight])
+        return float((gradient - exact).norm() / exact.norm())
+
+    assert max(error(1), error(tokens)) < 1e-5  # summed in bf16, 256 chunks would be off by a hundredth
+
+
+def test_no_token_has_no_log_probability_and_no_gradient() -> None:
+    head, hidden = nn.Linear(WIDTH, VOCABULARY), torch.randn(0, WIDTH, requires_grad=True)
+    found = token_log_probs(hidden, torch.empty(0, dtype=torch.long), head, config())
+    assert found.shape == (0,)
+    assert found.dtype == torch.float32
+    of_hidden, of_head = torch.autograd.grad(found.sum(), [hidden, head.weight])
+    assert of_hidden.shape == (0, WIDTH)
+    assert not of_head.any()
+
+
+class Sizes(TorchDispatchMode):
+    """Note the number of elements of every tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        self.found += [part.numel() for part in _flat(answer) if isinstance(part, Tensor)]
+        return answer
+
+
+def _flat(answer: Any) -> Any:
+    return answer if isinstance(answer, tuple | list) else [answer]
+
+
+def test_neither_pass_holds_more_logits_than_a_chunk_s(chunk_of: Callable[[int], None]) -> None:
+    tokens, rows = 60, 6
+    chunk_of(rows)
+    head, hidden = nn.Linear(1, VOCABULARY), torch.randn(tokens, 1, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (tokens,))
+    saved: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with Sizes() as sizes:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            found = token_log_probs(hidden, targets, head, config())
+        forward = max(sizes.found)
+        sizes.found.clear()
+        found.sum().backward()
+    assert forward == max(sizes.found) == rows * VOCABULARY
+    assert sum(saved) < tokens * VOCABULARY / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -26,6 +27,8 @@ from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 if TYPE_CHECKING:
     from lightning_modules.record import JobRecord
 
+log = logging.getLogger(__name__)
+
 EXPORTS = "checkpoints"
 RESUME_FILE = Path("resume", "last.ckpt")
 
@@ -46,6 +49,11 @@ def export(write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, fo
     write(temporary)
     tokenizer.save_pretrained(temporary)
     _replace(temporary, folder)
+
+
+def weights_size(folder: Path) -> int:
+    """Return the bytes on disk of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def copy_folder(source: Path, target: Path) -> Path:
@@ -177,6 +185,9 @@ class Checkpoints(CheckpointCallback):
     def _keep(self, module: PostTraining, epoch: int, *, upload: bool) -> None:
         folder = self.exports / f"epoch-{epoch}"
         export(lambda into: self.write(module.model, into), self.tokenizer, folder)
+        size = weights_size(folder)
+        log.info("checkpoint of epoch %d: %.1f MB of weights", epoch, size / 1e6)
+        module.log_metrics({names.METRIC_CHECKPOINT_BYTES: float(size)})
         metrics = checkpoint_metrics(module, epoch)
         if upload:
             self.saved.append(

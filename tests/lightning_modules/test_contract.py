@@ -59,6 +59,7 @@ METRICS = {
     "tokens_seen",
     "progress",
     "seconds_left",
+    "checkpoint_bytes",
 }
 REWARDS = {
     "rewards/chosen",
@@ -116,6 +117,9 @@ def test_learns_and_records(changes: dict[str, Any], spec_of: Maker, read_metric
     of_method = REWARDS if "preference" in changes else set()
     expected = METRICS | of_method | {f"validation_{name}" for name in of_method}
     assert {name for line in lines(spec, "metrics") for name in line["values"]} == expected
+    sizes = read_metrics(spec.work_dir, "checkpoint_bytes")
+    folders = [Path(checkpoint.path) for checkpoint in finished.checkpoints]
+    assert sizes == [sum(file.stat().st_size for file in f.glob("*.safetensors")) for f in folders]
     params = {line["key"]: line["value"] for line in lines(spec, "param")}
     assert 0 < int(params["trainable_parameters"]) <= int(params["total_parameters"])
     assert [line["context"] for line in lines(spec, "dataset")] == ["training"]

@@ -43,6 +43,8 @@ METRIC_TOKENS_PER_SECOND: Final = "tokens_per_second"
 METRIC_TOKENS_SEEN: Final = "tokens_seen"
 METRIC_PROGRESS: Final = "progress"
 METRIC_SECONDS_LEFT: Final = "seconds_left"
+METRIC_CHECKPOINT_BYTES: Final = "checkpoint_bytes"
+"""Size on disk of a checkpoint's weights."""
 
 # Of preference jobs, under the names that TRL made known.
 METRIC_REWARD_CHOSEN: Final = "rewards/chosen"

@@ -133,7 +133,7 @@ class RuntimeConfig(StrictModel):
     max_seq_length: Count = Field(
         default=2048, ge=8, description="Longest sequence in tokens; longer rows are cut at the end."
     )
-    seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of weights, data order and dropout.")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of adapters, order and dropout.")
     devices: int = Field(default=1, ge=1, le=1, description="Devices on each node; one in this version.")
     num_nodes: int = Field(default=1, ge=1, le=1, description="Nodes; one in this version.")
     strategy: Literal["auto"] = Field(default="auto", description="How the model spreads over devices.")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
@@ -16,14 +14,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from lightning_modules.attempts import REFERENCES_FILE, continues, keep_inputs
 from lightning_modules.attention import use_by_sequence
 from lightning_modules.base_model import Base, find_base, merge_adapter, meta_model
 from lightning_modules.checkpoint import (
-    EXPORTS,
     RESUME_FILE,
     Checkpoints,
     FileCheckpointIO,
-    remove_exports,
 )
 from lightning_modules.data.datamodule import FineTuningData
 from lightning_modules.data.tokenize import Pair
@@ -52,8 +49,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BASE_FOLDER = "base"
-INPUTS_FILE = Path("resume", "inputs.json")
-REFERENCES_FILE = Path("resume", "references.safetensors")
 
 
 @dataclass(frozen=True)
@@ -159,36 +154,6 @@ def _with_export_form(spec: TrainerSpec, base: Base) -> TrainerSpec:
         )
     merged = runtime.model_copy(update={"export": "merged"})
     return spec.model_copy(update={"request": spec.request.model_copy(update={"runtime": merged})})
-
-
-def continues(spec: TrainerSpec, digests: list[str]) -> bool:
-    """Whether the job's folder holds the state of this very training, or none; another's is removed.
-
-    A job whose data changed between two attempts trains from the start, as it would have without the first.
-
-    :param digests: of the data that was read.
-    """
-    inputs = spec.work_dir / INPUTS_FILE
-    if not inputs.exists() or inputs.read_text() == _inputs(spec, digests):
-        return True
-    log.warning("the data or the request changed since the last attempt: training from the start")
-    for state in (RESUME_FILE, REFERENCES_FILE):
-        (spec.work_dir / state).unlink(missing_ok=True)
-    for folder in filter(None, (spec.work_dir / EXPORTS, spec.checkpoint_dir)):
-        remove_exports(folder)
-    return False
-
-
-def keep_inputs(spec: TrainerSpec, digests: list[str]) -> None:
-    """Say whose state the folder holds from here on; not before the record forgot another's."""
-    inputs = spec.work_dir / INPUTS_FILE
-    inputs.parent.mkdir(parents=True, exist_ok=True)
-    inputs.write_text(_inputs(spec, digests))
-
-
-def _inputs(spec: TrainerSpec, digests: list[str]) -> str:
-    request = spec.request.model_dump(mode="json", exclude={"job_uuid"})
-    return json.dumps({"request": request, "model": spec.model, "data": digests}, sort_keys=True)
 
 
 def build_model(setting: Setting, base: Base, config: PretrainedConfig, length: int) -> nn.Module:

@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lightning_modules.job import REFERENCES_FILE, prepare_job
+from lightning_modules.attempts import REFERENCES_FILE
+from lightning_modules.job import prepare_job
 from lightning_modules.preference import load_references
 from lightning_modules.record import open_record
 from tests.lightning_modules.tiny import LORA, PAIRS

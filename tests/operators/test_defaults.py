@@ -35,6 +35,7 @@ def read(body: dict[str, Any]) -> AnyTrainingRequest:
         # Null says that there are no adapters; what only they give a meaning is left out with them.
         (dpo_body(runtime={"adapter": None}), DEPLOYMENT, {"adapter", "seed"}),
         (dpo_body(), {"export": "merged", "reference_logprobs": "live"}, None),
+        (sft_body(), {"export": "adapter", "seed": 7}, {"seed"}),
         (dpo_body(), {}, None),
         (dpo_body(runtime={"scheduler": "linear"}), {"seed": 7}, {"scheduler", "seed"}),
     ],

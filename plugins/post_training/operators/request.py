@@ -51,10 +51,12 @@ def with_runtime_defaults(request: AnyTrainingRequest, defaults: Mapping[str, An
     """Return the request with these values where its runtime block leaves a field unset.
 
     A deployment has one set of defaults for jobs of every kind: one that means nothing for this job, as
-    adapters do for a LoRA job, is left out.
+    adapters do for a LoRA job, is left out. So is ``export: adapter``: null exports the adapter too, unless
+    the job starts from one, which only the trainer finds out.
 
     :raises InvalidRequestError: naming each field, rule and value.
     """
+    defaults = {key: value for key, value in defaults.items() if (key, value) != ("export", "adapter")}
     given = request.runtime.model_dump(exclude_unset=True) if request.runtime is not None else {}
     try:
         return type(request).model_validate({**dict(request), "runtime": {**defaults, **given}})

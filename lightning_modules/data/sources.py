@@ -11,7 +11,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from lightning_modules.mlflow_uris import LOOKUPS, resolve
+from lightning_modules.mlflow_uris import LOOKUPS, may_be_read, resolve
 from post_training.errors import DataError
 
 TIMEOUT_SECONDS = 60.0
@@ -142,7 +142,10 @@ def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path]
         raise DataError(f"the data set {shown(source)} must be {parts.scheme}:/PATH, without a host or '..'")
     try:
         _, location = resolve(MlflowClient(tracking_uri, registry_uri=tracking_uri), source)
-        _check_store(source, location, roots)
+        if not may_be_read(location, roots):
+            raise DataError(
+                f"MLflow keeps the data set {source} in {location}, under no folder of allowed_roots"
+            )
         with TemporaryDirectory() as folder:
             file = download_artifacts(
                 location, dst_path=folder, tracking_uri=tracking_uri, registry_uri=tracking_uri
@@ -154,14 +157,6 @@ def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path]
         if error.get_http_status_code() >= 500:  # type: ignore[no-untyped-call]
             raise ConnectionError(first_line(error)) from error
         raise
-
-
-def _check_store(source: str, location: str, roots: Sequence[Path]) -> None:
-    """Let the deployment choose what is read of this machine's disks, not whoever writes to MLflow."""
-    parts = urlsplit(location)
-    path = Path(unquote(parts.path)).resolve()
-    if parts.scheme in ("", "file") and not any(path.is_relative_to(root.resolve()) for root in roots):
-        raise DataError(f"MLflow keeps the data set {source} in {location}, under no folder of allowed_roots")
 
 
 FETCHERS: dict[str, Callable[[str], bytes]] = {

@@ -19,6 +19,7 @@ from lightning_modules.attempts import REFERENCES_FILE
 from lightning_modules.job import prepare_job
 from lightning_modules.preference import load_references
 from lightning_modules.record import open_record
+from tests.lightning_modules.plain import plain_steps
 from tests.lightning_modules.tiny import LORA, PAIRS
 
 Run = Callable[..., Any]
@@ -47,16 +48,9 @@ def plain_training(
     reference = copy.deepcopy(model)
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1}]
-    groups += [{"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}] * (not lora)
-    optimizer = torch.optim.AdamW(groups, lr=LR)
     steps = math.ceil(len(PAIRS) / step_pairs)
     losses, margins = [], []
-    for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            decay = 0.5 * (1 + math.cos(math.pi * (step - 2) / (steps - 1)))
-            group["lr"] = LR * (step / 2 if step <= 2 else decay)
+    for step in plain_steps(model, lr=LR, weight_decay=0.1, steps=steps):
         pairs = PAIRS[(step - 1) * step_pairs : step * step_pairs]
         rewards = []
         for pair in pairs:
@@ -70,8 +64,6 @@ def plain_training(
         loss.backward()
         losses.append(loss.item())
         margins.append(margin.mean().item())
-        optimizer.step()
-        optimizer.zero_grad()
     nll = [answer_log_prob(model, tokenizer, pair["prompt"], pair["chosen"]) for pair in PAIRS[:2]]
     perplexity = math.exp(-sum(total.item() for total, _ in nll) / sum(count for _, count in nll))
     return losses, margins, [perplexity]

@@ -293,17 +293,6 @@ def test_a_job_samples_before_training_and_after_each_epoch(
     assert len({text for _, _, text in rows}) > 2  # training changes the answers
 
 
-@pytest.fixture(scope="module")
-def dropout_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny model with dropout, so that a random number more or less would show."""
-    folder = tmp_path_factory.mktemp("dropout")
-    for path in tiny_model_dir.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
-    return str(folder)
-
-
 def weights(work_dir: Path) -> dict[str, torch.Tensor]:
     [file] = (work_dir / "checkpoints" / "epoch-1").glob("*.safetensors")
     return load_file(file)

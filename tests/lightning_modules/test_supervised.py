@@ -23,6 +23,7 @@ from lightning_modules.data.packing import pack
 from lightning_modules.data.tokenize import Example
 from lightning_modules.supervised import SupervisedFineTuning
 from post_training.errors import DivergenceError
+from tests.lightning_modules.plain import plain_steps
 from tests.lightning_modules.tiny import LORA, ROWS, TINY
 
 Run = Callable[..., Any]
@@ -77,23 +78,14 @@ def plain_training(
         model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}], lr=LR
-    )
     steps = math.ceil(len(ROWS) / step_rows)
     losses, norms = [], []
-    for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            decay = 0.5 * (1 + math.cos(math.pi * (step - 2) / (steps - 1)))
-            group["lr"] = LR * (step / 2 if step <= 2 else decay)
+    for step in plain_steps(model, lr=LR, weight_decay=DECAY, steps=steps):
         rows = ROWS[(step - 1) * step_rows : step * step_rows]
         loss = plain_loss(model, tokenizer, rows, on_input)
         loss.backward()
         losses.append(loss.item())
         norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in trained if p.grad is not None)))
-        optimizer.step()
-        optimizer.zero_grad()
     return model, losses, norms
 
 

@@ -79,7 +79,8 @@ class Tracking:
         self.server = server
 
     @cached_property
-    def _client(self) -> MlflowClient:
+    def client(self) -> MlflowClient:
+        """MLflow's own client, logged in; its calls belong inside :func:`answers`."""
         os.environ.update(self.server.environment())
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
@@ -88,8 +89,8 @@ class Tracking:
 
     def ping(self) -> None:
         """Ask the server for one experiment."""
-        with _answers():
-            self._client.search_experiments(max_results=1)
+        with answers():
+            self.client.search_experiments(max_results=1)
 
     def create_run(
         self,
@@ -104,15 +105,15 @@ class Tracking:
 
         :param experiment: the experiment's name; None is the server's default.
         """
-        with _answers():
+        with answers():
             experiment_id = self._experiment_id(experiment or self.server.experiment)
-            run = self._client.create_run(experiment_id, tags=dict(tags), run_name=name)
+            run = self.client.create_run(experiment_id, tags=dict(tags), run_name=name)
         try:
-            with _answers():
-                self._client.update_run(run.info.run_id, status="SCHEDULED")
+            with answers():
+                self.client.update_run(run.info.run_id, status="SCHEDULED")
                 self._log_params(run.info.run_id, params)
-                self._client.log_dict(run.info.run_id, request, names.ARTIFACT_REQUEST)
-                return _job_run(self._client.get_run(run.info.run_id))
+                self.client.log_dict(run.info.run_id, request, names.ARTIFACT_REQUEST)
+                return _job_run(self.client.get_run(run.info.run_id))
         except PostTrainingError:
             self.discard(run.info.run_id)
             raise
@@ -120,15 +121,15 @@ class Tracking:
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(name)
+        found = self.client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
         try:
             return str(
-                self._client.create_experiment(name, tags={_EXPERIMENT_KIND: "custom_model_development"})
+                self.client.create_experiment(name, tags={_EXPERIMENT_KIND: "custom_model_development"})
             )
         except MlflowException:
-            found = self._client.get_experiment_by_name(name)
+            found = self.client.get_experiment_by_name(name)
             if found is None:
                 raise
             return str(found.experiment_id)
@@ -138,31 +139,31 @@ class Tracking:
 
         entries = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
         for start in range(0, len(entries), 100):
-            self._client.log_batch(run_id, params=entries[start : start + 100])
+            self.client.log_batch(run_id, params=entries[start : start + 100])
 
     def add_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Write the params that the run does not have yet; MLflow refuses to change one."""
-        with _answers():
-            present = self._client.get_run(run_id).data.params
+        with answers():
+            present = self.client.get_run(run_id).data.params
             self._log_params(run_id, {key: value for key, value in params.items() if key not in present})
 
     def add_file(self, run_id: str, path: Path, folder: str) -> None:
         """Upload a file into a folder of the run's artifacts."""
-        with _answers():
-            self._client.log_artifact(run_id, str(path), folder)
+        with answers():
+            self.client.log_artifact(run_id, str(path), folder)
 
     def discard(self, run_id: str) -> None:
         """Delete a run that no job came to use; a server that does not answer leaves it SCHEDULED."""
-        with _answers():
-            self._client.delete_run(run_id)
+        with answers():
+            self.client.delete_run(run_id)
 
     def find(self, job_uuid: str) -> JobRun | None:
         """Return the job's run, the oldest if there are several, or None."""
         if not MAY_BE_AN_ID.fullmatch(job_uuid):  # nor is it anything but text to MLflow's filter language
             return None
-        with _answers():
-            ids = [e.experiment_id for e in self._client.search_experiments()]
-            runs = self._client.search_runs(
+        with answers():
+            ids = [e.experiment_id for e in self.client.search_experiments()]
+            runs = self.client.search_runs(
                 ids,
                 filter_string=f"tags.`{names.TAG_JOB_UUID}` = '{job_uuid}'",
                 order_by=["attributes.start_time ASC"],
@@ -174,9 +175,9 @@ class Tracking:
         """Return a run by its id, None where it does not exist or was deleted."""
         from mlflow.exceptions import MlflowException
 
-        with _answers():
+        with answers():
             try:
-                run = self._client.get_run(run_id)
+                run = self.client.get_run(run_id)
             except MlflowException as error:
                 if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                     return None
@@ -188,30 +189,30 @@ class Tracking:
 
         :param status: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED.
         """
-        with _answers():
+        with answers():
             if error is not None:
-                self._client.set_tag(run_id, names.TAG_ERROR, error)
+                self.client.set_tag(run_id, names.TAG_ERROR, error)
             if status in TERMINAL:
-                self._client.set_terminated(run_id, status=status)
+                self.client.set_terminated(run_id, status=status)
             else:
-                self._client.update_run(run_id, status=status)
+                self.client.update_run(run_id, status=status)
                 self._forget_error(run_id)
 
     def _forget_error(self, run_id: str) -> None:
         """Remove the reason of an earlier attempt's failure from a run that goes on."""
-        if names.TAG_ERROR in self._client.get_run(run_id).data.tags:
-            self._client.delete_tag(run_id, names.TAG_ERROR)
+        if names.TAG_ERROR in self.client.get_run(run_id).data.tags:
+            self.client.delete_tag(run_id, names.TAG_ERROR)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Write tags of a run."""
         from mlflow.entities import RunTag
 
-        with _answers():
-            self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        with answers():
+            self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def checkpoints(self, run: JobRun) -> list[Checkpoint]:
         """Return the run's finished checkpoints by epoch: models, and copies of epochs that have none."""
-        with _answers():
+        with answers():
             models = self._logged_models(run)
         job_uuid = run.tags.get(names.TAG_JOB_UUID, "")
         uploaded = [_checkpoint(model, job_uuid) for model in models if _is_checkpoint(model)]
@@ -224,7 +225,7 @@ class Tracking:
         models: list[LoggedModel] = []
         token: str | None = None
         while True:
-            page = self._client.search_logged_models(
+            page = self.client.search_logged_models(
                 experiment_ids=[run.experiment_id],
                 filter_string=f"source_run_id = '{run.run_id}'",
                 order_by=[{"field_name": "creation_timestamp", "ascending": True}],
@@ -237,7 +238,7 @@ class Tracking:
 
 
 @contextmanager
-def _answers() -> Iterator[None]:
+def answers() -> Iterator[None]:
     """Turn every failure of the server into the one error that callers know."""
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException  # noqa: PLC0415

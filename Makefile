@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stop test lint bench clean
+.PHONY: help demo stop test lint bench load chaos clean
 
 help:
 	@echo "make demo           start Airflow and MLflow, fine-tune a model over HTTP, show the result"
@@ -14,6 +14,8 @@ help:
 	@echo "make test           every test, the slow system tests too"
 	@echo "make bench          measure what the orchestration costs, with 1,000 jobs"
 	@echo "make bench DATA=DIR train every algorithm on GSM8K's files in DIR, and compare"
+	@echo "make load           submit 500 jobs at once, 500 times the same, and poll with 200 clients"
+	@echo "make chaos          kill everything 100 times while 50 jobs train; JOBS=, KILLS=, SEED= choose other"
 	@echo "make lint           ruff, mypy and the import contracts"
 
 $(VENV)/.python:
@@ -42,6 +44,12 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.$(if $(DATA),algorithms --data $(DATA),orchestration)
+
+load: $(VENV)/.dev
+	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.load
+
+chaos: $(VENV)/.dev
+	PYTHONPATH=plugins:. $(BIN)/python -m tests.chaos --jobs $(or $(JOBS),50) --kills $(or $(KILLS),100) --seed $(or $(SEED),1)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -27,6 +27,6 @@ with DAG(
     SupervisedFineTuneOperator(
         task_id=REQUEST_TASK_ID,
         request="{{ params }}",
-        retries=2,
+        retries=5,  # each goes on where the one before was cut; what cannot succeed is not tried again
         retry_delay=timedelta(seconds=30),
     )

@@ -1,13 +1,20 @@
-"""What a job's folder holds of the attempts before: their state, if it is of this very training."""
+"""What the attempts at a job hand on to each other, if they train the very same."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning_modules.checkpoint import EXPORTS, RESUME_FILE, remove_exports
+from lightning_modules.checkpoint import EXPORTS, RESUME_FILE, STEP_FILE, remove_exports
 from post_training.schemas.trainer import TrainerSpec
+
+if TYPE_CHECKING:
+    from lightning_modules.record import JobRecord
 
 log = logging.getLogger(__name__)
 
@@ -15,31 +22,70 @@ INPUTS_FILE = Path("resume", "inputs.json")
 REFERENCES_FILE = Path("resume", "references.safetensors")
 
 
-def continues(spec: TrainerSpec, digests: list[str]) -> bool:
+@dataclass(frozen=True)
+class Inputs:
+    """What a job is trained from; two attempts that agree in it train the same.
+
+    :param text: JSON of request, model and the data's digests.
+    """
+
+    text: str
+
+    @classmethod
+    def of(cls, spec: TrainerSpec, digests: list[str]) -> Inputs:
+        """Describe a spec's, with the digests of the data that was read."""
+        request = spec.request.model_dump(mode="json", exclude={"job_uuid"})
+        content = {"request": request, "model": spec.model, "data": digests}
+        return cls(json.dumps(content, sort_keys=True))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal digits."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def continues(spec: TrainerSpec, inputs: Inputs) -> bool:
     """Whether the job's folder holds the state of this very training, or none; another's is removed.
 
     A job whose data changed between two attempts trains from the start, as it would have without the first.
-
-    :param digests: of the data that was read.
     """
-    inputs = spec.work_dir / INPUTS_FILE
-    if not inputs.exists() or inputs.read_text() == _inputs(spec, digests):
+    file = spec.work_dir / INPUTS_FILE
+    if not file.exists() or file.read_text() == inputs.text:
         return True
     log.warning("the data or the request changed since the last attempt: training from the start")
-    for state in (RESUME_FILE, REFERENCES_FILE):
+    for state in (RESUME_FILE, STEP_FILE, REFERENCES_FILE):
         (spec.work_dir / state).unlink(missing_ok=True)
     for folder in filter(None, (spec.work_dir / EXPORTS, spec.checkpoint_dir)):
         remove_exports(folder)
     return False
 
 
-def keep_inputs(spec: TrainerSpec, digests: list[str]) -> None:
+def begin(spec: TrainerSpec, inputs: Inputs, record: JobRecord) -> None:
+    """Go on where the attempts before ended, or start over if they trained something else."""
+    record.begin(inputs.digest, continues=continues(spec, inputs))
+    keep_inputs(spec, inputs)
+
+
+def keep_inputs(spec: TrainerSpec, inputs: Inputs) -> None:
     """Say whose state the folder holds from here on; not before the record forgot another's."""
-    inputs = spec.work_dir / INPUTS_FILE
-    inputs.parent.mkdir(parents=True, exist_ok=True)
-    inputs.write_text(_inputs(spec, digests))
+    file = spec.work_dir / INPUTS_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(inputs.text)
 
 
-def _inputs(spec: TrainerSpec, digests: list[str]) -> str:
-    request = spec.request.model_dump(mode="json", exclude={"job_uuid"})
-    return json.dumps({"request": request, "model": spec.model, "data": digests}, sort_keys=True)
+def fetch_newest_state(
+    spec: TrainerSpec, inputs: Inputs, record: JobRecord, give_up: Callable[[], bool]
+) -> None:
+    """Put the record's state into the job's folder where it is newer: an attempt ran on another machine.
+
+    :raises RecordUnavailableError: if training cannot begin without the record's answer.
+    """
+    if spec.attempt == 1:
+        return
+    file, step_file = spec.work_dir / RESUME_FILE, spec.work_dir / STEP_FILE
+    text = step_file.read_text() if file.exists() and step_file.exists() else ""
+    here = int(text) if text else None  # a process that is killed while it writes leaves it empty
+    step = record.restore_state(file, step=here, inputs=inputs.digest, give_up=give_up)
+    if step is not None:
+        step_file.write_text(str(step))
+        log.info("the state at step %d comes from the record", step)

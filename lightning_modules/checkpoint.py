@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,6 +25,7 @@ from lightning_modules.losses import perplexity
 from lightning_modules.module import NLL, PostTraining, StopRequestedError
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
+from post_training.schemas.training import RuntimeConfig
 
 if TYPE_CHECKING:
     from lightning_modules.record import JobRecord
@@ -31,10 +34,42 @@ log = logging.getLogger(__name__)
 
 EXPORTS = "checkpoints"
 RESUME_FILE = Path("resume", "last.ckpt")
+STEP_FILE = Path("resume", "step.txt")
+"""Optimizer steps of the resume file, or fewer where the process died between the two."""
 
 SAVE_INTERVAL_SECONDS = 60.0
 SAVE_SHARE = 0.02
-"""Within an epoch the resume state is saved each minute, or so rarely that it takes 2 % of the time."""
+"""If nothing else is asked for, the resume state is saved each minute within an epoch, or so rarely that it
+takes 2 % of the time."""
+
+
+@dataclass(frozen=True)
+class SaveInterval:
+    """How often the resume state is saved within an epoch; both may be given.
+
+    :param steps: optimizer steps between two saves; None does not count them.
+    :param seconds: time between two; None does not look at the clock.
+    :param share: largest part of the time that saving by the clock may take.
+    """
+
+    steps: int | None = None
+    seconds: float | None = SAVE_INTERVAL_SECONDS
+    share: float = SAVE_SHARE
+
+    @classmethod
+    def of(cls, runtime: RuntimeConfig) -> SaveInterval:
+        """Read it from a request."""
+        steps, minutes = runtime.save_every_n_steps, runtime.save_every_n_minutes
+        if minutes is not None:
+            return cls(steps, 60 * minutes, share=1.0)
+        return cls() if steps is None else cls(steps, None)
+
+    def pause(self, took: float) -> float:
+        """Return the seconds until the clock asks for the next save.
+
+        :param took: seconds that the last one took.
+        """
+        return math.inf if self.seconds is None else max(self.seconds, took / self.share)
 
 
 def export(write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -124,12 +159,15 @@ class Checkpoints(CheckpointCallback):
     :param keep: exports kept in each place, newest first; None keeps all.
     :param write: writes the model's trained weights into a folder.
     :param upload: epochs whose checkpoint is uploaded: all, True for the last one, False for none.
+    :param inputs: digest of what is trained, by which the record knows the resume state.
     """
 
     def __init__(
         self,
         *,
         work_dir: Path,
+        inputs: str = "",
+        interval: SaveInterval = SaveInterval(),
         copies: Path | None,
         keep: int | None,
         tokenizer: PreTrainedTokenizerBase,
@@ -140,8 +178,11 @@ class Checkpoints(CheckpointCallback):
     ) -> None:
         self.write = write
         self.upload = upload
+        self.inputs = inputs
+        self.interval = interval
         self.exports = work_dir / EXPORTS
         self.resume_file = work_dir / RESUME_FILE
+        self.step_file = work_dir / STEP_FILE
         self.copies = copies
         self.keep = keep
         self.tokenizer = tokenizer
@@ -149,7 +190,7 @@ class Checkpoints(CheckpointCallback):
         self.clock = clock
         self.saved: list[Checkpoint] = []
         self._random_state: dict[str, Any] | None = None
-        self._next_save = clock() + SAVE_INTERVAL_SECONDS
+        self._next_save = clock() + interval.pause(0.0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Continue the random numbers of the attempt before."""
@@ -159,15 +200,16 @@ class Checkpoints(CheckpointCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save the resume state now and then, and when the process is to stop.
+        """Save the resume state as often as was asked for, and when the process is to stop.
 
         :raises StopRequestedError: after saving, if the process is to stop.
         """
         module = cast(PostTraining, pl_module)
         stop = module.should_stop()
         last = batch_idx + 1 == module.steps_per_epoch  # the epoch's end saves, after its validation
-        if not last and (stop or self.clock() >= self._next_save):
-            self._save_resume_state(trainer)
+        counted = self.interval.steps is not None and module.optimizer_steps % self.interval.steps == 0
+        if not last and (stop or counted or self.clock() >= self._next_save):
+            self._save_resume_state(trainer, module)
         if stop:
             raise StopRequestedError
 
@@ -175,12 +217,18 @@ class Checkpoints(CheckpointCallback):
         """Export, record, copy, prune, and save the resume state."""
         module = cast(PostTraining, pl_module)
         module.stop_if_asked()
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        upload = self.upload == "all" or (self.upload and last)
+        upload = self._is_uploaded(trainer.current_epoch, trainer.max_epochs)
         if upload or self.copies is not None:
             self._keep(module, trainer.current_epoch, upload=upload)
         self._prune()
-        self._save_resume_state(trainer)
+        self._save_resume_state(trainer, module, epoch_end=True)
+
+    def uploaded(self, epochs: int | None) -> list[int]:
+        """Return the epochs whose saved checkpoints were handed to the record, of so many epochs in all."""
+        return [saved.epoch for saved in self.saved if self._is_uploaded(saved.epoch, epochs)]
+
+    def _is_uploaded(self, epoch: int, epochs: int | None) -> bool:
+        return self.upload == "all" or (self.upload and epoch + 1 == epochs)
 
     def _keep(self, module: PostTraining, epoch: int, *, upload: bool) -> None:
         folder = self.exports / f"epoch-{epoch}"
@@ -209,13 +257,19 @@ class Checkpoints(CheckpointCallback):
             self.record.discard_checkpoint(checkpoint)
         self.saved = self.saved[-self.keep :]
 
-    def _save_resume_state(self, trainer: pl.Trainer) -> None:
+    def _save_resume_state(
+        self, trainer: pl.Trainer, module: PostTraining, *, epoch_end: bool = False
+    ) -> None:
         started = self.clock()
         temporary = self.resume_file.with_suffix(".tmp")
         trainer.save_checkpoint(temporary, weights_only=False)
         os.replace(temporary, self.resume_file)
+        self.step_file.write_text(str(module.optimizer_steps))
+        self.record.log_state(
+            self.resume_file, step=module.optimizer_steps, inputs=self.inputs, must=epoch_end
+        )
         now = self.clock()
-        self._next_save = now + max(SAVE_INTERVAL_SECONDS, (now - started) / SAVE_SHARE)
+        self._next_save = now + self.interval.pause(now - started)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random state and the checkpoints so far; Lightning saves it."""

@@ -14,6 +14,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
 
+from lightning_modules.fencing import RunFence
 from lightning_modules.sender import RefusedError
 from lightning_modules.spool import Event
 
@@ -32,12 +33,29 @@ class MLflowDelivery:
     a point is the time at which it was spooled, never the time at which it is sent.
 
     :param tables: folder of the tables' files.
+    :param fence: whether this attempt may write.
+    :param known_steps: last step of each metric that the run had when this attempt began. Points up to it
+        that were spooled before are left out: an attempt on another machine has recorded them meanwhile, or
+        they arrived and only the answer was lost.
+    :param began: when this attempt began, in milliseconds since the epoch.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, tables: Path) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        tables: Path,
+        fence: RunFence,
+        *,
+        known_steps: Mapping[str, int] | None = None,
+        began: int = 0,
+    ) -> None:
         self._client = client
         self._run_id = run_id
         self._folder = tables
+        self._fence = fence
+        self._known_steps = dict(known_steps or {})
+        self._began = began
         self._senders: dict[str, Callable[[Sequence[Event]], None]] = {
             "metrics": self._metrics,
             "param": self._params,
@@ -45,16 +63,18 @@ class MLflowDelivery:
             "untag": self._untags,
             "dataset": self._datasets,
             "table": self._tables,
-            "restart": lambda events: None,  # for later attempts alone
+            "restart": lambda events: self._known_steps.clear(),  # they are another training's
         }
 
     def __call__(self, kind: str, events: Sequence[Event]) -> None:
         """Send the events.
 
         :raises RefusedError: if MLflow calls them invalid, or the run unknown.
+        :raises SupersededError: if a newer attempt has taken over.
         :raises Exception: anything else that a later try may overcome.
         """
         try:
+            self._fence.check()
             self._senders[kind](events)
         except MlflowException as error:
             if error.error_code in _REFUSALS:
@@ -66,6 +86,7 @@ class MLflowDelivery:
             Metric(key, math.nan if value is None else value, event["time"], event["step"])
             for event in events
             for key, value in event["values"].items()
+            if event["time"] >= self._began or event["step"] > self._known_steps.get(key, -1)
         ]
         for first in range(0, len(points), MAX_METRICS_PER_REQUEST):
             batch = points[first : first + MAX_METRICS_PER_REQUEST]

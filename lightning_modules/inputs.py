@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lightning_modules.data.datamodule import FineTuningData, Item
 from lightning_modules.data.reading import RawDataset, read_dataset
+from lightning_modules.data.sources import Limits
 from lightning_modules.data.tokenize import check_bad_rows, tokenize_dataset
 from lightning_modules.setting import Notices, Setting
 from post_training.schemas.training import TrainingConfig
@@ -85,7 +86,7 @@ class _Reader:
         """Return a data set's rows as what batches are made of, and the digest of its content."""
         spec, method = self._setting.spec, self._setting.algorithm.method
         tracking_uri = spec.tracking.tracking_uri if spec.tracking is not None else None
-        dataset = read_dataset(source, tracking_uri, spec.model_roots)
+        dataset = read_dataset(source, tracking_uri, spec.model_roots, Limits(spec.max_data_bytes))
         tokenized = tokenize_dataset(
             dataset,
             self._tokenizer,

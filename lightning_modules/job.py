@@ -14,13 +14,19 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from lightning_modules.attempts import REFERENCES_FILE, continues, keep_inputs
+from lightning_modules.attempts import (
+    REFERENCES_FILE,
+    Inputs,
+    begin,
+    fetch_newest_state,
+)
 from lightning_modules.attention import use_by_sequence
 from lightning_modules.base_model import Base, find_base, merge_adapter, meta_model
 from lightning_modules.checkpoint import (
     RESUME_FILE,
     Checkpoints,
     FileCheckpointIO,
+    SaveInterval,
 )
 from lightning_modules.data.datamodule import FineTuningData
 from lightning_modules.data.tokenize import Pair
@@ -53,9 +59,13 @@ BASE_FOLDER = "base"
 
 @dataclass(frozen=True)
 class Finished:
-    """What a training that ran to its end has made."""
+    """What a training that ran to its end has made.
+
+    :param uploaded: epochs of the checkpoints that were handed to the record.
+    """
 
     checkpoints: list[Checkpoint]
+    uploaded: list[int]
     metrics: dict[str, float]
 
 
@@ -86,7 +96,8 @@ class Job:
             if spec.request.training_config.max_validation_steps != 0:
                 trainer.validate(self.module, datamodule=self.data, verbose=False)
             trainer.fit(self.module, datamodule=self.data)
-        return Finished(self.checkpoints.saved, self.module.metrics)
+        epochs = spec.request.training_config.n_epochs
+        return Finished(self.checkpoints.saved, self.checkpoints.uploaded(epochs), self.module.metrics)
 
 
 def prepare_job(
@@ -114,13 +125,15 @@ def prepare_job(
     if length < setting.runtime.max_seq_length:
         notices.add(f"runtime.max_seq_length is {length}, as many positions as the model has")
     data, digests = build_data(setting, tokenizer, config, length, record, notices)
-    if not continues(spec, digests):
-        record.start_over()
-    keep_inputs(spec, digests)
+    inputs = Inputs.of(spec, digests)
+    begin(spec, inputs, record)
+    fetch_newest_state(spec, inputs, record, should_stop)
     model = build_model(setting, base, config, length)
     module = build_module(setting, model, data, record, should_stop)
     checkpoints = Checkpoints(
         work_dir=spec.work_dir,
+        inputs=inputs.digest,
+        interval=SaveInterval.of(setting.runtime),
         copies=spec.checkpoint_dir,
         keep=setting.runtime.save_total_limit,
         tokenizer=tokenizer,

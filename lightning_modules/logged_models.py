@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -12,34 +11,45 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 
-from lightning_modules.record import checkpoint_identifier
+from lightning_modules.record import checkpoint_identifier, now_ms
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 from post_training.schemas.record import TAG_CHECKPOINT, TAG_JOB_UUID
-
-_log = logging.getLogger(__name__)
 
 MODEL_SCHEME = "models:/"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One value of a metric, at a time in milliseconds since the epoch (UTC)."""
+    """One value of a metric.
+
+    :param time: milliseconds since the epoch (UTC); None is the time at which the run has it, or now.
+    """
 
     key: str
     value: float
-    time: int
+    time: int | None
+
+
+@dataclass
+class _Upload:
+    """A model whose files are being uploaded, and those that are there."""
+
+    model_id: str
+    done: set[Path] = field(default_factory=set)
 
 
 class LoggedModels:
     """Publishes checkpoints of one run; one per epoch, however often it is asked.
 
-    READY means whole: files and metrics are there before the status says so.
+    READY means whole: files and metrics are there before the status says so. An upload that an outage cut off
+    goes on with the files that are missing when it is asked for again.
     """
 
     def __init__(self, client: MlflowClient, run_id: str, job_uuid: str) -> None:
         self._client = client
         self._run_id = run_id
         self._job_uuid = job_uuid
+        self._uploads: dict[int, _Upload] = {}
 
     def publish(
         self, folder: Path, *, step: int, metrics: PostTrainingMetric, points: Sequence[Point]
@@ -49,50 +59,84 @@ class LoggedModels:
         :param points: what is logged as the model's own metrics; finite values only.
         :raises Exception: whatever MLflow's client raises; no READY model is left by it.
         """
-        ready = self._take_over(metrics.epoch)
-        model = ready or self._upload(folder, step, metrics, points)
+        model = self._begun(metrics.epoch) or self._take_over(metrics.epoch)
+        if model is None:
+            model = self._create(step, metrics)
+        if not _is_ready(model):
+            model = self._upload(model.model_id, folder, step, metrics.epoch, points)
         self._attach(model.model_id, step)
+        self._uploads.pop(metrics.epoch, None)
         return self._checkpoint(model)
+
+    def ready(self) -> dict[int, Checkpoint]:
+        """Return the run's checkpoints by epoch.
+
+        :raises Exception: whatever MLflow's client raises.
+        """
+        found = [self._checkpoint(model) for model in self._search() if _is_ready(model)]
+        return {checkpoint.epoch: checkpoint for checkpoint in found}
+
+    def delete(self, epoch: int) -> None:
+        """Delete an epoch's checkpoint, if there is one.
+
+        :raises Exception: whatever MLflow's client raises.
+        """
+        self._uploads.pop(epoch, None)
+        for model in self._search(epoch):
+            self._client.delete_logged_model(model.model_id)
 
     def delete_all(self) -> None:
         """Delete every checkpoint of the run.
 
         :raises Exception: whatever MLflow's client raises.
         """
-        run_filter = f"source_run_id = '{self._run_id}'"
-        while models := self._client.search_logged_models([self._experiment_id], filter_string=run_filter):
-            for model in models:
-                self._client.delete_logged_model(model.model_id)
+        self._uploads.clear()
+        for model in self._search():
+            self._client.delete_logged_model(model.model_id)
 
-    def discard_unfinished(self, epoch: int) -> None:
-        """Remove this epoch's half-made models as far as MLflow answers; never raises."""
-        try:
-            self._take_over(epoch)
-        except Exception as error:  # it stays PENDING, which no reader takes for a checkpoint
-            _log.warning("An unfinished checkpoint of epoch %d could not be removed: %s", epoch, error)
+    def _search(self, epoch: int | None = None) -> list[LoggedModel]:
+        """Return the run's models, those of one epoch or all, of every page."""
+        wanted = f"source_run_id = '{self._run_id}'"
+        if epoch is not None:
+            wanted += f" AND name = '{_model_name(epoch)}'"
+        models: list[LoggedModel] = []
+        token: str | None = None
+        while True:
+            page = self._client.search_logged_models(
+                [self._experiment_id], filter_string=wanted, page_token=token
+            )
+            models.extend(model for model in page if TAG_CHECKPOINT in model.tags)
+            token = page.token
+            if not token:
+                return models
 
     @cached_property
     def _experiment_id(self) -> str:
         return str(self._client.get_run(self._run_id).info.experiment_id)
 
+    def _begun(self, epoch: int) -> LoggedModel | None:
+        """Return the model of an upload that this process has begun, as MLflow knows it now."""
+        upload = self._uploads.get(epoch)
+        if upload is None:
+            return None
+        models = [model for model in self._search(epoch) if model.model_id == upload.model_id]
+        if not models:  # somebody has deleted it meanwhile
+            del self._uploads[epoch]
+        return models[0] if models else None
+
     def _take_over(self, epoch: int) -> LoggedModel | None:
         """Return this epoch's READY model, and remove what killed attempts left unfinished."""
-        models = self._client.search_logged_models(
-            [self._experiment_id],
-            filter_string=f"source_run_id = '{self._run_id}' AND name = '{_model_name(epoch)}'",
-        )
         ready = None
-        for model in models:
-            if model.status.value == "READY":
+        for model in self._search(epoch):
+            if _is_ready(model):
                 ready = model
                 continue
-            self._client.finalize_logged_model(model.model_id, "FAILED")
+            if model.status.value == "PENDING":
+                self._client.finalize_logged_model(model.model_id, "FAILED")
             self._client.delete_logged_model(model.model_id)
         return ready
 
-    def _upload(
-        self, folder: Path, step: int, metrics: PostTrainingMetric, points: Sequence[Point]
-    ) -> LoggedModel:
+    def _create(self, step: int, metrics: PostTrainingMetric) -> LoggedModel:
         model = self._client.create_logged_model(
             self._experiment_id,
             name=_model_name(metrics.epoch),
@@ -100,13 +144,33 @@ class LoggedModels:
             tags={TAG_CHECKPOINT: metrics.model_dump_json(), TAG_JOB_UUID: self._job_uuid},
             params={"epoch": str(metrics.epoch), "step": str(step)},
         )
-        self._client.log_model_artifacts(model.model_id, str(folder))
-        self._log_points(model.model_id, step, points)
-        return self._client.finalize_logged_model(model.model_id, "READY")
+        self._uploads[metrics.epoch] = _Upload(model.model_id)
+        return model
+
+    def _upload(
+        self, model_id: str, folder: Path, step: int, epoch: int, points: Sequence[Point]
+    ) -> LoggedModel:
+        upload = self._uploads[epoch]
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            if file not in upload.done:
+                below = file.parent.relative_to(folder).as_posix()
+                self._client.log_model_artifact(model_id, str(file), None if below == "." else below)
+                upload.done.add(file)
+        self._log_points(model_id, step, points)
+        return self._client.finalize_logged_model(model_id, "READY")
 
     def _log_points(self, model_id: str, step: int, points: Sequence[Point]) -> None:
-        values = [Metric(p.key, p.value, p.time, step, model_id=model_id) for p in points]
+        values = [
+            Metric(p.key, p.value, p.time or self._time_in_run(p, step), step, model_id=model_id)
+            for p in points
+        ]
         self._client.log_batch(self._run_id, metrics=values, synchronous=True)
+
+    def _time_in_run(self, point: Point, step: int) -> int:
+        """When the run got this very point, from an attempt on another machine; now if it has none."""
+        history = self._client.get_metric_history(self._run_id, point.key)
+        same = (m.timestamp for m in history if (m.step, m.value) == (step, point.value))
+        return next(same, now_ms())
 
     def _attach(self, model_id: str, step: int) -> None:
         """List the model among the run's outputs, once: MLflow would list it twice."""
@@ -129,3 +193,7 @@ class LoggedModels:
 
 def _model_name(epoch: int) -> str:
     return f"epoch-{epoch}"
+
+
+def _is_ready(model: LoggedModel) -> bool:
+    return str(model.status.value) == "READY"

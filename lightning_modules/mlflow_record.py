@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import TypeVar
@@ -12,20 +14,44 @@ from typing import TypeVar
 from mlflow import MlflowClient
 
 from lightning_modules.delivery import MLflowDelivery
-from lightning_modules.logged_models import MODEL_SCHEME, LoggedModels, Point
-from lightning_modules.record import CLOSE_TIMEOUT, TABLES, LocalRecord, now_ms, require_files
+from lightning_modules.fencing import RunFence
+from lightning_modules.logged_models import LoggedModels, Point
+from lightning_modules.record import CLOSE_TIMEOUT, LocalRecord, now_ms, require_files
+from lightning_modules.recorded import Recorded, ask_what_is_recorded
 from lightning_modules.sender import Sender
 from lightning_modules.spool import Spool
+from lightning_modules.stored_state import StateStore
+from lightning_modules.tables import TABLES
+from lightning_modules.uploads import UploadDelivery, checkpoint_event
 from post_training.errors import RecordUnavailableError
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
-from post_training.schemas.record import METRIC_PERPLEXITY, METRIC_TRAIN_LOSS, METRIC_VALIDATION_LOSS
-from post_training.schemas.trainer import TrackingTarget
+from post_training.schemas.record import (
+    METRIC_PERPLEXITY,
+    METRIC_TRAIN_LOSS,
+    METRIC_VALIDATION_LOSS,
+    TAG_INPUTS,
+)
+from post_training.schemas.trainer import TrainerSpec
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-RETRY_PAUSES = (1.0, 3.0, 9.0)
+SHORT_PAUSES = (1.0, 3.0, 9.0)
+"""Seconds between the tries of what can be done without."""
+
+PATIENCE_SECONDS = 600.0
+"""How long the trainer waits for MLflow where it cannot go on without: before it trains on another machine's
+state, and at its end for its checkpoints to arrive."""
+
+STATE_SECONDS, STATE_SHARE = 15.0, 0.1
+"""A state is uploaded every so many seconds, or so rarely that it takes 10 % of the time; at an epoch's end
+in any case."""
+
 TABLES_SPOOL_FILE = "tables.jsonl"
+UPLOADS_SPOOL_FILE = "uploads.jsonl"
+STATES = Path("resume", "waiting")
+"""Folder of the state that waits for its upload."""
+
 METRIC_EPOCH_TRAIN_LOSS = f"{METRIC_TRAIN_LOSS}_epoch"
 """A model's own mean training loss. MLflow also shows a model's metrics as the run's, where
 ``train_loss`` is a series of single steps: the two must not mix."""
@@ -34,51 +60,157 @@ METRIC_EPOCH_TRAIN_LOSS = f"{METRIC_TRAIN_LOSS}_epoch"
 class MLflowRecord(LocalRecord):
     """One MLflow run, written to by its id; its status is left to whoever made it.
 
+    Nothing waits for MLflow but what cannot go on without it. What is to be sent lies in three spools: a
+    store of artifacts that is down holds up no metrics, and a large checkpoint no small table.
+
+    :param spool: of the metrics, params and tags; the others lie beside it.
+    :param recorded: what the run holds already.
     :param close_timeout: seconds that ``close`` may take.
-    :param pauses: seconds between the tries of an upload, one try more than pauses.
+    :param patience: seconds for which MLflow is waited for.
     """
 
     def __init__(
         self,
         client: MlflowClient,
-        run_id: str,
-        *,
-        job_uuid: str,
+        spec: TrainerSpec,
         spool: Spool,
+        *,
+        recorded: Recorded | None = None,
         close_timeout: float = CLOSE_TIMEOUT,
-        pauses: Sequence[float] = RETRY_PAUSES,
-        known_steps: Mapping[str, int] | None = None,
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
-        super().__init__(spool, job_uuid)
-        self._recorded |= known_steps or {}
+        super().__init__(spool, spec.request.job_uuid)
+        assert spec.tracking is not None  # noqa: S101
+        run_id = spec.tracking.run_id
+        self._in_run = recorded or Recorded()
+        for key, step in self._in_run.steps.items():
+            self._recorded[key] = max(step, self._recorded.get(key, step))
         self._client = client
         self._run_id = run_id
-        self._models = LoggedModels(client, run_id, job_uuid)
+        self._keeps_states = spec.keep_state_in_mlflow
         self._close_timeout = close_timeout
-        self._pauses = pauses
-        delivery = MLflowDelivery(client, run_id, spool.folder / TABLES)
-        # A queue of their own: an artifact store that is down must not hold up the metrics.
+        self._patience = patience
+        self._next_state = 0.0
+        self._fence = RunFence(client, run_id, spec.attempt_id)
+        self._models = LoggedModels(client, run_id, spec.request.job_uuid)
+        self._states = StateStore(client, spec.tracking.tracking_uri, run_id)
+        delivery = MLflowDelivery(
+            client,
+            run_id,
+            spool.folder / TABLES,
+            self._fence,
+            known_steps=self._in_run.steps,
+            began=now_ms(),
+        )
         self._tables = Spool(spool.folder / TABLES_SPOOL_FILE, run_id)
-        self._senders = [Sender(spool, delivery), Sender(self._tables, delivery)]
-        for sender in self._senders:
-            sender.start()
+        self._uploads = Spool(spool.folder / UPLOADS_SPOOL_FILE, run_id)
+        self._upload_delivery = UploadDelivery(self._fence, self._models, self._states, spool)
+        self._uploader = Sender(self._uploads, self._upload_delivery)
+        self._senders = [Sender(spool, delivery), Sender(self._tables, delivery), self._uploader]
+        self._started = False
+        if spec.attempt == 1:  # another one may find that what waits is of another training
+            self._start()
+
+    def begin(self, inputs: str, *, continues: bool) -> None:
+        """Start over, or go on; only now is sent what earlier attempts on this machine have left.
+
+        They may have trained something else, and one on another machine the same as this one since.
+        """
+        if not continues:
+            for spool in (self._spool, self._tables, self._uploads):
+                spool.skip()
+            self._recorded = dict(self._in_run.steps)
+        same = continues if self._in_run.inputs is None else self._in_run.inputs == inputs
+        if not same:
+            self.start_over()
+        elif not continues:
+            self._spool.append([{"kind": "restart"}])
+        self.set_tag(TAG_INPUTS, inputs)
+        self._start()
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            for sender in self._senders:
+                sender.start()
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a newer attempt has taken over the run."""
+        return self._fence.superseded
 
     def log_checkpoint(self, folder: Path, *, step: int, metrics: PostTrainingMetric) -> Checkpoint:
-        """Upload the folder as a logged model of the run.
+        """Have the folder uploaded as a logged model of the run.
 
         :raises ValueError: if the folder holds no file.
-        :raises RecordUnavailableError: after the last try; no READY model is left behind.
         """
         require_files(folder)
         points = self._model_points(metrics, step)
-        try:
-            return self._retry(
-                lambda: self._models.publish(folder, step=step, metrics=metrics, points=points), self._pauses
+        self._uploads.append([checkpoint_event(folder, step, metrics, points)])
+        return super().log_checkpoint(folder, step=step, metrics=metrics)
+
+    def settled(
+        self, checkpoints: Sequence[Checkpoint], uploaded: Collection[int], give_up: Callable[[], bool]
+    ) -> list[Checkpoint]:
+        """Wait until the uploads have arrived, and return the checkpoints as MLflow knows them.
+
+        :raises RecordUnavailableError: if some have not, after an outage as long as this record's patience.
+        """
+        self._start()
+        if not self._uploader.drained(self._patience, give_up):
+            raise RecordUnavailableError(
+                f"The training is finished, and MLflow did not take its checkpoints in {self._patience:g} s:"
+                " another attempt uploads them without training again."
             )
+        ready = self._persist(self._models.ready, monotonic() + self._patience, give_up)
+        missing = sorted(epoch for epoch in uploaded if epoch not in ready)
+        if missing:
+            raise RecordUnavailableError(f"MLflow has no checkpoint of epoch {missing[0]}.")
+        return [ready.get(checkpoint.epoch, checkpoint) for checkpoint in checkpoints]
+
+    def log_state(self, file: Path, *, step: int, inputs: str, must: bool) -> None:
+        """Have a copy of the state uploaded, in place of one that still waits.
+
+        :param must: whether it is so even shortly after the one before.
+        """
+        if not self._keeps_states or not (must or monotonic() >= self._next_state):
+            return
+        waiting = self._spool.folder / STATES
+        waiting.mkdir(parents=True, exist_ok=True)
+        for older in waiting.iterdir():
+            older.unlink(missing_ok=True)  # the uploader may have done it
+        copy = waiting / f"step-{step}.ckpt"
+        try:
+            os.link(file, copy)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(file, copy)
+        event = {"file": copy.as_posix(), "step": step, "inputs": inputs, "after": self._spool.size}
+        self._uploads.append([{"kind": "state", **event}])
+        pause = max(STATE_SECONDS, self._upload_delivery.last_seconds / STATE_SHARE)
+        self._next_state = monotonic() + pause
+
+    def restore_state(
+        self, file: Path, *, step: int | None, inputs: str, give_up: Callable[[], bool]
+    ) -> int | None:
+        """Replace the state by MLflow's, if that is newer and of the same training.
+
+        :raises RecordUnavailableError: if there is no state here and MLflow does not say whether it has one.
+        """
+
+        def restore() -> int | None:
+            state = self._states.newest()
+            if state is None or state.inputs != inputs or (step is not None and state.step <= step):
+                return None
+            return state.step if self._states.download(state, file) else None
+
+        try:
+            patience = self._patience if step is None else 0.0
+            return self._persist(restore, monotonic() + patience, give_up)
         except Exception as error:
-            self._models.discard_unfinished(metrics.epoch)
-            what = f"the checkpoint of epoch {metrics.epoch}"
-            raise RecordUnavailableError(f"MLflow did not take {what}: {error}") from error
+            if step is None:
+                raise RecordUnavailableError(f"MLflow does not say where to go on: {error}") from error
+            _log.warning("MLflow does not say whether it has a newer state than step %d: %s", step, error)
+            return None
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Write the table's file in the job's folder, and have it sent."""
@@ -86,49 +218,35 @@ class MLflowRecord(LocalRecord):
         self._tables.append([{"kind": "table", "name": name}])
 
     def start_over(self) -> None:
-        """Take every step as new, and delete the run's checkpoints.
-
-        :raises RecordUnavailableError: if MLflow does not delete them.
-        """
+        """Take every step as new, and have the run's checkpoints deleted."""
         super().start_over()
-        try:
-            self._retry(self._models.delete_all, self._pauses)
-        except Exception as error:
-            raise RecordUnavailableError(f"MLflow did not delete old checkpoints: {error}") from error
+        self._uploads.append([{"kind": "clear"}])
 
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Delete the logged model, or warn after a second try that it could not be; or remove the tag."""
-        if not checkpoint.path.startswith(MODEL_SCHEME):
-            super().discard_checkpoint(checkpoint)
-            return
-        model_id = checkpoint.path.removeprefix(MODEL_SCHEME)
-        try:
-            self._retry(lambda: self._client.delete_logged_model(model_id), self._pauses[:1])
-        except Exception as error:  # one checkpoint too many is not worth a job
-            _log.warning("MLflow did not delete the checkpoint %s: %s", checkpoint.identifier, error)
-
-    def log_artifact(self, path: Path, folder: str) -> None:
-        """Upload the file, or warn after a second try that it could not be."""
-        try:
-            self._retry(lambda: self._client.log_artifact(self._run_id, str(path), folder), self._pauses[:1])
-        except Exception as error:  # a log file is not worth a job
-            _log.warning("MLflow did not take the file %s: %s", path, error)
+        """Have the epoch's logged model deleted, and its tag removed."""
+        super().discard_checkpoint(checkpoint)
+        self._uploads.append([{"kind": "discard", "epoch": checkpoint.epoch}])
 
     def close(self) -> None:
         """Send what waits; what could not be sent in time stays on disk for the next attempt."""
+        self._start()
         deadline = monotonic() + self._close_timeout
         sent = [sender.close(max(0.0, deadline - monotonic())) for sender in self._senders]
-        if not all(sent):
+        if not all(sent) and not self.superseded:
             _log.warning("Part of the record was not sent in %g s and is kept on disk", self._close_timeout)
 
-    def _retry(self, call: Callable[[], _T], pauses: Sequence[float]) -> _T:
-        for pause in pauses:
+    def _persist(self, call: Callable[[], _T], deadline: float, give_up: Callable[[], bool]) -> _T:
+        """Call until it succeeds or the time is over."""
+        pauses = iter(SHORT_PAUSES)
+        while True:
             try:
                 return call()
             except Exception as error:  # MLflow and its HTTP client share no base class
+                pause = next(pauses, SHORT_PAUSES[-1])
+                if give_up() or monotonic() + pause > deadline:
+                    raise
                 _log.warning("MLflow did not answer and is asked again in %g s: %s", pause, error)
                 time.sleep(pause)
-        return call()
 
     def _model_points(self, metrics: PostTrainingMetric, step: int) -> list[Point]:
         """Date the model's values like the run's own, where it has the same, so that none is doubled.
@@ -140,42 +258,29 @@ class MLflowRecord(LocalRecord):
             METRIC_VALIDATION_LOSS: metrics.validation_loss,
             METRIC_PERPLEXITY: metrics.perplexity,
         }
-        now = now_ms()
         return [
-            Point(key, value, self._spool.time_of(key, step, value) or now)
+            Point(key, value, self._spool.time_of(key, step, value))
             for key, value in values.items()
             if value is not None
         ]
 
 
 def open_mlflow_record(
-    target: TrackingTarget, file: Path, job_uuid: str, *, retried: bool, timeout: float
+    spec: TrainerSpec, file: Path, *, close_timeout: float, patience: float = PATIENCE_SECONDS
 ) -> MLflowRecord:
-    """Open the record of a run.
+    """Open the record of a spec's run.
 
-    :param file: the spool; a retry without one ran on another machine before, and asks MLflow
-        what is recorded.
-    :param timeout: seconds that the record's ``close`` may take.
+    :param file: the spool of the metrics.
+    :param close_timeout: seconds that the record's ``close`` may take.
+    :param patience: seconds for which MLflow is waited for.
     """
-    client = MlflowClient(tracking_uri=target.tracking_uri)
+    assert spec.tracking is not None  # noqa: S101
+    client = MlflowClient(tracking_uri=spec.tracking.tracking_uri)
     return MLflowRecord(
         client,
-        target.run_id,
-        job_uuid=job_uuid,
-        known_steps=_known_steps(client, target.run_id) if retried and not file.exists() else None,
-        spool=Spool(file, target.run_id),
-        close_timeout=timeout,
+        spec,
+        Spool(file, spec.tracking.run_id),
+        recorded=ask_what_is_recorded(client, spec.tracking.run_id) if spec.attempt > 1 else None,
+        close_timeout=close_timeout,
+        patience=patience,
     )
-
-
-def _known_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
-    """Ask MLflow for the last step of each metric: an earlier attempt ran on another machine.
-
-    Empty, with a warning, if it does not answer.
-    """
-    try:
-        keys = client.get_run(run_id).data.metrics
-        return {key: max(m.step for m in client.get_metric_history(run_id, key)) for key in keys}
-    except Exception as error:
-        _log.warning("MLflow did not say what an earlier attempt recorded; points may repeat: %s", error)
-        return {}

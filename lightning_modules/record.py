@@ -7,12 +7,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lightning_modules.spool import Spool
+from lightning_modules.tables import write_table
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 from post_training.schemas.record import TAG_CHECKPOINT_COPY_PREFIX
 from post_training.schemas.trainer import TrainerSpec
@@ -20,19 +21,22 @@ from post_training.schemas.trainer import TrainerSpec
 _log = logging.getLogger(__name__)
 
 SPOOL_FILE = "metrics.jsonl"
-TABLES = "tables"
-"""Folder of the tables in the job's folder."""
 
 CLOSE_TIMEOUT = 60.0
 MAX_PARAM_CHARACTERS = 6000
 MAX_TAG_CHARACTERS = 8000
 
-HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-"""Retries and seconds per request; MLflow's own limits let one call wait for eight minutes."""
+HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}
+"""Retries, and seconds until an answer begins: to a large file the server answers when it has stored it. By
+MLflow's own limits one call may wait for many minutes."""
 
 
 class JobRecord(Protocol):
-    """What a trainer tells of itself. Only ``log_checkpoint`` waits for the record and may fail on it."""
+    """What a trainer tells of itself. Only ``settled`` and ``restore_state`` wait for the record."""
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a newer attempt has taken over: nothing more is recorded then."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record values of one optimizer step; NaN and infinities are recorded as NaN."""
@@ -49,10 +53,37 @@ class JobRecord(Protocol):
         """Record a data set. MLflow knows a run's data set by name and digest: the first context stays."""
 
     def log_checkpoint(self, folder: Path, *, step: int, metrics: PostTrainingMetric) -> Checkpoint:
-        """Record the checkpoint of an epoch; the second call for the same epoch returns the first's.
+        """Record the checkpoint of an epoch, once; its folder must stay until it is settled or discarded.
 
         :raises ValueError: if the folder holds no file.
-        :raises RecordUnavailableError: if the files could not be stored after several tries.
+        """
+
+    def settled(
+        self, checkpoints: Sequence[Checkpoint], uploaded: Collection[int], give_up: Callable[[], bool]
+    ) -> list[Checkpoint]:
+        """Wait until the checkpoints have arrived, and return them as the record holds them.
+
+        :param uploaded: epochs that were given to ``log_checkpoint``.
+        :param give_up: asked while waiting.
+        :raises RecordUnavailableError: if some have not arrived after a long time.
+        """
+
+    def log_state(self, file: Path, *, step: int, inputs: str, must: bool) -> None:
+        """Record the state that a retry goes on from.
+
+        :param step: optimizer steps done.
+        :param inputs: digest of what is trained.
+        :param must: whether it may not be passed over, however near the one before is.
+        """
+
+    def restore_state(
+        self, file: Path, *, step: int | None, inputs: str, give_up: Callable[[], bool]
+    ) -> int | None:
+        """Replace the state in a file by a newer one of the record, and return its step; None has none.
+
+        :param step: of the state that is there; None where there is none.
+        :param inputs: digest of what is trained; a state of something else is left alone.
+        :raises RecordUnavailableError: if training cannot begin without an answer.
         """
 
     def note_checkpoint(self, folder: Path, *, metrics: PostTrainingMetric) -> Checkpoint:
@@ -67,19 +98,17 @@ class JobRecord(Protocol):
         :param name: a file's name that ends in ``.json``.
         """
 
-    def start_over(self) -> None:
-        """Forget what earlier attempts recorded of steps and epochs: they trained something else.
+    def begin(self, inputs: str, *, continues: bool) -> None:
+        """Say what is trained; what earlier attempts recorded of something else is forgotten.
 
         Tables stay until they are logged again.
 
-        :raises RecordUnavailableError: if their checkpoints could not be removed.
+        :param inputs: digest of request, model and data.
+        :param continues: whether what earlier attempts left on this machine is of the same.
         """
 
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Remove a checkpoint from the record; a failure is logged, not raised."""
-
-    def log_artifact(self, path: Path, folder: str) -> None:
-        """Store a file in a folder of the run's artifacts; a failure is logged, not raised."""
+        """Remove a checkpoint from the record."""
 
     def close(self) -> None:
         """Send what waits, for a bounded time."""
@@ -93,6 +122,11 @@ class LocalRecord:
         self._job_uuid = job_uuid
         self._recorded = spool.last_steps()
         self._warned: set[str] = set()
+
+    @property
+    def superseded(self) -> bool:
+        """Never: one folder is locked by one attempt."""
+        return False
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Spool the values, but for steps that an earlier attempt has recorded already."""
@@ -127,6 +161,21 @@ class LocalRecord:
         """
         return describe_checkpoint(self._job_uuid, folder, metrics)
 
+    def settled(
+        self, checkpoints: Sequence[Checkpoint], uploaded: Collection[int], give_up: Callable[[], bool]
+    ) -> list[Checkpoint]:
+        """Return the checkpoints."""
+        return list(checkpoints)
+
+    def log_state(self, file: Path, *, step: int, inputs: str, must: bool) -> None:
+        """Do nothing: the file is in the job's folder."""
+
+    def restore_state(
+        self, file: Path, *, step: int | None, inputs: str, give_up: Callable[[], bool]
+    ) -> int | None:
+        """Find nothing: there is no other state than the folder's."""
+        return None
+
     def note_checkpoint(self, folder: Path, *, metrics: PostTrainingMetric) -> Checkpoint:
         """Spool the folder's description as a tag of the run.
 
@@ -140,6 +189,11 @@ class LocalRecord:
         """Write the table's file in the job's folder."""
         write_table(self._spool.folder, name, columns, rows)
 
+    def begin(self, inputs: str, *, continues: bool) -> None:
+        """Start over, or go on."""
+        if not continues:
+            self.start_over()
+
     def start_over(self) -> None:
         """Take every step as new, and remove the tags of noted checkpoints."""
         self._recorded.clear()
@@ -149,9 +203,6 @@ class LocalRecord:
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Remove the checkpoint's tag; whoever made the folder removes it."""
         self._remove_tags(f"{TAG_CHECKPOINT_COPY_PREFIX}{checkpoint.epoch}")
-
-    def log_artifact(self, path: Path, folder: str) -> None:
-        """Do nothing: the file is in the job's folder."""
 
     def close(self) -> None:
         """Do nothing: every line is on disk."""
@@ -172,15 +223,14 @@ def open_record(spec: TrainerSpec, *, close_timeout: float = CLOSE_TIMEOUT) -> J
 
     :param close_timeout: seconds that the record's ``close`` may take.
     """
-    job_uuid = spec.request.job_uuid
     file = spec.work_dir / SPOOL_FILE
     if spec.tracking is None:
-        return LocalRecord(Spool(file, run_id=None), job_uuid)
+        return LocalRecord(Spool(file, run_id=None), spec.request.job_uuid)
     for name, value in HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
     from lightning_modules.mlflow_record import open_mlflow_record  # noqa: PLC0415 - a second of imports
 
-    return open_mlflow_record(spec.tracking, file, job_uuid, retried=spec.attempt > 1, timeout=close_timeout)
+    return open_mlflow_record(spec, file, close_timeout=close_timeout)
 
 
 def flatten(params: Mapping[Any, object], prefix: str = "") -> dict[str, str]:
@@ -225,35 +275,6 @@ def require_files(folder: Path) -> None:
     """
     if not any(path.is_file() for path in folder.rglob("*")):
         raise ValueError(f"a checkpoint needs files, and {folder} has none")
-
-
-def write_table(work_dir: Path, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table in MLflow's form, complete or not at all; numbers that are not finite become null.
-
-    Source: ``MlflowClient.log_table``, which writes pandas' JSON of orient "split" without an index.
-
-    :param work_dir: the job's folder.
-    """
-    data = [[None if _is_not_finite(value) else value for value in row] for row in rows]
-    file = work_dir / TABLES / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".tmp")
-    draft.write_text(json.dumps({"columns": list(columns), "data": data}, default=str))
-    draft.replace(file)
-
-
-def read_table(work_dir: Path, name: str) -> list[list[Any]]:
-    """Return the rows of a table that an attempt at the job wrote; none if it was not, or not whole."""
-    try:
-        table = json.loads((work_dir / TABLES / name).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # a machine that goes down can leave an empty file
-        return []
-    rows: list[list[Any]] = table["data"]
-    return rows
-
-
-def _is_not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def now_ms() -> int:

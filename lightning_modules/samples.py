@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_modules.attention import BY_SEQUENCE
-from lightning_modules.record import read_table
+from lightning_modules.tables import read_table
 from post_training.errors import InvalidRequestError
 
 if TYPE_CHECKING:

@@ -9,13 +9,16 @@ from itertools import groupby
 from time import monotonic
 
 from lightning_modules.spool import Event, Spool, SpooledEvent
+from post_training.errors import SupersededError
 
 _log = logging.getLogger(__name__)
 
 EVENTS_PER_ROUND = 500
+_POLL_SECONDS = 0.1
 
 Deliver = Callable[[str, Sequence[Event]], None]
-"""Sends events of one kind, or raises: RefusedError for good, anything else to be asked again."""
+"""Sends events of one kind, or raises: RefusedError for good, SupersededError to end the sending, anything
+else to be asked again."""
 
 
 class RefusedError(Exception):
@@ -23,7 +26,7 @@ class RefusedError(Exception):
 
 
 class Sender:
-    """Sends what the spool holds about every ``interval`` seconds, in order.
+    """Sends what the spool holds, unless a newer attempt does, about every ``interval`` seconds, in order.
 
     Delivery may be repeated: an answer that was lost is asked for again, so ``deliver``
     must not double what it has already delivered.
@@ -40,6 +43,7 @@ class Sender:
         self._interval = interval
         self._max_backoff = max_backoff
         self._failures = 0
+        self._outage: tuple[float, float] | None = None  # its first failure and its last
         self._closing = threading.Event()
         self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._run, name="record-sender", daemon=True)
@@ -56,6 +60,22 @@ class Sender:
             self._thread.join(max(0.0, deadline - monotonic()))
         self._abandoned.set()
         return not self._spool.pending(limit=1)
+
+    def drained(self, patience: float, give_up: Callable[[], bool]) -> bool:
+        """Wait until everything was sent; say whether it was.
+
+        :param patience: seconds of an outage that are waited out, from one failure to a later one; sending
+            itself takes as long as it takes.
+        :param give_up: asked while waiting.
+        """
+        began = monotonic()
+        while self._spool.pending(limit=1):
+            outage = self._outage
+            late = outage is not None and outage[1] - max(began, outage[0]) > patience
+            if late or give_up() or not self._thread.is_alive():
+                return False
+            self._abandoned.wait(_POLL_SECONDS)
+        return True
 
     def _run(self) -> None:
         while not self._abandoned.is_set():
@@ -74,14 +94,16 @@ class Sender:
             while waiting := self._spool.pending(EVENTS_PER_ROUND):
                 for kind, group in groupby(waiting, key=lambda spooled: str(spooled.event["kind"])):
                     self._send(kind, list(group))
+        except SupersededError as error:
+            _log.warning("%s Nothing more is recorded.", error)
+            self._abandoned.set()
+            return False
         except Exception as error:  # whatever fails here must not end the thread
-            if self._failures == 0:
+            if self._outage is None:
                 _log.warning("The record cannot be sent now and is kept on disk: %s", error)
+            self._outage = (self._outage[0] if self._outage else monotonic(), monotonic())
             self._failures += 1
             return False
-        if self._failures:
-            _log.info("The record is being sent again")
-        self._failures = 0
         return True
 
     def _send(self, kind: str, group: list[SpooledEvent]) -> None:
@@ -97,3 +119,6 @@ class Sender:
                 return
             _log.warning("The record refused this %s for good: %s", kind, refusal)
         self._spool.advance(group[-1].end)
+        if self._outage is not None:
+            _log.info("The record is being sent again")
+        self._outage, self._failures = None, 0

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
-"""One thing to record; ``kind`` is metrics, param, tag, untag, dataset, table, or restart, before which
-everything belongs to another training."""
+"""One thing to record. ``kind`` is metrics, param, tag, untag, dataset, or restart, before which everything
+belongs to another training; in the spool of tables table; in that of uploads checkpoint, discard, state, or
+clear."""
 
 _BLOCK_BYTES = 1 << 20
 
@@ -48,6 +49,16 @@ class Spool:
         """The folder that the file is in."""
         return self._file.parent
 
+    @property
+    def size(self) -> int:
+        """Bytes of all events so far."""
+        return self._file.stat().st_size if self._file.exists() else 0
+
+    @property
+    def sent(self) -> int:
+        """Bytes of the events that were sent."""
+        return self._sent
+
     def append(self, events: Iterable[Event]) -> None:
         """Write the events behind the others.
 
@@ -77,6 +88,10 @@ class Spool:
         draft = self._cursor_file.with_suffix(".tmp")
         draft.write_text(json.dumps({"run_id": self._run_id, "sent_bytes": end}))
         draft.replace(self._cursor_file)
+
+    def skip(self) -> None:
+        """Give up what was not sent."""
+        self.advance(self.size)
 
     def last_steps(self) -> dict[str, int]:
         """The last step of each metric in the file, sent or not."""
@@ -110,8 +125,7 @@ class Spool:
             cursor = json.loads(self._cursor_file.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return 0
-        size = self._file.stat().st_size if self._file.exists() else 0
-        fits = cursor["run_id"] == self._run_id and cursor["sent_bytes"] <= size
+        fits = cursor["run_id"] == self._run_id and cursor["sent_bytes"] <= self.size
         return int(cursor["sent_bytes"]) if fits else 0
 
     def _cut_torn_line(self) -> None:

@@ -1,6 +1,7 @@
 """The trainer process: ``python -m lightning_modules.train /path/to/spec.json``.
 
-Exit codes: 0 completed, 1 failed (the reason is in ``result.json``), 143 stopped by SIGTERM.
+Exit codes: 0 completed, 1 failed (the reason is in ``result.json``), 143 stopped by SIGTERM, or since a newer
+attempt at the job runs.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import signal
 import sys
 import traceback
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from lightning_modules.trained import Trained, read_trained, write_trained
 from post_training.errors import (
     DataError,
     DivergenceError,
@@ -25,8 +29,12 @@ from post_training.errors import (
     ModelError,
     PostTrainingError,
 )
+from post_training.job_lock import newest_claim
 from post_training.schemas.record import TAG_RESOURCES
 from post_training.schemas.trainer import RESULT_FILE, TrainerResult, TrainerSpec
+
+if TYPE_CHECKING:
+    from lightning_modules.record import JobRecord
 
 EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED = 0, 1, 143
 PROGRESS_SECONDS = 5.0
@@ -51,46 +59,96 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: python -m lightning_modules.train SPEC.json", file=sys.stderr)
         return EXIT_FAILED
     path = Path(arguments[0])
-    result_file = path.parent / RESULT_FILE
-    stop = Event()
-    signal.signal(signal.SIGTERM, lambda signum, frame: stop.set())
+    attempt = Attempt(path.parent)
+    signal.signal(signal.SIGTERM, lambda signum, frame: attempt.stop.set())
     try:
-        spec = TrainerSpec.model_validate_json(path.read_bytes())
-        result_file = spec.work_dir / RESULT_FILE
-        result_file.unlink(missing_ok=True)  # an earlier attempt's
-        result = _train(spec, stop)
+        spec = attempt.spec = TrainerSpec.model_validate_json(path.read_bytes())
+        if attempt.superseded():
+            return attempt.stopped()
+        (spec.work_dir / RESULT_FILE).unlink(missing_ok=True)  # an earlier attempt's
+        result = _train(spec, attempt)
     except Exception as error:
-        if not stop.is_set():
-            failed = TrainerResult(status="failed", error=describe(error), permanent=is_permanent(error))
-            write_result(result_file, failed)
-            return EXIT_FAILED
-        result = None
-    if stop.is_set() or result is None:
-        print("stopped by SIGTERM", file=sys.stderr)
-        return EXIT_STOPPED
-    write_result(result_file, result)
+        if attempt.should_stop():
+            return attempt.stopped()
+        failed = TrainerResult(status="failed", error=describe(error), permanent=is_permanent(error))
+        write_result(attempt.result_file, failed, attempt.attempt_id)
+        return EXIT_FAILED
+    if attempt.should_stop():
+        return attempt.stopped()
+    write_result(attempt.result_file, result, attempt.attempt_id)
     return EXIT_COMPLETED
 
 
-def _train(spec: TrainerSpec, stop: Event) -> TrainerResult:
+@dataclass
+class Attempt:
+    """Whether this process is still wanted, and where it leaves its result."""
+
+    folder: Path
+    spec: TrainerSpec | None = None
+    record: JobRecord | None = None
+    stop: Event = field(default_factory=Event)
+
+    @property
+    def attempt_id(self) -> str:
+        """The spec's; empty before it was read."""
+        return self.spec.attempt_id if self.spec is not None else ""
+
+    @property
+    def result_file(self) -> Path:
+        """Where the operator looks for the result."""
+        return (self.spec.work_dir if self.spec is not None else self.folder) / RESULT_FILE
+
+    def superseded(self) -> bool:
+        """Whether a newer attempt has claimed the job's folder or its run."""
+        if self.spec is None or not self.attempt_id:
+            return False
+        claimed = newest_claim(self.spec.work_dir) > self.attempt_id
+        return claimed or (self.record is not None and self.record.superseded)
+
+    def should_stop(self) -> bool:
+        """Whether to save the state and end."""
+        return self.stop.is_set() or self.superseded()
+
+    def stopped(self) -> int:
+        """Say why it stops, and return the exit code."""
+        print("a newer attempt runs" if self.superseded() else "stopped by SIGTERM", file=sys.stderr)
+        return EXIT_STOPPED
+
+
+def _train(spec: TrainerSpec, attempt: Attempt) -> TrainerResult:
+    """Train, or take what an earlier attempt has trained, and wait until the record holds it."""
     _log_plainly()
+    from lightning_modules.record import open_record  # noqa: PLC0415
+
+    record = attempt.record = open_record(spec)
+    try:
+        trained = read_trained(spec.work_dir)
+        if trained is None:
+            trained = _fit(spec, record, attempt)
+            write_trained(spec.work_dir, trained)
+        checkpoints = record.settled(trained.checkpoints, trained.uploaded, attempt.should_stop)
+    finally:
+        record.close()
+    return TrainerResult(
+        status="completed", checkpoints=checkpoints, metrics=trained.metrics, resources=trained.resources
+    )
+
+
+def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt) -> Trained:
     # Seconds of imports: a spec that cannot be read must not wait for them.
     from lightning_modules.callbacks import Progress, Resources  # noqa: PLC0415
     from lightning_modules.job import prepare_job  # noqa: PLC0415
-    from lightning_modules.record import open_record  # noqa: PLC0415
 
     _quieten_libraries()
-    record = open_record(spec)
     resources = Resources()
     try:
-        job = prepare_job(spec, record, [Progress(PROGRESS_SECONDS), resources], stop.is_set)
+        job = prepare_job(spec, record, [Progress(PROGRESS_SECONDS), resources], attempt.should_stop)
         finished = job.run()
     finally:
         record.set_tag(TAG_RESOURCES, json.dumps(resources.summary()))
-        record.close()
-    return TrainerResult(
-        status="completed",
+    return Trained(
         checkpoints=finished.checkpoints,
+        uploaded=finished.uploaded,
         metrics=finished.metrics,
         resources=resources.summary(),
     )
@@ -114,11 +172,12 @@ def is_permanent(error: Exception) -> bool:
     return isinstance(error, PERMANENT_ERRORS) and not isinstance(error.__cause__, OSError)
 
 
-def write_result(path: Path, result: TrainerResult) -> None:
-    """Write the result complete or not at all."""
+def write_result(path: Path, result: TrainerResult, attempt_id: str) -> None:
+    """Write an attempt's result complete or not at all."""
+    signed = result.model_copy(update={"attempt_id": attempt_id})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(result.model_dump_json(indent=2))
+    temporary.write_text(signed.model_dump_json(indent=2))
     os.replace(temporary, path)
     if result.error:
         print(f"failed: {result.error}", file=sys.stderr)

@@ -9,6 +9,8 @@ from typing import Any
 
 from airflow.plugins_manager import AirflowPlugin
 
+from post_training import listener
+
 
 class LazyApp:
     """ASGI application that is built by its first request."""
@@ -26,7 +28,8 @@ class LazyApp:
 
 
 class PostTrainingPlugin(AirflowPlugin):
-    """``/post-training`` on Airflow's own api-server."""
+    """``/post-training`` on Airflow's own api-server, and a listener to what is done in its pages."""
 
     name = "post_training"
     fastapi_apps = [{"app": LazyApp(), "url_prefix": "/post-training", "name": "Post-training"}]  # noqa: RUF012
+    listeners = [listener]  # noqa: RUF012

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from post_training.airflow_runs import JobTask, RunExistsError
+from post_training.dataset_records import DatasetFile, DatasetVersion, NewVersion
 from post_training.errors import RecordUnavailableError
 from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.schemas.jobs import Checkpoint
@@ -44,6 +46,10 @@ class FakeRuns:
     trigger_error: Exception | None = None
     appears_during_trigger: JobTask | None = None
     triggered: list[str] = field(default_factory=list)
+    stopped: list[tuple[str, str]] = field(default_factory=list)
+    cancel_error: Exception | None = None
+    logs: dict[str, list[list[str]]] = field(default_factory=dict)
+    down: bool = False
 
     def trigger(self, dag_id: str, run_id: str, conf: dict[str, Any], user_name: str | None) -> None:
         if self.appears_during_trigger is not None:
@@ -58,6 +64,8 @@ class FakeRuns:
         self.tasks[task.job_uuid] = task
 
     def find(self, job_uuid: str) -> JobTask | None:
+        if self.down:
+            raise RecordUnavailableError("Airflow's database is busy")
         return self.tasks.get(job_uuid)
 
     def job_uuids(self, dag_ids: Collection[str]) -> list[str]:
@@ -66,12 +74,19 @@ class FakeRuns:
     def dag_ids(self) -> set[str]:
         return {"supervised_fine_tune", "preference_optimize", *(t.key.dag_id for t in self.tasks.values())}
 
-    def cancel(self, key: TaskKey) -> None:
+    def cancel(self, key: TaskKey, user_name: str) -> None:
+        if self.cancel_error is not None:
+            raise self.cancel_error
         job_uuid = job_uuid_of(key)
         self.tasks[job_uuid] = replace(self.tasks[job_uuid], state="failed")
+        self.stopped.append((job_uuid, user_name))
 
-    def log_lines(self, task: JobTask) -> list[str]:
-        return [f"log of {task.job_uuid}"]
+    def was_stopped(self, task: JobTask) -> bool:
+        return task.job_uuid in {job_uuid for job_uuid, _ in self.stopped}
+
+    def log_lines(self, key: TaskKey, attempt: int) -> Iterator[str]:
+        attempts = self.logs.get(job_uuid_of(key), [])
+        yield from attempts[attempt - 1] if attempt <= len(attempts) else []
 
 
 @dataclass
@@ -81,6 +96,7 @@ class FakeTracking:
     files: dict[str, str] = field(default_factory=dict)
     statuses: list[str] = field(default_factory=list)
     made: list[Checkpoint] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
     down: bool = False
     asked: bool = False
     server: TrackingServer = field(default_factory=lambda: TrackingServer("http://mlflow"))
@@ -105,7 +121,7 @@ class FakeTracking:
 
     def find(self, job_uuid: str) -> JobRun | None:
         self._answer()
-        found = [run for run in self.runs.values() if run.tags["post_training.job_uuid"] == job_uuid]
+        found = [run for run in self.runs.values() if run.tags.get("post_training.job_uuid") == job_uuid]
         return found[0] if found else None
 
     def get(self, run_id: str) -> JobRun | None:
@@ -125,6 +141,14 @@ class FakeTracking:
         run = self.runs[run_id]
         self.runs[run_id] = replace(run, tags={**run.tags, **tags})
 
+    def forget_state(self, run_id: str) -> None:
+        self._answer()
+        self.forgotten.append(run_id)
+
+    def open_runs(self) -> list[JobRun]:
+        self._answer()
+        return [run for run in self.runs.values() if run.status in ("SCHEDULED", "RUNNING")]
+
     def add_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         self._answer()
         self.params.update(params)
@@ -143,7 +167,52 @@ class FakeTracking:
             raise RecordUnavailableError("MLflow does not answer")
 
 
+@dataclass
+class FakeDatasetRecords:
+    versions: list[DatasetVersion] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+    down: bool = False
+
+    def add(self, new: NewVersion) -> DatasetVersion:
+        self._answer()
+        run_id, uri = f"run-{len(self.versions) + 1}", str(new.content)
+        if isinstance(new.content, DatasetFile):
+            self.files[run_id], uri = new.content.content, f"runs:/{run_id}/{new.content.name}"
+        about = (new.dataset_id, new.digest, new.purpose, new.type, new.metadata)
+        self.versions.append(DatasetVersion(run_id, *about, uri, NOW))
+        return self.versions[-1]
+
+    def find(self, dataset_id: str, digest: str | None = None) -> DatasetVersion | None:
+        self._answer()
+        return next(
+            (
+                version
+                for version in reversed(self.versions)
+                if version.dataset_id == dataset_id and version.digest.startswith(digest or "")
+            ),
+            None,
+        )
+
+    def current(self) -> list[DatasetVersion]:
+        self._answer()
+        newest = {version.dataset_id: version for version in self.versions}
+        return list(reversed(newest.values()))
+
+    def rows(self, version: DatasetVersion) -> list[dict[str, Any]]:
+        self._answer()
+        return [json.loads(line) for line in self.files[version.run_id].splitlines()]
+
+    def delete(self, dataset_id: str) -> bool:
+        found = self.find(dataset_id) is not None
+        self.versions = [version for version in self.versions if version.dataset_id != dataset_id]
+        return found
+
+    def _answer(self) -> None:
+        if self.down:
+            raise RecordUnavailableError("MLflow does not answer")
+
+
 def task(key: TaskKey, state: str | None, conf: Mapping[str, Any] | None = None) -> JobTask:
     """Return a task that was scheduled, and has ended where its state says so."""
     ended = NOW if state in ("success", "failed") else None
-    return JobTask(key, state, 1, NOW, NOW if state else None, ended, conf or {})
+    return JobTask(key, state, 1, NOW, NOW if state else None, ended, "attempt-1", conf or {})

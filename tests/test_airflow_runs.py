@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_the_list_is_newest_first_and_of_these_dags_alone(runs: Any) -> None:
 
 def test_a_cancelled_job_has_failed_in_airflow(runs: Any) -> None:
     runs.trigger("supervised_fine_tune", "stop-me", CONF, None)
-    runs.cancel(runs.find("stop-me").key)
+    runs.cancel(runs.find("stop-me").key, "somebody")
     assert runs.find("stop-me").state in ("failed", "skipped")
 
 
@@ -118,7 +119,7 @@ def test_cancelling_a_stage_leaves_the_rest_of_its_dag_alone(runs: Any) -> None:
     from airflow.utils.session import create_session
 
     runs.trigger("team.nightly", "run.2", {}, None)
-    runs.cancel(runs.find("team.nightly.run.2.sft").key)
+    runs.cancel(runs.find("team.nightly.run.2.sft").key, "somebody")
     assert runs.find("team.nightly.run.2.sft").state == "failed"
     with create_session() as session:
         run = session.query(DagRun).filter_by(dag_id="team.nightly", run_id="run.2").one()
@@ -126,6 +127,146 @@ def test_cancelling_a_stage_leaves_the_rest_of_its_dag_alone(runs: Any) -> None:
         assert run.get_task_instance("after", session=session).state is None
 
 
+def test_a_cancel_is_in_airflows_audit_log_with_its_author(runs: Any) -> None:
+    from airflow.models.log import Log
+    from airflow.utils.session import create_session
+
+    runs.trigger("supervised_fine_tune", "audited", CONF, None)
+    assert not runs.was_stopped(runs.find("audited"))
+    runs.cancel(runs.find("audited").key, "somebody")
+    assert runs.was_stopped(runs.find("audited"))
+    with create_session() as session:
+        (entry,) = session.query(Log).filter_by(run_id="audited", event="cancel_training_job")
+        assert (entry.owner, entry.task_id) == ("somebody", "train")
+
+
+@pytest.mark.parametrize(
+    ("event", "task_id", "extra", "stopped"),
+    [
+        ("patch_dag_run", None, {"state": "failed", "method": "PATCH"}, True),
+        ("patch_dag_run", None, {"state": "queued"}, False),
+        ("patch_task_instance", "train", {"new_state": "success", "map_index": -1}, True),
+        ("patch_task_instance", "train", {"new_state": "failed", "map_index": 3}, False),
+        ("patch_task_instance", "other", {"new_state": "failed"}, False),
+        ("patch_task_instance", "train", {"note": "hello"}, False),
+        ("clear_dag_run", None, {"state": "failed"}, False),
+    ],
+)
+def test_what_users_do_in_airflows_pages_is_known(
+    runs: Any, event: str, task_id: str | None, extra: dict[str, Any], stopped: bool
+) -> None:
+    from airflow.models.log import Log
+    from airflow.utils.session import create_session
+
+    run_id = f"by-hand-{event}-{task_id}-{len(str(extra))}"
+    runs.trigger("supervised_fine_tune", run_id, CONF, None)
+    with create_session() as session:
+        session.add(
+            Log(event, dag_id="supervised_fine_tune", run_id=run_id, task_id=task_id, extra=json.dumps(extra))
+        )
+    assert runs.was_stopped(runs.find(run_id)) is stopped
+
+
+def test_a_cleared_job_is_another_attempt_and_no_longer_stopped(runs: Any) -> None:
+    from airflow.models.taskinstance import TaskInstance, clear_task_instances
+    from airflow.utils.session import create_session
+
+    runs.trigger("supervised_fine_tune", "cleared", CONF, None)
+    runs.cancel(runs.find("cleared").key, "somebody")
+    before = runs.find("cleared")
+    with create_session() as session:
+        clear_task_instances(list(session.query(TaskInstance).filter_by(run_id="cleared")), session)
+    after = runs.find("cleared")
+    assert after.attempt_id > before.attempt_id
+    assert not runs.was_stopped(after)
+
+
 def test_a_job_that_has_not_begun_has_no_log(runs: Any) -> None:
     runs.trigger("supervised_fine_tune", "quiet", CONF, None)
-    assert runs.log_lines(runs.find("quiet")) == []
+    assert list(runs.log_lines(runs.find("quiet").key, 1)) == []
+
+
+def test_each_attempt_has_its_log(runs: Any) -> None:
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.models.taskinstancehistory import TaskInstanceHistory
+    from airflow.utils.session import create_session
+
+    runs.trigger("supervised_fine_tune", "logged", CONF, None)
+    key = runs.find("logged").key
+    with create_session() as session:
+        instance = session.query(TaskInstance).filter_by(dag_id=key.dag_id, run_id=key.run_id).one()
+        instance.try_number, instance.state = 1, "failed"
+        TaskInstanceHistory.record_ti(instance, session=session)
+        instance.try_number, instance.state = 2, "running"
+    failure = {"exc_type": "AirflowException", "exc_value": "the trainer was killed"}
+    write_log(
+        key,
+        1,
+        [
+            {"event": "::group::Pre Execute"},
+            {"event": "DAG bundles loaded"},
+            {"event": "::endgroup::"},
+            {"event": "progress step 1/9"},
+            {"event": "Task failed with exception", "error_detail": [failure]},
+        ],
+    )
+    write_log(key, 2, [{"event": f"progress step {step}/20000"} for step in range(20_000)])
+    assert list(runs.log_lines(key, 1)) == [
+        "DAG bundles loaded",
+        "progress step 1/9",
+        "Task failed with exception: AirflowException: the trainer was killed",
+    ]
+    assert list(runs.log_lines(key, 2)) == [f"progress step {step}/20000" for step in range(20_000)]
+    assert list(runs.log_lines(key, 3)) == []
+
+
+def write_log(key: TaskKey, attempt: int, messages: list[dict[str, Any]]) -> None:
+    """Write an attempt's log where and as Airflow does."""
+    from airflow.configuration import conf
+
+    folder = Path(conf.get("logging", "base_log_folder"))
+    folder = folder / f"dag_id={key.dag_id}" / f"run_id={key.run_id}" / f"task_id={key.task_id}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps(
+            {"timestamp": f"2026-11-24T{n // 3600:02}:{n // 60 % 60:02}:{n % 60:02}.{n:06}Z", **message}
+        )
+        for n, message in enumerate(messages)
+    ]
+    (folder / f"attempt={attempt}.log").write_text("\n".join(lines) + "\n")
+
+
+def test_a_pool_without_a_free_connection(tmp_path: Path) -> None:
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import QueuePool
+
+    from post_training.airflow_runs import _database
+
+    engine = create_engine(
+        f"sqlite:///{tmp_path}/full.db", poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=0.01
+    )
+    with engine.connect(), pytest.raises(RecordUnavailableError, match="no connection became free") as caught:
+        with _database(), engine.connect():
+            pass
+    assert "QueuePool" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "becomes", "sentence"),
+    [
+        ("OperationalError", RecordUnavailableError, "Airflow's database is busy: reason"),
+        ("InterfaceError", RecordUnavailableError, "Airflow's database is busy: reason"),
+        ("DataError", InvalidRequestError, "request: Airflow's database cannot hold it: reason"),
+    ],
+)
+def test_no_statement_is_shown(kind: str, becomes: type[Exception], sentence: str) -> None:
+    import sqlalchemy.exc
+
+    from post_training.airflow_runs import _database
+
+    error = getattr(sqlalchemy.exc, kind)(
+        "SELECT secret", {"a": "secret"}, Exception("reason\nDETAIL: secret")
+    )
+    with pytest.raises(becomes) as caught, _database():
+        raise error
+    assert str(caught.value) == sentence

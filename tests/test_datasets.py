@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,12 @@ def resolver(root: Path) -> Resolver:
     return resolver_of(root)
 
 
-def resolver_of(root: Path, addresses: tuple[str, ...] = ("8.8.8.8",), **changes: Any) -> Resolver:
+def resolver_of(
+    root: Path,
+    addresses: tuple[str, ...] = ("8.8.8.8",),
+    registered: Callable[[str, str | None], str | None] | None = None,
+    **changes: Any,
+) -> Resolver:
     settings = Settings(
         **{
             "home": root / "home",
@@ -51,8 +57,10 @@ def resolver_of(root: Path, addresses: tuple[str, ...] = ("8.8.8.8",), **changes
             "mlflow_conn_id": "mlflow_default",
             "post_training_conn_id": "post_training_default",
             "pool": "default_pool",
+            "keep_state_in_mlflow": True,
             "max_body_bytes": 1000,
             "max_data_uri_bytes": 100,
+            "max_data_bytes": 1_000,
             **changes,
         }
     )
@@ -61,7 +69,7 @@ def resolver_of(root: Path, addresses: tuple[str, ...] = ("8.8.8.8",), **changes
         host.encode("idna")
         return addresses
 
-    return Resolver(settings, lookup=lookup)
+    return Resolver(settings, lookup=lookup, registered=registered)
 
 
 def test_paths_below_a_root_become_absolute(resolver: Resolver, root: Path) -> None:
@@ -370,3 +378,45 @@ def test_check_looks_at_everything(resolver: Resolver) -> None:
 
 def request(**changes: Any) -> SupervisedFineTuneRequest:
     return SupervisedFineTuneRequest.model_validate(sft_body(**changes))
+
+
+REGISTERED = {
+    ("math", None): f"runs:/{RUN_ID}/rows.jsonl",
+    ("math", "0123abcd"): "S3://bucket/old.jsonl",
+    ("private", None): "https://10.0.0.1/rows.jsonl",
+    ("broken", None): "rows.jsonl",
+}
+
+
+def registered(dataset_id: str, digest: str | None) -> str | None:
+    return REGISTERED.get((dataset_id, digest))
+
+
+def test_a_name_that_is_no_path_and_no_uri_is_a_registered_id(root: Path) -> None:
+    resolver = resolver_of(root, registered=registered)
+    assert resolver.dataset(FIELD, "math") == f"runs:/{RUN_ID}/rows.jsonl"
+    assert resolver.dataset(FIELD, "math@0123abcd") == "s3://bucket/old.jsonl"
+    assert resolver.dataset(FIELD, "train.jsonl") == str(root / "train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unknown", "no data set 'unknown' is registered, and a path ends in .jsonl"),
+        ("math@ffffffff", "no data set 'math@ffffffff' is registered"),
+        ("math@0123", "no such file"),
+        ("notes.txt", "no data set 'notes.txt' is registered"),
+        ("empty/notes", "no such file"),
+        ("private", "must not name a private address"),
+        ("broken", "must be a URI"),
+    ],
+)
+def test_registered_ids_that_are_refused(root: Path, name: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        resolver_of(root, ("10.0.0.1",), registered=registered).dataset(FIELD, name)
+    assert ".".join(map(str, caught.value.errors[0]["loc"])) == FIELD
+
+
+def test_without_a_registry_no_name_is_an_id(resolver: Resolver) -> None:
+    with pytest.raises(InvalidRequestError, match="no such file: 'math'"):
+        resolver.dataset(FIELD, "math")

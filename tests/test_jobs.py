@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
+from time import sleep
 from typing import Any
 
 import pytest
@@ -36,6 +37,9 @@ class Accepting:
         if self.error is not None:
             raise self.error
 
+    def pins(self, request: Any) -> dict[str, str]:
+        return {}
+
 
 @pytest.fixture
 def runs() -> FakeRuns:
@@ -66,6 +70,7 @@ def submitted(runs: FakeRuns, tracking: FakeTracking, service: JobService, state
     service.submit(request(), FakeAccess())
     ended = NOW if state in ("success", "failed") else None
     runs.tasks["job-1"] = replace(runs.tasks["job-1"], state=state, started_at=NOW, ended_at=ended)
+    tracking.set_tags("run-1", {"post_training.attempt_id": "attempt-1"})
     tracking.set_status("run-1", status)
 
 
@@ -174,45 +179,10 @@ def test_status_speaks_of_task_and_record(
     assert (status.completed_at, status.error) == (None, None)
 
 
-def test_status_mends_a_record_that_its_task_has_outlived(
-    service: JobService, runs: FakeRuns, tracking: FakeTracking
-) -> None:
-    submitted(runs, tracking, service, "failed", "RUNNING")
-    status = service.status("job-1", FakeAccess())
-    assert status.status is JobStatus.failed
-    assert status.error == "The Airflow task ended without a result; its log says more."
-    assert tracking.runs["run-1"].status == "FAILED"
-    assert service.status("job-1", FakeAccess()) == replace_completed(status)
-
-
-def test_a_task_that_airflow_has_just_failed_may_still_be_ending(
-    service: JobService, runs: FakeRuns, tracking: FakeTracking
-) -> None:
-    submitted(runs, tracking, service, "failed", "RUNNING")
-    runs.tasks["job-1"] = replace(runs.tasks["job-1"], ended_at=datetime.now(UTC))
-    assert service.status("job-1", FakeAccess()).status is JobStatus.in_progress
-    assert tracking.runs["run-1"].status == "RUNNING"
-
-
-def test_a_run_whose_submit_is_under_way_is_scheduled(
-    service: JobService, runs: FakeRuns, tracking: FakeTracking
-) -> None:
-    service.submit(request(), FakeAccess())
-    runs.tasks.clear()
-    tracking.runs["run-1"] = replace(tracking.runs["run-1"], created_at=datetime.now(UTC))
-    assert service.status("job-1", FakeAccess()).status is JobStatus.scheduled
-    assert tracking.runs["run-1"].status == "SCHEDULED"
-
-
 def test_an_id_that_a_task_of_another_dag_may_have_is_refused(service: JobService, runs: FakeRuns) -> None:
     runs.add(task(TaskKey("nightly", "r", "sft"), None))
     with pytest.raises(InvalidRequestError, match="job_uuid: must not start with 'nightly' and a dot"):
         service.submit(request(job_uuid="nightly.tomorrow.sft"), FakeAccess())
-
-
-def replace_completed(status: Any) -> Any:
-    """The second look has the end that the mended record now has."""
-    return status.model_copy(update={"completed_at": NOW})
 
 
 def test_status_gives_the_recorded_reason_and_resources(
@@ -236,7 +206,7 @@ def test_a_job_that_airflow_has_forgotten_is_found_by_its_record(
         service.cancel("job-1", FakeAccess())
 
 
-@pytest.mark.parametrize("method", ["status", "artifacts", "cancel", "logs"])
+@pytest.mark.parametrize("method", ["status", "artifacts", "cancel", "locate"])
 def test_a_job_that_is_not_there_or_not_visible_is_not_found(service: JobService, method: str) -> None:
     with pytest.raises(JobNotFoundError, match="no post-training job 'nothing'"):
         getattr(service, method)("nothing", FakeAccess())
@@ -253,6 +223,61 @@ def test_cancel_stops_the_task_and_kills_the_record(
     assert runs.tasks["job-1"].state == "failed"
     assert tracking.runs["run-1"].status == "KILLED"
     assert service.status("job-1", FakeAccess()).status is JobStatus.cancelled
+
+
+def test_a_cancel_that_stopped_half_way_is_finished_by_the_next_read(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    submitted(runs, tracking, service, "running", "RUNNING")
+    runs.cancel_error = RecordUnavailableError("Airflow's database is busy")
+    with pytest.raises(RecordUnavailableError):
+        service.cancel("job-1", FakeAccess())
+    assert (runs.tasks["job-1"].state, tracking.runs["run-1"].status) == ("running", "KILLED")
+    runs.cancel_error = None
+    assert service.status("job-1", FakeAccess()).status is JobStatus.cancelled
+    assert runs.tasks["job-1"].state == "failed"
+
+
+def test_a_cancel_that_stopped_half_way_may_be_asked_for_again(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    submitted(runs, tracking, service, "running", "RUNNING")
+    tracking.set_tags("run-1", {"post_training.cancelled_attempt": "attempt-1"})
+    service.cancel("job-1", FakeAccess())
+    assert (runs.tasks["job-1"].state, tracking.runs["run-1"].status) == ("failed", "KILLED")
+
+
+def test_a_job_that_finishes_cannot_be_cancelled_any_more(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    """Its record says so already; its task is about to."""
+    submitted(runs, tracking, service, "running", "FINISHED")
+    with pytest.raises(JobConflictError, match="has ended: completed"):
+        service.cancel("job-1", FakeAccess())
+    assert (runs.tasks["job-1"].state, tracking.runs["run-1"].status) == ("running", "FINISHED")
+
+
+def test_a_job_without_a_record_is_cancelled_too(service: JobService, runs: FakeRuns) -> None:
+    """It came from the form and waits: its task makes the run when it begins."""
+    runs.add(task(KEY, "queued"))
+    service.cancel("job-1", FakeAccess())
+    assert service.status("job-1", FakeAccess()).status is JobStatus.cancelled
+
+
+def test_identical_submits_at_once_make_one_run(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    made = tracking.create_run
+
+    def slowly(**arguments: Any) -> Any:
+        sleep(0.05)
+        return made(**arguments)
+
+    tracking.create_run = slowly  # type: ignore[method-assign]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: service.submit(request(), FakeAccess()), range(16)))
+    assert {answer.job_uuid for answer in answers} == {"job-1"}
+    assert (list(tracking.runs), runs.triggered) == (["run-1"], ["job-1"])
 
 
 @pytest.mark.parametrize(
@@ -281,8 +306,3 @@ def test_a_forged_run_id_in_the_conf_is_not_followed(
     runs.add(task(KEY, "running", {"mlflow_run_id": "run-1"}))
     assert service.status("job-1", FakeAccess()).checkpoints == []
     assert service.artifacts("job-1", FakeAccess()).job_uuid == "job-1"
-
-
-def test_logs_come_from_the_task(service: JobService) -> None:
-    service.submit(request(), FakeAccess())
-    assert service.logs("job-1", FakeAccess()).log_lines == ["log of job-1"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from post_training.job_ids import TaskKey
-from post_training.record import run_params, run_tags
+from post_training.record import new_run, run_params, run_tags
 from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
 from tests.requests_of import LORA, dpo_body, sft_body
 
@@ -51,3 +51,24 @@ def test_rows_sent_inside_the_request_are_not_copied_into_params() -> None:
         body = sft_body(training_config__data_config__dataset_id=dataset)
         params = run_params(SupervisedFineTuneRequest.model_validate(body))
         assert params["training_config.data_config.dataset_id"] == text
+
+
+def test_the_key_of_a_signed_address_is_nowhere_in_the_record() -> None:
+    signed = "HTTPS://host/rows.jsonl?X-Amz-Signature=secret"
+    body = sft_body(
+        training_config__data_config__dataset_id=signed,
+        training_config__data_config__validation_dataset_id=signed.lower(),
+    )
+    run = new_run(SupervisedFineTuneRequest.model_validate(body), KEY)
+    assert "secret" not in repr(run)
+    data = run["request"]["training_config"]["data_config"]
+    assert data["dataset_id"] == "HTTPS://host/rows.jsonl"
+    assert data["validation_dataset_id"] == "https://host/rows.jsonl"
+    assert run["request"]["algorithm_config"]["lora_attn_modules"] == LORA["lora_attn_modules"]
+
+
+def test_rows_sent_inside_the_request_are_kept_with_it() -> None:
+    """They are in no other place, and without them the job could not be repeated."""
+    body = sft_body(training_config__data_config__dataset_id="data:,rows?")
+    run = new_run(SupervisedFineTuneRequest.model_validate(body), KEY)
+    assert run["request"]["training_config"]["data_config"]["dataset_id"] == "data:,rows?"

@@ -16,9 +16,9 @@ import httpx
 import psutil
 import pytest
 
-from post_training.processes import SessionRecord, end_session, session_alive
+from post_training.processes import SessionRecord, end_sessions, kill_leader, kill_session, session_alive
 from post_training.standalone import SERVERS_FILE, Standalone, main
-from post_training.standalone_layout import Layout, Ports, free_ports, server_environment
+from post_training.standalone_layout import AIRFLOW_SERVERS, Layout, Ports, free_ports, server_environment
 
 TREE = """
 import subprocess, sys, time
@@ -117,11 +117,11 @@ def test_a_whole_tree_ends(tmp_path: Path, tree: tuple[subprocess.Popen[str], li
     leader, children = tree
     session = SessionRecord.of(leader.pid, tmp_path)
     assert session_alive(session)
-    end_session(session, grace=0.2)
+    end_sessions(session, grace=0.2)
     assert leader.wait(timeout=5) == -signal.SIGTERM
     assert all(gone(child) for child in children)
     assert not session_alive(session)
-    end_session(session)
+    end_sessions(session)
 
 
 def test_orphans_of_a_dead_leader_end(
@@ -132,8 +132,27 @@ def test_orphans_of_a_dead_leader_end(
     leader.kill()
     leader.wait()
     assert session_alive(session)
-    end_session(session, grace=0.2)
+    end_sessions(session, grace=0.2)
     assert gone(children[0])
+
+
+def test_sigkill_strikes_the_leader_alone_or_its_whole_session(
+    tmp_path: Path, tree: tuple[subprocess.Popen[str], list[psutil.Process]]
+) -> None:
+    leader, (in_session, _) = tree
+    session = SessionRecord.of(leader.pid, tmp_path)
+    kill_leader(session)
+    assert leader.wait(timeout=5) == -signal.SIGKILL
+    assert not gone(in_session)
+    kill_session(session)
+    wait_for(lambda: gone(in_session), timeout=5)
+
+
+def test_several_sessions_end_at_the_same_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(99)"]
+    leaders = [subprocess.Popen(command, cwd=tmp_path, start_new_session=True) for _ in range(2)]
+    end_sessions(*(SessionRecord.of(leader.pid, tmp_path) for leader in leaders))
+    assert [leader.wait(timeout=5) for leader in leaders] == [-signal.SIGTERM] * 2
 
 
 def test_a_pid_that_was_given_away_is_left_alone(
@@ -142,7 +161,7 @@ def test_a_pid_that_was_given_away_is_left_alone(
     leader, children = tree
     stale = SessionRecord(leader.pid, psutil.Process(leader.pid).create_time() - 1000, str(tmp_path))
     assert not session_alive(stale)
-    end_session(stale)
+    end_sessions(stale)
     assert leader.poll() is None
     assert not any(gone(child) for child in children)
 
@@ -212,15 +231,33 @@ def test_both_servers_start_run_a_dag_and_leave_nothing(tmp_path: Path) -> None:
         codes = {user: trigger(runs, found.token(user)) for user in ("eve", "bob", "admin")}
         assert codes == {"eve": 403, "bob": 200, "admin": 200}
         wait_for(lambda: any(p.name() == "sleep" for p in processes_in(home)))
-        main(["stop", "--home", str(home)])
+        token = found.token()
+        for name in AIRFLOW_SERVERS:
+            found.kill_server(name)
+        found.kill_server("mlflow", session=True)
+        wait_for(lambda: not reachable(servers.airflow_url) and not reachable(servers.mlflow_url))
+        for name in ("mlflow", "api-server"):
+            found.start_server(name)
+        wait_for(lambda: reachable(servers.airflow_url) and reachable(servers.mlflow_url))
+        assert trigger(runs, token) == 200  # the keys are still the same
+        assert any(p.name() == "sleep" for p in processes_in(home))
+        servers.stop()  # those that ``found`` started too
         assert processes_in(home) == []
         assert not (home / SERVERS_FILE).exists()
+    assert stat.S_IMODE((home / "airflow" / "airflow.cfg").stat().st_mode) == 0o600
     assert (home / "mlflow" / "mlflow.db").exists()
 
 
 def trigger(url: str, token: str) -> int:
     headers = {"Authorization": f"Bearer {token}"}
     return httpx.post(url, headers=headers, json={"logical_date": None}, timeout=60).status_code
+
+
+def reachable(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code < 500
+    except httpx.HTTPError:
+        return False
 
 
 def wait_for(condition: object, timeout: float = 60.0) -> None:

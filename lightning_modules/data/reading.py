@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import hashlib
 import io
@@ -11,9 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
-from lightning_modules.data.sources import fetch, first_line, shown
+from lightning_modules.data.sources import DEFAULT_LIMITS, Limits, fetch, first_line, shown
+from post_training.data_uris import parse_data_uri
 from post_training.errors import DataError
 
 HUB_KEYS = {"split", "name"}
@@ -43,19 +43,25 @@ class RawDataset:
     rows: list[Row]
 
 
-def read_dataset(source: str, tracking_uri: str | None = None, roots: Sequence[Path] = ()) -> RawDataset:
+def read_dataset(
+    source: str,
+    tracking_uri: str | None = None,
+    roots: Sequence[Path] = (),
+    limits: Limits = DEFAULT_LIMITS,
+) -> RawDataset:
     """Read jsonl, json, csv or parquet rows from an absolute path or a URI.
 
     :param source: a path; ``data:``, ``huggingface://datasets/ORG/NAME?split=…&name=…``, or what
         ``sources.fetch`` takes (``file:``, ``https:``, ``s3:``, ``runs:``, …).
     :param tracking_uri: of the job's MLflow server, for ``runs:``, ``models:`` and ``mlflow-artifacts:``.
     :param roots: where on this machine that server may keep them, if it keeps them on a disk.
+    :param limits: of what is fetched from elsewhere.
     :raises DataError: if it cannot be read, has an unknown kind, or holds no row; its cause is an OSError
         where another attempt may succeed.
     """
     read = READERS.get(urlsplit(source).scheme)
     try:
-        dataset = read(source) if read else _read_file(source, tracking_uri, roots)
+        dataset = read(source) if read else _read_file(source, tracking_uri, roots, limits)
     except DataError:
         raise
     except Exception as error:  # any file system's or parser's own error
@@ -65,9 +71,9 @@ def read_dataset(source: str, tracking_uri: str | None = None, roots: Sequence[P
     return dataset
 
 
-def _read_file(source: str, tracking_uri: str | None, roots: Sequence[Path]) -> RawDataset:
+def _read_file(source: str, tracking_uri: str | None, roots: Sequence[Path], limits: Limits) -> RawDataset:
     kind = _kind_of_name(source)
-    return _parse(source, fetch(source, tracking_uri, roots), kind)
+    return _parse(source, fetch(source, tracking_uri, roots, limits), kind)
 
 
 def _parse(source: str, content: bytes, kind: str) -> RawDataset:
@@ -86,14 +92,11 @@ def _kind_of_name(source: str) -> str:
 
 def _read_data_uri(uri: str) -> RawDataset:
     """Read an RFC 2397 URI; its media type names the kind of file, jsonl where it names none of ours."""
-    header, comma, body = uri.partition(",")
-    if not comma:
-        raise DataError("the data: URI has no comma between its media type and its content")
-    media, *parameters = header.partition(":")[2].lower().split(";")
-    content = unquote_to_bytes(body)
-    if "base64" in parameters:
-        content = base64.b64decode(content, validate=True)
-    return _parse(uri, content, MEDIA_TYPES.get(media, "jsonl"))
+    try:
+        kind, content = parse_data_uri(uri)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    return _parse(uri, content, kind)
 
 
 def _read_hub(source: str) -> RawDataset:
@@ -218,10 +221,3 @@ PARSERS: dict[str, Callable[[bytes], list[Row]]] = {
 """Parser of each kind of file."""
 
 SUFFIXES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "parquet": "parquet"}
-
-MEDIA_TYPES = {
-    "text/csv": "csv",
-    "csv": "csv",
-    "application/json": "json",
-    "application/vnd.apache.parquet": "parquet",
-}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Sequence
-from http.client import HTTPException
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from lightning_modules.mlflow_uris import LOOKUPS, may_be_read, resolve
+from post_training.addresses import is_public
 from post_training.errors import DataError
 
 TIMEOUT_SECONDS = 60.0
@@ -32,21 +37,39 @@ PASSING_STATUS = (408, 429)
 """Answers of the 4xx kind that another attempt may not meet."""
 
 
-def fetch(source: str, tracking_uri: str | None, roots: Sequence[Path]) -> bytes:
+CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be fetched from outside.
+
+    :param max_bytes: largest file; files on this machine have no limit.
+    :param may_be_reached: whether an https server may have this address.
+    """
+
+    max_bytes: int = 4 * 2**30
+    may_be_reached: Callable[[str], bool] = is_public
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def fetch(source: str, tracking_uri: str | None, roots: Sequence[Path], limits: Limits) -> bytes:
     """Read a whole file.
 
     :param source: an absolute path; or a URI of scheme ``file``, ``https``, ``runs``, ``models``,
         ``mlflow-artifacts``, or any that fsspec knows (``s3``, ``gs``, ``abfs``, …).
     :param tracking_uri: of the MLflow server whose artifacts the three schemes mean.
     :param roots: where on this machine that server may keep them.
-    :raises DataError: if there is no such file, or it may not be read so.
+    :raises DataError: if there is no such file, it is larger than the limit, or it may not be read so.
     :raises OSError: if it cannot be reached, which another attempt may not meet.
     :raises ImportError: naming the package that a scheme needs.
     """
     scheme = urlsplit(source).scheme
     if scheme in LOOKUPS:
-        return _fetch_artifact(source, tracking_uri, roots)
-    return FETCHERS.get(scheme, _fetch_object)(source)
+        return _fetch_artifact(source, tracking_uri, roots, limits)
+    return FETCHERS.get(scheme, _fetch_object)(source, limits)
 
 
 def shown(source: str) -> str:
@@ -70,7 +93,19 @@ def _missing(source: str) -> DataError:
     return DataError(f"the data set {shown(source)} does not exist")
 
 
-def _fetch_path(source: str) -> bytes:
+def _read(source: str, stream: HTTPResponse | BinaryIO, limits: Limits) -> bytes:
+    """Read to the end, in pieces, so that what is too large is never all in memory."""
+    content = io.BytesIO()
+    while piece := stream.read(CHUNK_BYTES):
+        content.write(piece)
+        if content.tell() > limits.max_bytes:
+            raise DataError(
+                f"the data set {shown(source)} is larger than the limit of {limits.max_bytes} bytes"
+            )
+    return content.getvalue()
+
+
+def _fetch_path(source: str, _: Limits) -> bytes:
     path = Path(source)
     if path.is_dir():
         raise DataError(f"the data set {path} is a folder, not a file")
@@ -79,8 +114,8 @@ def _fetch_path(source: str) -> bytes:
     return path.read_bytes()
 
 
-def _fetch_file_uri(source: str) -> bytes:
-    return _fetch_path(unquote(urlsplit(source).path))
+def _fetch_file_uri(source: str, limits: Limits) -> bytes:
+    return _fetch_path(unquote(urlsplit(source).path), limits)
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -90,11 +125,53 @@ class _NoRedirects(HTTPRedirectHandler):
         """Make no request."""
 
 
-def _fetch_https(source: str) -> bytes:
+class _Checked(HTTPConnection):
+    """Asks whether the address that it has reached may be reached, before TLS sends anything to it.
+
+    Behind a proxy it is the proxy that looks the host up, and that decides.
+    """
+
+    may_be_reached: Callable[[str], bool]
+    has_proxy = False
+
+    def connect(self) -> None:
+        """Connect by TCP."""
+        super().connect()
+        address = self.sock.getpeername()[0]
+        if not self.has_proxy and not self.may_be_reached(address):
+            raise DataError(f"the host {self.host} leads to the private address {address}")
+
+
+class _CheckedHTTPS(HTTPSConnection, _Checked):
+    def __init__(self, *args: Any, may_be_reached: Callable[[str], bool], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.may_be_reached = may_be_reached
+
+    def set_tunnel(self, *args: Any, **options: Any) -> None:
+        """Go through a proxy."""
+        super().set_tunnel(*args, **options)
+        self.has_proxy = True
+
+
+class _HTTPS(HTTPSHandler):
+    def __init__(self, may_be_reached: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._connect = partial(_CheckedHTTPS, may_be_reached=may_be_reached)
+
+    def https_open(self, request: Request) -> HTTPResponse:
+        """Send the request over a checked connection."""
+        return self.do_open(self._connect, request)
+
+
+def _fetch_https(source: str, limits: Limits) -> bytes:
     request = Request(source, headers={"User-Agent": USER_AGENT})  # noqa: S310 - the scheme is known
+    opener = build_opener(_NoRedirects, _HTTPS(limits.may_be_reached))
     try:
-        with build_opener(_NoRedirects).open(request, timeout=TIMEOUT_SECONDS) as response:
-            return bytes(response.read())
+        with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
+            content = _read(source, response, limits)
+            if response.length:  # read in pieces, an answer that breaks off ends like a whole one
+                raise IncompleteRead(b"", response.length)
+            return content
     except HTTPError as error:
         error.close()
         if error.code == 404:
@@ -109,7 +186,7 @@ def _fetch_https(source: str) -> bytes:
         raise ConnectionError(first_line(error)) from error
 
 
-def _fetch_object(source: str) -> bytes:
+def _fetch_object(source: str, limits: Limits) -> bytes:
     import fsspec  # noqa: PLC0415 - only remote data needs it
 
     if "::" in source:  # fsspec would read it as one address inside another, a local one as well
@@ -120,16 +197,17 @@ def _fetch_object(source: str) -> bytes:
     )
     filesystem, path = fsspec.url_to_fs(source)
     try:
-        return bytes(filesystem.cat_file(path))
+        with filesystem.open(path, "rb") as file:
+            return _read(source, file, limits)
     except FileNotFoundError:
         raise _missing(source) from None
-    except OSError:
+    except (OSError, DataError):
         raise
     except Exception as error:  # each store has its own for a server that does not answer
         raise ConnectionError(first_line(error)) from error
 
 
-def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path]) -> bytes:
+def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path], limits: Limits) -> bytes:
     """Download from the store that the job's own tracking server names."""
     if tracking_uri is None:
         raise DataError(f"the data set {source} lies on an MLflow server, and this job has none")
@@ -150,7 +228,8 @@ def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path]
             file = download_artifacts(
                 location, dst_path=folder, tracking_uri=tracking_uri, registry_uri=tracking_uri
             )
-            return Path(file).read_bytes()
+            with Path(file).open("rb") as stream:
+                return _read(source, stream, limits)
     except MlflowException as error:
         if MISSING_ARTIFACT.search(str(error)):
             raise _missing(source) from None
@@ -159,7 +238,7 @@ def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path]
         raise
 
 
-FETCHERS: dict[str, Callable[[str], bytes]] = {
+FETCHERS: dict[str, Callable[[str, Limits], bytes]] = {
     "": _fetch_path,
     "file": _fetch_file_uri,
     "https": _fetch_https,

@@ -5,10 +5,11 @@ It runs in the api-server; a task has no access to the database.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from airflow.api.common.trigger_dag import trigger_dag
@@ -18,20 +19,32 @@ from airflow.exceptions import DagNotFound, DagRunAlreadyExists, ParamValidation
 from airflow.models.dag import DagModel
 from airflow.models.dagbag import DBDagBag
 from airflow.models.dagrun import DagRun
+from airflow.models.log import Log
 from airflow.models.taskinstance import TaskInstance
+from airflow.models.taskinstancehistory import TaskInstanceHistory
+from airflow.utils.log.file_task_handler import StructuredLogMessage
 from airflow.utils.log.log_reader import TaskLogReader
 from airflow.utils.session import create_session
 from airflow.utils.state import TaskInstanceState
 from airflow.utils.types import DagRunTriggeredByType
-from sqlalchemy import ColumnElement, and_, select, tuple_
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from post_training.errors import InvalidRequestError, JobNotFoundError, RecordUnavailableError
-from post_training.job_ids import MAY_BE_AN_ID, REQUEST_DAGS, TaskKey, candidate_keys, job_uuid_of
+from post_training.job_ids import (
+    MAY_BE_AN_ID,
+    REQUEST_DAGS,
+    TRAINING_OPERATORS,
+    TaskKey,
+    candidate_keys,
+    job_uuid_of,
+)
 
-TRAINING_OPERATORS = ("SupervisedFineTuneOperator", "PreferenceOptimizeOperator")
-"""Class names by which the task-instance table knows the tasks that are jobs."""
+CANCEL_EVENT = "cancel_training_job"
+STATE_EVENTS = (CANCEL_EVENT, "patch_dag_run", "patch_task_instance", "patch_task_instance_by_map_index")
+"""What Airflow's audit log calls the setting of a state by hand: the routes' names."""
 
 
 class RunExistsError(Exception):
@@ -43,6 +56,8 @@ class JobTask:
     """One job's task. Times are UTC.
 
     :param state: Airflow's task state; None is not scheduled yet.
+    :param attempt: how often it was tried.
+    :param attempt_id: the task instance's id, another one for each attempt, also before it begins.
     :param conf: the DAG run's conf.
     """
 
@@ -52,6 +67,7 @@ class JobTask:
     scheduled_at: datetime | None
     started_at: datetime | None
     ended_at: datetime | None
+    attempt_id: str = ""
     conf: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -126,9 +142,10 @@ class AirflowRuns:
         with _database(), create_session() as session:
             return set(REQUEST_DAGS) | set(session.scalars(query))
 
-    def cancel(self, key: TaskKey) -> None:
+    def cancel(self, key: TaskKey, user_name: str) -> None:
         """Fail the job's task, which ends it if it runs; other tasks of a larger DAG go their own way.
 
+        :param user_name: who asked for it, for Airflow's audit log.
         :raises JobNotFoundError: if the run is gone.
         """
         with _database(), create_session() as session:
@@ -136,6 +153,17 @@ class AirflowRuns:
             dag = DBDagBag().get_dag_for_run(run, session=session)
             if dag is None:
                 raise RecordUnavailableError(f"Airflow cannot read the DAG {key.dag_id!r}")
+            session.add(
+                Log(
+                    event=CANCEL_EVENT,
+                    owner=user_name,
+                    dag_id=key.dag_id,
+                    run_id=key.run_id,
+                    task_id=key.task_id,
+                    map_index=key.map_index,
+                    extra=json.dumps({"new_state": TaskInstanceState.FAILED.value}),
+                )
+            )
             if key.dag_id in REQUEST_DAGS:
                 patch_dag_run_state(dag=dag, dag_run=run, state=DagRunMutableStates.FAILED, session=session)
                 return
@@ -147,18 +175,41 @@ class AirflowRuns:
                 session=session,
             )
 
-    def log_lines(self, task: JobTask) -> list[str]:
-        """Return the lines of the task's log over all attempts, oldest first."""
-        reader = TaskLogReader()
-        lines: list[str] = []
+    def was_stopped(self, task: JobTask) -> bool:
+        """Whether somebody set the state of the task or its run by hand since its newest attempt began."""
+        key = task.key
+        before = select(func.max(TaskInstanceHistory.end_date)).where(_is(TaskInstanceHistory, key))
+        query = (
+            select(Log.dttm, Log.extra)
+            .where(Log.dag_id == key.dag_id, Log.run_id == key.run_id, Log.event.in_(STATE_EVENTS))
+            .where(or_(Log.task_id.is_(None), Log.task_id == key.task_id))
+        )
         with _database(), create_session() as session:
-            instance = session.scalar(_instance_query(task.key))
+            ended_before = session.scalar(before)
+            since = [at for at in (task.scheduled_at, ended_before) if at is not None]
+            rows = session.execute(query).all()
+        newest = max(since, default=datetime.min.replace(tzinfo=UTC))
+        return any(_sets_an_end(extra, key) for at, extra in rows if at is not None and at >= newest)
+
+    def log_lines(self, key: TaskKey, attempt: int) -> Iterator[str]:
+        """Yield the lines that one attempt of the task has logged so far; none where there is no log (yet).
+
+        They come from wherever Airflow keeps them: local files, the worker that runs the task, remote
+        storage. Airflow reads an attempt's log as a whole, spilling it to a temporary file: 4 s for 100,000
+        lines.
+
+        :param attempt: counted from 1.
+        """
+        with _database(), create_session() as session:
+            instance = _attempt(session, key, attempt)
             if instance is None:
-                raise JobNotFoundError(task.job_uuid)
-            for attempt in range(1, task.attempt + 1):
-                messages, _ = reader.read_log_chunks(instance, attempt, metadata={"end_of_log": False})
-                lines.extend(line for message in messages if (line := _event(message)))
-        return lines
+                return
+            # A position, even the first one, leaves out the header that names files and hosts.
+            messages, _ = TaskLogReader().read_log_chunks(
+                instance, attempt, {"end_of_log": False, "log_pos": 0}
+            )
+            for message in messages:
+                yield from _log_line(message)
 
 
 def team_of(dag_id: str) -> str | None:
@@ -169,10 +220,20 @@ def team_of(dag_id: str) -> str | None:
 
 @contextmanager
 def _database() -> Iterator[None]:
+    """Turn the database's failures into errors that callers know; their own text would show the statement."""
     try:
         yield
-    except OperationalError as error:
-        raise RecordUnavailableError(f"Airflow's database is busy: {error.orig}") from error
+    except (OperationalError, InterfaceError) as error:
+        raise RecordUnavailableError(f"Airflow's database is busy: {_first_line(error)}") from error
+    except PoolTimeoutError as error:
+        raise RecordUnavailableError("Airflow's database is busy: no connection became free") from error
+    except DataError as error:
+        reason = f"Airflow's database cannot hold it: {_first_line(error)}"
+        raise InvalidRequestError.of("request", reason) from error
+
+
+def _first_line(error: DBAPIError) -> str:
+    return str(error.orig).partition("\n")[0]
 
 
 def _dag_run(session: Session, key: TaskKey) -> DagRun:
@@ -183,13 +244,36 @@ def _dag_run(session: Session, key: TaskKey) -> DagRun:
     return run
 
 
-def _instance_query(key: TaskKey) -> Any:
-    return select(TaskInstance).where(
-        TaskInstance.dag_id == key.dag_id,
-        TaskInstance.run_id == key.run_id,
-        TaskInstance.task_id == key.task_id,
-        TaskInstance.map_index == key.map_index,
+def _is(table: Any, key: TaskKey) -> ColumnElement[bool]:
+    """Match the rows of one task."""
+    return and_(
+        table.dag_id == key.dag_id,
+        table.run_id == key.run_id,
+        table.task_id == key.task_id,
+        table.map_index == key.map_index,
     )
+
+
+def _sets_an_end(extra: str | None, key: TaskKey) -> bool:
+    """Whether an entry of the audit log says that the task was set to a state in which it does not run."""
+    try:
+        said = json.loads(extra or "{}")
+    except json.JSONDecodeError:
+        return False
+    if str(said.get("map_index", key.map_index)) != str(key.map_index):
+        return False
+    return {said.get("new_state"), said.get("state")} & {"failed", "success", "skipped"} != set()
+
+
+def _attempt(session: Session, key: TaskKey, attempt: int) -> TaskInstance | TaskInstanceHistory | None:
+    """Find the row of one attempt, which knows the host that it ran on."""
+    tables: tuple[Any, ...] = (TaskInstance, TaskInstanceHistory)
+    for table in tables:
+        query = select(table).where(_is(table, key), table.try_number == attempt)
+        row: TaskInstance | TaskInstanceHistory | None = session.scalar(query)
+        if row is not None:
+            return row
+    return None
 
 
 def _job_task(task: TaskInstance, run: DagRun) -> JobTask:
@@ -200,11 +284,14 @@ def _job_task(task: TaskInstance, run: DagRun) -> JobTask:
         scheduled_at=run.queued_at,
         started_at=task.start_date,
         ended_at=task.end_date,
+        attempt_id=str(task.id),
         conf=dict(run.conf or {}),
     )
 
 
-def _event(message: Any) -> str:
-    """Return the text of one structured log message."""
-    event = getattr(message, "event", message)
-    return str(event)
+def _log_line(message: StructuredLogMessage) -> Iterator[str]:
+    """Yield a message's text with the exception that it reports; nothing for a mark of Airflow's groups."""
+    if message.event.startswith(("::group::", "::endgroup::")):
+        return
+    causes = (message.model_extra or {}).get("error_detail") or []
+    yield ": ".join([message.event, *(f"{cause['exc_type']}: {cause['exc_value']}" for cause in causes[:1])])

@@ -5,7 +5,6 @@ A path must lie under an allowed root; a URI must have a known scheme and form, 
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from post_training.addresses import is_public
 from post_training.errors import InvalidRequestError
+from post_training.schemas import record as names
+from post_training.schemas.datasets import parse_reference
 from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTuneRequest
 from post_training.settings import Settings
 from post_training.uris import (
@@ -36,6 +38,9 @@ MODEL_SUFFIXES = (".gguf",)
 MODEL_FILES = ("config.json", "adapter_config.json")
 """A folder is a model's or an adapter's if it holds one of them."""
 
+PINNED = {names.TAG_TRAIN_DATA: "dataset_id", names.TAG_VALIDATION_DATA: "validation_dataset_id"}
+"""Tag of a run -> field of data_config whose version it holds."""
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -44,10 +49,18 @@ class Resolver:
 
     :param settings: allowed roots, size limits and the default model.
     :param lookup: host name -> addresses; replaced in tests.
+    :param registered: a data set's id, and the start of a version's digest or None -> the URI of the version,
+        or None; without it no name is taken for an id.
     """
 
-    def __init__(self, settings: Settings, lookup: Callable[[str], Iterable[str]] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        lookup: Callable[[str], Iterable[str]] | None = None,
+        registered: Callable[[str, str | None], str | None] | None = None,
+    ) -> None:
         self._settings = settings
+        self._registered = registered
         self._lookup = lookup or _addresses
         self._data_schemes: dict[str, Callable[[str, str], str]] = {
             "file": lambda field, uri: self._data_path(field, path_of_file_uri(field, uri)),
@@ -88,15 +101,54 @@ class Resolver:
             return None
         return self.dataset("training_config.data_config.validation_dataset_id", data.validation_dataset_id)
 
+    def pins(self, request: AnyTrainingRequest) -> dict[str, str]:
+        """Return the versions that a job reads from here on, as tags of its run: of data sets whose rows are
+        registered, and may be registered anew before the job has ended.
+
+        :raises InvalidRequestError: naming the field.
+        :raises RecordUnavailableError: if the registered data sets cannot be asked for.
+        """
+        data = request.training_config.data_config
+        assert data is not None, "a validated request has data_config"  # noqa: S101
+        pinned: dict[str, str] = {}
+        for tag, field in PINNED.items():
+            name = getattr(data, field)
+            if name is not None and not _SCHEME.match(name) and parse_reference(name) is not None:
+                uri = self.dataset(f"training_config.data_config.{field}", name)
+                pinned |= {tag: uri} if uri.startswith("runs:") else {}
+        return pinned
+
     def dataset(self, field: str, name: str) -> str:
         """Return the absolute path or the URI of a data set, its scheme in lower case.
 
+        :param name: a path, a URI, or a registered data set's ``ID`` or ``ID@DIGEST``.
+        :raises InvalidRequestError: naming ``field``.
+        :raises RecordUnavailableError: if the registered data sets cannot be asked for.
+        """
+        if _SCHEME.match(name):
+            return self.dataset_uri(field, name)
+        reference = parse_reference(name)
+        if reference is None or self._registered is None:
+            with _readable(field, name):
+                return self._data_path(field, name)
+        uri = self._registered(*reference)
+        if uri is None:
+            raise InvalidRequestError.of(
+                field,
+                f"no data set {name!r} is registered, and a path ends in {', '.join(DATA_SUFFIXES)}",
+                "not_found",
+            )
+        return self.dataset_uri(field, uri)
+
+    def dataset_uri(self, field: str, uri: str) -> str:
+        """Return the absolute path or the URI of a data set that is named by a URI.
+
         :raises InvalidRequestError: naming ``field``.
         """
-        with _readable(field, name):
-            if (scheme := _SCHEME.match(name)) is None:
-                return self._data_path(field, name)
-            return check_by_scheme(self._data_schemes, scheme[1], field, name)
+        with _readable(field, uri):
+            if (scheme := _SCHEME.match(uri)) is None:
+                raise InvalidRequestError.of(field, f"must be a URI, got {uri[:200]!r}")
+            return check_by_scheme(self._data_schemes, scheme[1], field, uri)
 
     def model(self, request: AnyTrainingRequest) -> str:
         """Return the absolute path, the hub id or the MLflow URI of the model to start from.
@@ -189,10 +241,10 @@ class Resolver:
             raise InvalidRequestError.of(field, f"must be percent-encoded, got {shown(uri)!r}")
         check_suffix(field, parts.path, DATA_SUFFIXES)
         try:
-            addresses = [ipaddress.ip_address(address) for address in self._lookup(parts.hostname)]
+            addresses = list(self._lookup(parts.hostname))
         except OSError:
             raise InvalidRequestError.of(field, f"host {parts.hostname!r} is unknown", "not_found") from None
-        if not all(map(_is_public, addresses)):
+        if not all(map(is_public, addresses)):
             raise InvalidRequestError.of(
                 field, f"must not name a private address, got host {parts.hostname!r}"
             )
@@ -214,21 +266,6 @@ def _readable(field: str, name: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise InvalidRequestError.of(field, f"cannot be read: {error}, got {shown(name)!r}") from None
-
-
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-
-def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address is of one host on the internet; one that carries an IPv4 address is as that is."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if address in _NAT64:
-            return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        if address.sixtofour is not None:
-            return _is_public(address.sixtofour)
-        if address.is_site_local:
-            return False
-    return address.is_global and not address.is_multicast
 
 
 def _addresses(host: str) -> list[str]:

@@ -5,15 +5,18 @@
     PostTrainingError
     ├── InvalidRequestError        400  a field breaks a rule; carries the list of (loc, msg, type)
     ├── JobNotFoundError           404
+    ├── DatasetNotFoundError       404
     ├── ForbiddenError             403
     ├── JobConflictError           409  same job_uuid, another payload; or the job has already ended
     ├── RequestTooLargeError       413
     ├── RecordUnavailableError     503  MLflow or Airflow's database does not answer
+    ├── BusyError                  503  the service has no place left for the call
     ├── DataError                       the data set cannot be read or has bad rows
     ├── ModelError                      the base model cannot be found, read or adapted
     ├── HardwareError                   the machine cannot do what was asked
     ├── DivergenceError                 the loss is no longer a finite number
-    └── TrainerError                    the trainer process ended without a result
+    ├── TrainerError                    the trainer process ended without a result
+    └── SupersededError                 a newer attempt at the job runs: this one stops and writes nothing
 
 The message of each is one sentence that may be shown to the caller.
 """
@@ -59,6 +62,13 @@ class JobNotFoundError(PostTrainingError):
         self.job_uuid = job_uuid
 
 
+class DatasetNotFoundError(PostTrainingError):
+    """No data set of this id, or no version of it with this digest, is registered."""
+
+    def __init__(self, reference: str) -> None:
+        super().__init__(f"no data set {reference!r}")
+
+
 class ForbiddenError(PostTrainingError):
     """The caller is known and may not do this."""
 
@@ -73,6 +83,10 @@ class RequestTooLargeError(PostTrainingError):
 
 class RecordUnavailableError(PostTrainingError):
     """The job's record (MLflow or Airflow's database) does not answer."""
+
+
+class BusyError(PostTrainingError):
+    """The service does as much at once as it may; the call would have waited too long."""
 
 
 class DataError(PostTrainingError):
@@ -93,3 +107,7 @@ class DivergenceError(PostTrainingError):
 
 class TrainerError(PostTrainingError):
     """The trainer process ended without the result it owes."""
+
+
+class SupersededError(PostTrainingError):
+    """A newer attempt at the job runs; whoever meets this stops and writes nothing more."""

@@ -32,8 +32,19 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "Connection of type post_training: the HTTP API, and the defaults of the runtime block.",
     ),
     "pool": ("string", "default_pool", "Airflow pool that training tasks take their slots from."),
+    "keep_state_in_mlflow": (
+        "boolean",
+        "True",
+        "Whether the state that a retry goes on from is kept in MLflow too, for a retry on another worker;"
+        " not needed where the workers share home.",
+    ),
     "max_body_bytes": ("integer", "12582912", "Largest request body in bytes."),
     "max_data_uri_bytes": ("integer", "10485760", "Largest data: URI in bytes."),
+    "max_data_bytes": (
+        "integer",
+        "4294967296",
+        "Largest file in bytes that a trainer fetches from elsewhere.",
+    ),
 }
 """Setting -> (type, default, description)."""
 

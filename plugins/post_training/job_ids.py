@@ -15,6 +15,10 @@ REQUEST_DAGS = frozenset(REQUESTS)
 """DAGs behind the HTTP API and the form: one run is one job."""
 
 
+TRAINING_OPERATORS = ("SupervisedFineTuneOperator", "PreferenceOptimizeOperator")
+"""Class names by which the task-instance table knows the tasks that are jobs."""
+
+
 @dataclass(frozen=True)
 class TaskKey:
     """One task of one DAG run; ``map_index`` is -1 where the task is not mapped."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, Protocol
 
 from post_training.airflow_runs import JobTask, RunExistsError
@@ -18,7 +18,8 @@ from post_training.errors import (
     RecordUnavailableError,
 )
 from post_training.job_ids import TaskKey, candidate_keys
-from post_training.reconcile import OF_MLFLOW, Verdict, reconcile
+from post_training.keyed_locks import KeyedLocks
+from post_training.mending import Mender, failure
 from post_training.record import new_run
 from post_training.schemas import record as names
 from post_training.schemas.flat import flatten
@@ -27,22 +28,14 @@ from post_training.schemas.jobs import (
     ListPostTrainingJobsResponse,
     PostTrainingJob,
     PostTrainingJobArtifactsResponse,
-    PostTrainingJobLogStream,
     PostTrainingJobStatusResponse,
+    ReconcileJobsResponse,
 )
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rules import unsupported
 from post_training.tracking import JobRun, Tracking
 
 logger = logging.getLogger(__name__)
-
-
-SUBMIT_TIME = timedelta(minutes=10)
-"""A run without a task that is younger may be one whose submit is under way."""
-
-
-END_TIME = timedelta(seconds=30)
-"""Airflow fails a task before its process knows; the process has up to two heartbeats to end."""
 
 
 class Access(Protocol):
@@ -70,13 +63,13 @@ class Runs(Protocol):
 
     def dag_ids(self) -> set[str]: ...
 
-    def cancel(self, key: TaskKey) -> None: ...
+    def was_stopped(self, task: JobTask) -> bool: ...
 
-    def log_lines(self, task: JobTask) -> list[str]: ...
+    def cancel(self, key: TaskKey, user_name: str) -> None: ...
 
 
 class JobService:
-    """Submit, list, status, cancel, artifacts and logs of jobs.
+    """Submit, list, status, cancel and artifacts of jobs.
 
     :param runs: the jobs' tasks in Airflow.
     :param tracking: makes the access to the jobs' runs in MLflow; called anew for each use, so that a
@@ -88,6 +81,8 @@ class JobService:
         self._runs = runs
         self._tracking = tracking
         self._resolver = resolver
+        self._mender = Mender(runs, tracking)
+        self._submitting = KeyedLocks()
 
     def submit(self, request: AnyTrainingRequest, access: Access) -> PostTrainingJob:
         """Start a job, or find the one that the same request started before.
@@ -100,28 +95,32 @@ class JobService:
         dag_id = request.method
         if not access.may_trigger(dag_id):
             raise ForbiddenError(f"{access.user_name} may not start runs of the DAG {dag_id!r}")
+        with self._submitting.hold(request.job_uuid):
+            self._submit(request, dag_id, access)
+        return PostTrainingJob(job_uuid=request.job_uuid)
+
+    def _submit(self, request: AnyTrainingRequest, dag_id: str, access: Access) -> None:
         conf = flatten(request)
         if self._is_known(request.job_uuid, dag_id, conf):
-            return PostTrainingJob(job_uuid=request.job_uuid)
+            return
         self._refuse_taken_names(request.job_uuid)
         problems = unsupported(request)
         if problems:
             raise InvalidRequestError(problems)
         self._resolver.check(request)
         key = TaskKey(dag_id, request.job_uuid, names.REQUEST_TASK_ID)
-        run = self._tracking().create_run(**new_run(request, key))
+        run = self._tracking().create_run(**new_run(request, key, self._resolver.pins(request)))
         try:
             self._runs.trigger(
                 dag_id, request.job_uuid, {**conf, names.CONF_MLFLOW_RUN: run.run_id}, access.user_name
             )
-        except RunExistsError:
+        except RunExistsError:  # another api-server was faster
             self._discard(run)
             if not self._is_known(request.job_uuid, dag_id, conf):
                 raise RecordUnavailableError(f"job {request.job_uuid!r} is being started") from None
         except Exception:
             self._discard(run)
             raise
-        return PostTrainingJob(job_uuid=request.job_uuid)
 
     def _is_known(self, job_uuid: str, dag_id: str, conf: dict[str, Any]) -> bool:
         known = self._runs.find(job_uuid)
@@ -158,8 +157,8 @@ class JobService:
 
         :raises JobNotFoundError: if there is no such job, or the caller may not see it.
         """
-        task, run = self._locate(job_uuid, access)
-        verdict = self._mended(task, run)
+        task, run = self.locate(job_uuid, access)
+        verdict = self._mender.mended(task, run)
         ended_at = run.ended_at if run is not None else None
         return PostTrainingJobStatusResponse(
             job_uuid=job_uuid,
@@ -171,29 +170,15 @@ class JobService:
             else None,
             resources_allocated=_resources(run),
             checkpoints=self._tracking().checkpoints(run) if run is not None else [],
-            error=_error(verdict, run),
+            error=failure(verdict, run),
         )
-
-    def _mended(self, task: JobTask | None, run: JobRun | None) -> Verdict:
-        if task is None and run is not None and datetime.now(UTC) - run.created_at < SUBMIT_TIME:
-            return Verdict(OF_MLFLOW[run.status])
-        verdict = reconcile(
-            run.status if run is not None else None,
-            task.state if task is not None else None,
-            has_task=task is not None,
-        )
-        if verdict.mend is not None and task is not None and _ended_just_now(task):
-            return Verdict(JobStatus.in_progress)
-        if verdict.mend is not None and run is not None:
-            self._tracking().set_status(run.run_id, verdict.mend, error=_error(verdict, run))
-        return verdict
 
     def artifacts(self, job_uuid: str, access: Access) -> PostTrainingJobArtifactsResponse:
         """Return a job's checkpoints, oldest first.
 
         :raises JobNotFoundError: if there is no such job, or the caller may not see it.
         """
-        _, run = self._locate(job_uuid, access)
+        _, run = self.locate(job_uuid, access)
         checkpoints = self._tracking().checkpoints(run) if run is not None else []
         return PostTrainingJobArtifactsResponse(job_uuid=job_uuid, checkpoints=checkpoints)
 
@@ -204,31 +189,33 @@ class JobService:
         :raises ForbiddenError: if the caller may see but not stop it.
         :raises JobConflictError: if it has ended.
         """
-        task, run = self._locate(job_uuid, access)
+        task, run = self.locate(job_uuid, access)
         if task is not None and not access.may_cancel(task.key.dag_id):
             raise ForbiddenError(f"{access.user_name} may not stop runs of the DAG {task.key.dag_id!r}")
-        status = self._mended(task, run).status
-        if task is None or status.ended:
+        status = self._mender.mended(task, run).status
+        ended = status.ended and status is not JobStatus.cancelled
+        if task is None or ended or not self._mender.evidence(task, run).task_lives:
             raise JobConflictError(f"job {job_uuid!r} has ended: {status.value}")
-        if run is not None:  # first, so that without MLflow nothing has happened yet
-            self._tracking().set_tags(run.run_id, {names.TAG_CANCELLED_ATTEMPT: str(task.attempt)})
+        if run is not None:  # first: from here on the job is cancelled, whatever fails
+            self._tracking().set_tags(run.run_id, {names.TAG_CANCELLED_ATTEMPT: task.attempt_id})
             self._tracking().set_status(run.run_id, "KILLED")
-        self._runs.cancel(task.key)
+        self._runs.cancel(task.key, access.user_name)
 
-    def logs(self, job_uuid: str, access: Access) -> PostTrainingJobLogStream:
-        """Return the lines of a job's log so far, all attempts.
+    def reconcile(self, access: Access) -> ReconcileJobsResponse:
+        """Bring MLflow's open runs and Airflow's tasks to agree, as far as the caller may change them.
+
+        :raises ForbiddenError: if the caller may stop no job at all.
+        :raises RecordUnavailableError: if MLflow or Airflow does not answer.
+        """
+        if not any(map(access.may_cancel, self._runs.dag_ids())):
+            raise ForbiddenError(f"{access.user_name} may not stop jobs")
+        return self._mender.reconcile_all(access.may_cancel)
+
+    def locate(self, job_uuid: str, access: Access) -> tuple[JobTask | None, JobRun | None]:
+        """Find a job's task and run; a job that Airflow has forgotten is found by its run's tags.
 
         :raises JobNotFoundError: if there is no such job, or the caller may not see it.
-        :raises ForbiddenError: if the caller may see the job but no logs.
         """
-        task, _ = self._locate(job_uuid, access)
-        if task is not None and not access.may_read_logs(task.key.dag_id):
-            raise ForbiddenError(f"{access.user_name} may not read logs of the DAG {task.key.dag_id!r}")
-        lines = self._runs.log_lines(task) if task is not None else []
-        return PostTrainingJobLogStream(job_uuid=job_uuid, log_lines=lines)
-
-    def _locate(self, job_uuid: str, access: Access) -> tuple[JobTask | None, JobRun | None]:
-        """Find a job's task and run; a job that Airflow has forgotten is found by its run's tags."""
         task = self._runs.find(job_uuid)
         run = self._run_of(job_uuid, task)
         dag_id = task.key.dag_id if task is not None else (run.tags.get(names.TAG_DAG_ID) if run else None)
@@ -244,11 +231,6 @@ class JobService:
         return self._tracking().find(job_uuid)
 
 
-def _ended_just_now(task: JobTask) -> bool:
-    """Whether the task's process may still be ending, and about to write how into the record."""
-    return task.ended_at is not None and datetime.now(UTC) - task.ended_at < END_TIME
-
-
 def _scheduled_at(task: JobTask | None, run: JobRun | None) -> datetime | None:
     if task is not None:
         return task.scheduled_at
@@ -258,10 +240,3 @@ def _scheduled_at(task: JobTask | None, run: JobRun | None) -> datetime | None:
 def _resources(run: JobRun | None) -> dict[str, Any] | None:
     text = run.tags.get(names.TAG_RESOURCES) if run is not None else None
     return json.loads(text) if text else None
-
-
-def _error(verdict: Verdict, run: JobRun | None) -> str | None:
-    if verdict.status.value != "failed":
-        return None
-    recorded = run.tags.get(names.TAG_ERROR) if run is not None else None
-    return recorded or "The Airflow task ended without a result; its log says more."

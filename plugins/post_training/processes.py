@@ -42,20 +42,20 @@ def session_alive(session: SessionRecord) -> bool:
     return bool(_members(session))
 
 
-def end_session(session: SessionRecord, *, grace: float = 20.0) -> None:
-    """Ask every process of the session to end, then kill what is left.
+def end_sessions(*sessions: SessionRecord, grace: float = 20.0) -> None:
+    """Ask every process of the sessions to end, then kill what is left.
 
     Descendants that lead sessions of their own are ended with it as long as their parents live.
 
     :param grace: seconds between SIGTERM and SIGKILL.
     :raises RuntimeError: if a process survives SIGKILL.
     """
-    known = _members(session)
+    known = _members(*sessions)
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, _KILL_PATIENCE)):
-        known |= _members(session)
+        known |= _members(*sessions)
         _signal_groups(known, number)
         deadline = monotonic() + patience
-        while alive := _alive(known | _members(session)):
+        while alive := _alive(known | _members(*sessions)):
             if monotonic() > deadline:
                 break
             sleep(0.05)
@@ -64,22 +64,39 @@ def end_session(session: SessionRecord, *, grace: float = 20.0) -> None:
     raise RuntimeError(f"processes survived SIGKILL: {sorted(process.pid for process in alive)}")
 
 
-def _members(session: SessionRecord) -> set[psutil.Process]:
-    """Find the session's processes, and the leader's other descendants."""
-    try:
-        leader = psutil.Process(session.pid)
-        descendants = set(leader.children(recursive=True)) | {leader}
-        if abs(leader.create_time() - session.started) > _SAME_START_SECONDS:
-            return set()  # the pid was given away, so nothing of the session can be left
-        leader_lives = True
-    except psutil.NoSuchProcess:
-        descendants, leader_lives = set(), False
-    found = {
-        process
-        for process in psutil.process_iter()
-        if _session_id(process) == session.pid and (leader_lives or _works_in(process, session.folder))
-    }
-    return _alive(found | descendants)
+def kill_session(session: SessionRecord) -> None:
+    """Send SIGKILL to every process of the session at once, without a word before."""
+    _signal_groups(_members(session), signal.SIGKILL)
+
+
+def kill_leader(session: SessionRecord) -> None:
+    """Send SIGKILL to the leader alone; what it has started goes on."""
+    for process in _members(session):
+        if process.pid == session.pid:
+            process.kill()
+
+
+def _members(*sessions: SessionRecord) -> set[psutil.Process]:
+    """Find the sessions' processes, and the leaders' other descendants."""
+    found: set[psutil.Process] = set()
+    folders: dict[int, str | None] = {}  # by session id; None where the leader lives, and so holds the id
+    for session in sessions:
+        try:
+            leader = psutil.Process(session.pid)
+            descendants = set(leader.children(recursive=True)) | {leader}
+            if abs(leader.create_time() - session.started) > _SAME_START_SECONDS:
+                continue  # the pid was given away, so nothing of the session can be left
+            found |= descendants
+            folders[session.pid] = None
+        except psutil.NoSuchProcess:
+            folders[session.pid] = session.folder
+    for process in psutil.process_iter():
+        session_id = _session_id(process)
+        if session_id in folders:
+            folder = folders[session_id]
+            if folder is None or _works_in(process, folder):
+                found.add(process)
+    return _alive(found)
 
 
 def _alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from post_training.job_ids import TaskKey, job_uuid_of
@@ -10,14 +11,19 @@ from post_training.schemas.flat import stated
 from post_training.schemas.requests import AnyTrainingRequest
 
 
-def new_run(request: AnyTrainingRequest, key: TaskKey) -> dict[str, Any]:
-    """Return the arguments with which ``Tracking.create_run`` makes the run of a task's job."""
+def new_run(
+    request: AnyTrainingRequest, key: TaskKey, pins: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the arguments with which ``Tracking.create_run`` makes the run of a task's job.
+
+    :param pins: tags with the versions of registered data sets that the job reads.
+    """
     return {
         "name": request.logger_config.get("run_name") or request.job_uuid,
         "experiment": request.logger_config.get("experiment_name"),
-        "tags": run_tags(request, key),
+        "tags": run_tags(request, key) | dict(pins or {}),
         "params": run_params(request),
-        "request": request.model_dump(mode="json"),
+        "request": _without_keys(request.model_dump(mode="json")),
     }
 
 
@@ -52,6 +58,12 @@ def _shown(value: Any) -> Any:
     scheme = value.partition(":")[0].lower() if isinstance(value, str) else ""
     if scheme == "data":
         return f"data: URI of {len(value)} characters"
-    if scheme == "https":
-        return value.partition("?")[0]  # a signed address carries its key behind it
-    return value
+    return _without_keys(value)
+
+
+def _without_keys(value: Any) -> Any:
+    """Cut the query of every https address, where a signed one carries its key."""
+    if isinstance(value, dict):
+        return {name: _without_keys(item) for name, item in value.items()}
+    is_https = isinstance(value, str) and value.lower().startswith("https:")
+    return value.partition("?")[0] if is_https else value

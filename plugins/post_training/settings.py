@@ -22,8 +22,10 @@ class Settings:
     mlflow_conn_id: str
     post_training_conn_id: str
     pool: str
+    keep_state_in_mlflow: bool
     max_body_bytes: int
     max_data_uri_bytes: int
+    max_data_bytes: int
 
 
 def load_settings() -> Settings:
@@ -40,8 +42,12 @@ def load_settings() -> Settings:
         mlflow_conn_id=_get("mlflow_conn_id"),
         post_training_conn_id=_get("post_training_conn_id"),
         pool=_get("pool"),
+        keep_state_in_mlflow=conf.getboolean(
+            SECTION, "keep_state_in_mlflow", fallback=OPTIONS["keep_state_in_mlflow"][1] == "True"
+        ),
         max_body_bytes=_positive("max_body_bytes"),
         max_data_uri_bytes=_positive("max_data_uri_bytes"),
+        max_data_bytes=_positive("max_data_bytes"),
     )
 
 

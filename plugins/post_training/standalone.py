@@ -1,6 +1,6 @@
-"""Airflow and MLflow as child processes on loopback, for a demo and for tests.
+"""Airflow's servers and MLflow's as child processes on loopback, for a demo and for tests.
 
-``python -m post_training.standalone start --home FOLDER --dags-folder DAGS`` starts both and
+``python -m post_training.standalone start --home FOLDER --dags-folder DAGS`` starts them and
 leaves them running; ``stop --home FOLDER`` ends them.
 """
 
@@ -10,34 +10,40 @@ import argparse
 import json
 import os
 import secrets
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic, sleep
 
 import httpx
 
-from post_training.processes import SessionRecord, end_session, session_alive
-from post_training.standalone_layout import LOOPBACK, Layout, Ports, free_ports, server_environment
+from post_training.standalone_layout import (
+    AIRFLOW_SERVERS,
+    MIGRATE,
+    SERVERS,
+    Layout,
+    Ports,
+    free_ports,
+    server_command,
+    server_environment,
+)
+from post_training.standalone_servers import ServerProcesses, write_private
 
 DAG_IDS = ("supervised_fine_tune", "preference_optimize")
 SERVERS_FILE = "servers.json"
 _AIRFLOW_HEALTH = "/api/v2/monitor/health"
-_LOG_TAIL_LINES = 40
 
 
 class Standalone:
-    """Both servers of one home folder; ``with`` starts and stops them.
+    """The servers of one home folder; ``with`` starts and stops them.
 
     :param home: holds databases, artifacts, logs, passwords and jobs; kept after ``stop``.
     :param airflow_port: None picks a free one; so for ``mlflow_port``.
     :param allowed_roots: folders from which requests may read data and models.
     :param dag_ids: ``start`` waits for these DAGs and switches them on; others stay paused.
     :param users: Airflow's ``name:role`` pairs, comma separated; ``admin`` must be among them.
-    :param extra_env: environment of both servers, above everything set here.
+    :param extra_env: environment of all servers, above everything set here.
     :param timeout: seconds in which ``start`` must succeed.
     """
 
@@ -61,7 +67,7 @@ class Standalone:
         self._dag_ids = tuple(dag_ids)
         self._extra_env = dict(extra_env or {})
         self._timeout = timeout
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._servers = ServerProcesses(self.layout.home)
 
     @classmethod
     def attach(cls, home: Path) -> Standalone:
@@ -74,11 +80,13 @@ class Standalone:
             home,
             dags_folder=Path(state["dags_folder"]),
             allowed_roots=[Path(root) for root in state["allowed_roots"]],
-            airflow_port=state["airflow"]["port"],
-            mlflow_port=state["mlflow"]["port"],
+            dag_ids=state["dag_ids"],
             users=state["users"],
+            extra_env=state["extra_env"],
         )
-        if not any(session_alive(session) for session in found._sessions()):
+        found.layout = replace(found.layout, ports=Ports(**state["ports"]))
+        found._servers.adopt(state["sessions"])
+        if not found._servers.alive():
             raise FileNotFoundError(f"no servers run under {home}")
         return found
 
@@ -104,39 +112,69 @@ class Standalone:
         return self.layout.service_url
 
     def start(self) -> Standalone:
-        """Start both servers and wait until they answer and know the DAGs.
+        """Start all servers and wait until they answer and know the DAGs.
 
         :raises RuntimeError: if they run already under this home, one dies (with the end of
             its log), or time runs out. Whatever was started is stopped again.
         """
         home = self.layout.home
-        if any(session_alive(session) for session in self._sessions()):
+        with suppress(FileNotFoundError):
+            Standalone.attach(home)
             raise RuntimeError(f"servers are running under {home}: stop them first")
         for folder in ("airflow", "mlflow", "jobs"):
             (home / folder).mkdir(parents=True, exist_ok=True)
-        env = server_environment(self.layout, self._passwords(), os.environ, self._extra_env)
+        for name in (MIGRATE, *SERVERS):
+            self._servers.log_file(name).unlink(missing_ok=True)
         try:
-            for name, command in self._commands().items():
-                self._children[name] = self._spawn(name, command, env)
-                self._write_state()
-            self._wait_until_ready()
+            self.start_server("mlflow")
+            self.start_server(MIGRATE)  # alone: it writes airflow.cfg with the keys that the others share
+            deadline = monotonic() + self._timeout
+            self._wait_for(MIGRATE, lambda: self._servers.exit_code(MIGRATE) == 0, deadline)
+            self._servers.end([MIGRATE])
+            for name in AIRFLOW_SERVERS:
+                self.start_server(name)
+            self._wait_until_ready(deadline)
         except BaseException:
             self.stop()
             raise
         return self
 
+    def start_server(self, name: str) -> None:
+        """Start one of the servers, again or for the first time, and do not wait for it.
+
+        :raises RuntimeError: if its program is not installed.
+        """
+        env = server_environment(self.layout, self._passwords(), os.environ, self._extra_env)
+        self._servers.spawn(name, server_command(self.layout, name), env)
+        self._write_state()
+
+    def kill_server(self, name: str, *, session: bool = False) -> None:
+        """Send SIGKILL to one of the servers; ``start_server`` starts it again.
+
+        :param session: whether all that it has started dies with it: a scheduler's tasks and their trainers.
+        """
+        self._servers.kill(name, session=session)
+
+    def wait_until_ready(self) -> None:
+        """Wait until every server answers and knows the DAGs.
+
+        :raises RuntimeError: if one dies (with the end of its log), or time runs out.
+        """
+        self._wait_until_ready(monotonic() + self._timeout)
+
     def stop(self) -> None:
-        """End both servers and all that they started, whoever started them. May be repeated.
+        """End all servers and all that they started, whoever started them. May be repeated.
 
         :raises RuntimeError: if a process cannot be killed.
         """
-        running = [child.pid for child in self._children.values() if child.poll() is None]
-        for session in self._sessions() or [SessionRecord.of(pid, self.layout.home) for pid in running]:
-            end_session(session)
-        for child in self._children.values():
-            child.wait()
-        self._children.clear()
-        (self.layout.home / SERVERS_FILE).unlink(missing_ok=True)
+        file = self.layout.home / SERVERS_FILE
+        with suppress(FileNotFoundError):  # another process may have started one of them again
+            self._servers.adopt(json.loads(file.read_text())["sessions"])
+        # Asked to end, it waits ten seconds for nothing; all that it knows is in the database.
+        self._servers.kill("triggerer", session=True)
+        self._servers.end((MIGRATE, *AIRFLOW_SERVERS))
+        self._servers.end(["mlflow"])  # last, so that tasks that end can still reach it
+        file.unlink(missing_ok=True)
 
     def password(self, user: str = "admin") -> str:
         """The user's password, made once for each home.
@@ -154,32 +192,9 @@ class Standalone:
         answer = httpx.post(f"{self.airflow_url}/auth/token", json=body, timeout=30)
         return str(answer.raise_for_status().json()["access_token"])
 
-    def _commands(self) -> dict[str, list[str]]:
-        home = self.layout.home / "mlflow"
-        mlflow = ["mlflow", "server", "--host", LOOPBACK, "--port", str(self.layout.ports.mlflow)]
-        mlflow += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--workers", "1"]
-        mlflow += ["--artifacts-destination", str(home / "artifacts"), "--serve-artifacts"]
-        return {"airflow": ["airflow", "standalone"], "mlflow": mlflow}
-
-    def _spawn(self, name: str, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
-        program = shutil.which(command[0], path=env["PATH"])
-        if program is None:
-            raise RuntimeError(f"{command[0]} is not installed beside {sys.executable}")
-        with self._log_file(name).open("wb") as log:
-            return subprocess.Popen(  # noqa: S603
-                [program, *command[1:]],
-                env=env,
-                cwd=self.layout.home,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def _wait_until_ready(self) -> None:
-        deadline = monotonic() + self._timeout
+    def _wait_until_ready(self, deadline: float) -> None:
         self._wait_for("mlflow", lambda: _healthy(f"{self.mlflow_url}/health"), deadline)
-        self._wait_for("airflow", lambda: _healthy(f"{self.airflow_url}{_AIRFLOW_HEALTH}"), deadline)
+        self._wait_for("api-server", lambda: _healthy(f"{self.airflow_url}{_AIRFLOW_HEALTH}"), deadline)
         headers = {"Authorization": f"Bearer {self.token()}"}
         with httpx.Client(base_url=f"{self.airflow_url}/api/v2", headers=headers, timeout=30) as api:
             waiting = set(self._dag_ids)
@@ -188,39 +203,29 @@ class Standalone:
                 waiting.difference_update({dag_id for dag_id in waiting if _switch_on(api, dag_id)})
                 return not waiting
 
-            self._wait_for("airflow", all_on, deadline)
+            self._wait_for("dag-processor", all_on, deadline)
 
     def _wait_for(self, name: str, condition: Callable[[], bool], deadline: float) -> None:
         while not condition():
-            for child_name, child in self._children.items():
-                if child.poll() is not None:
-                    raise RuntimeError(f"{child_name} ended while starting:\n{self._log_tail(child_name)}")
+            if died := self._servers.died(may_finish=MIGRATE):
+                raise RuntimeError(f"{died} ended while starting:\n{self._servers.log_tail(died)}")
             if monotonic() > deadline:
-                raise RuntimeError(f"{name} was not ready in {self._timeout:g} s:\n{self._log_tail(name)}")
+                raise RuntimeError(
+                    f"{name} was not ready in {self._timeout:g} s:\n{self._servers.log_tail(name)}"
+                )
             sleep(0.25)
-
-    def _sessions(self) -> list[SessionRecord]:
-        """What is written down; Airflow first, so that its tasks can still reach MLflow."""
-        try:
-            state = json.loads((self.layout.home / SERVERS_FILE).read_text())
-        except FileNotFoundError:
-            return []
-        servers = [state[name] for name in ("airflow", "mlflow")]
-        return [SessionRecord(**server["session"]) for server in servers if server["session"]]
 
     def _write_state(self) -> None:
         state: dict[str, object] = {
             "dags_folder": str(self.layout.dags_folder),
             "allowed_roots": [str(root) for root in self.layout.allowed_roots],
             "users": self.layout.users,
+            "dag_ids": self._dag_ids,
+            "extra_env": self._extra_env,
+            "ports": asdict(self.layout.ports),
+            "sessions": self._servers.written(),
         }
-        addresses = {"airflow": self.airflow_url, "mlflow": self.mlflow_url}
-        for name, url in addresses.items():
-            child = self._children.get(name)
-            session = asdict(SessionRecord.of(child.pid, self.layout.home)) if child else None
-            port = getattr(self.layout.ports, name)
-            state[name] = {"port": port, "url": url, "log": str(self._log_file(name)), "session": session}
-        _write_private(self.layout.home / SERVERS_FILE, state)
+        write_private(self.layout.home / SERVERS_FILE, state)
 
     def _passwords(self) -> dict[str, str]:
         file = self.layout.passwords_file
@@ -229,23 +234,8 @@ class Standalone:
         new = {name: secrets.token_urlsafe(18) for name in names if name not in known}
         if new:
             self.layout.home.mkdir(parents=True, exist_ok=True)
-            _write_private(file, known | new)
+            write_private(file, known | new)
         return known | new
-
-    def _log_file(self, name: str) -> Path:
-        return self.layout.home / f"{name}.log"
-
-    def _log_tail(self, name: str) -> str:
-        lines = self._log_file(name).read_text(errors="replace").splitlines()
-        return "\n".join(lines[-_LOG_TAIL_LINES:])
-
-
-def _write_private(file: Path, content: Mapping[str, object]) -> None:
-    draft = file.with_suffix(".tmp")
-    draft.unlink(missing_ok=True)
-    draft.touch(mode=0o600)
-    draft.write_text(json.dumps(content, indent=1))
-    draft.replace(file)
 
 
 def _healthy(url: str) -> bool:
@@ -268,10 +258,10 @@ def _switch_on(api: httpx.Client, dag_id: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Start both servers and leave them, or stop them."""
+    """Start the servers and leave them, or stop them."""
     parser = argparse.ArgumentParser(prog="python -m post_training.standalone", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    start = commands.add_parser("start", help="start both servers and leave them running")
+    start = commands.add_parser("start", help="start the servers and leave them running")
     stop = commands.add_parser("stop", help="end the servers of a home folder")
     for command in (start, stop):
         command.add_argument("--home", type=Path, required=True, help="folder of databases, logs and jobs")

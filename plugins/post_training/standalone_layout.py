@@ -1,4 +1,4 @@
-"""What a standalone Airflow and MLflow are told: ports, folders, users, environment."""
+"""What a standalone Airflow and MLflow are told: ports, folders, users, commands, environment."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from pathlib import Path
 LOOPBACK = "127.0.0.1"
 
 
+MIGRATE = "migrate"
+"""What makes or mends Airflow's database, and its keys, before a server starts."""
+
+AIRFLOW_SERVERS = ("api-server", "scheduler", "dag-processor", "triggerer")
+SERVERS = (*AIRFLOW_SERVERS, "mlflow")
+
+
 @dataclass(frozen=True)
 class Ports:
     """TCP ports on loopback."""
@@ -26,7 +33,7 @@ class Ports:
 
 @dataclass(frozen=True)
 class Layout:
-    """What both servers are told: where things are and who may sign in.
+    """What all servers are told: where things are and who may sign in.
 
     :param users: Airflow's ``name:role`` pairs, comma separated.
     """
@@ -58,6 +65,18 @@ class Layout:
         return self.home / "passwords.json"
 
 
+def server_command(layout: Layout, name: str) -> list[str]:
+    """Return the command of one of ``SERVERS`` or of ``MIGRATE``."""
+    if name == MIGRATE:
+        return ["airflow", "db", "migrate"]
+    if name in AIRFLOW_SERVERS:
+        return ["airflow", name]
+    home = layout.home / "mlflow"
+    command = ["mlflow", "server", "--host", LOOPBACK, "--port", str(layout.ports.mlflow)]
+    command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--workers", "1"]
+    return [*command, "--artifacts-destination", str(home / "artifacts"), "--serve-artifacts"]
+
+
 def free_ports(count: int) -> list[int]:
     """Find TCP ports on loopback that nothing listens on, all different."""
     with ExitStack() as probes:
@@ -70,7 +89,7 @@ def free_ports(count: int) -> list[int]:
 def server_environment(
     layout: Layout, passwords: Mapping[str, str], inherited: Mapping[str, str], extra: Mapping[str, str]
 ) -> dict[str, str]:
-    """Build the environment of both servers.
+    """Build the environment of every server.
 
     Inherited settings of Airflow and MLflow are left out: a demo must not migrate the
     database that a shell happens to point to.
@@ -78,7 +97,7 @@ def server_environment(
     ours = {k: v for k, v in inherited.items() if not k.startswith(("AIRFLOW_", "MLFLOW_"))}
     bin_folder = str(Path(sys.executable).parent)
     ours["PATH"] = os.pathsep.join([bin_folder, inherited.get("PATH", os.defpath)])
-    return ours | _airflow_settings(layout) | _connections(layout, passwords) | dict(extra)
+    return ours | _airflow_settings(layout) | _RECOVERY | _connections(layout, passwords) | dict(extra)
 
 
 def _airflow_settings(layout: Layout) -> dict[str, str]:
@@ -101,8 +120,28 @@ def _airflow_settings(layout: Layout) -> dict[str, str]:
         "AIRFLOW__POST_TRAINING__ALLOWED_ROOTS": ",".join(map(str, layout.allowed_roots)),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight idle processes, over 1 GiB
+        "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "40",  # at 15 connections more callers at once stall for a minute
         "PYTHONUNBUFFERED": "1",
     }
+
+
+_RECOVERY = {
+    # A task whose supervisor died is started again after this and the interval of the check; Airflow's own
+    # five minutes are for clusters. An api-server must be back within it: heartbeats pass through it.
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
+    # A task that starts, and each heartbeat, waits a minute for an api-server that starts again, and sees
+    # within 5 s that it is back. By default they give up after 15 s of pauses, and a start that gives up is a
+    # lost attempt; so is one that a busy server has answered later than the default 5 s, for its repetition
+    # is refused.
+    "AIRFLOW__WORKERS__EXECUTION_API_RETRIES": "15",
+    "AIRFLOW__WORKERS__EXECUTION_API_RETRY_WAIT_MAX": "5",
+    "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "30",
+    # A scheduler takes over the tasks of one that was silent for so long, and looks for such this often. The
+    # defaults, 30 s and 300 s, leave them to nobody for five minutes if the new one starts within the 30 s.
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "20",
+    "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "15",
+}
 
 
 def _connections(layout: Layout, passwords: Mapping[str, str]) -> dict[str, str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError
@@ -19,6 +22,7 @@ from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 MAX_PARAM_LENGTH = 6_000
 """MLflow cuts longer values in silence."""
@@ -26,9 +30,12 @@ MAX_PARAM_LENGTH = 6_000
 _EXPERIMENT_KIND = "mlflow.experimentKind"
 """Without it MLflow's pages show the experiment as one of traces and prompts."""
 
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST"})
 """MLflow's words for what asking again would not change."""
 
+OPEN = ("SCHEDULED", "RUNNING")
 TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
 
 
@@ -101,24 +108,45 @@ class Tracking:
         params: Mapping[str, Any],
         request: dict[str, Any],
     ) -> JobRun:
-        """Make a SCHEDULED run that holds the request; on an error nothing is left.
+        """Make a SCHEDULED run that holds the request.
+
+        Its tags come last, and with them the job's id: what an outage leaves of it is no job's run, and is
+        deleted now or when all open runs are reconciled.
 
         :param experiment: the experiment's name; None is the server's default.
         """
-        with answers():
-            experiment_id = self._experiment_id(experiment or self.server.experiment)
-            run = self.client.create_run(experiment_id, tags=dict(tags), run_name=name)
+        with answers("logger_config"):
+            experiment_id = self.experiment_id(experiment or self.server.experiment)
+            whose = {names.TAG_DAG_ID} & tags.keys()
+            draft = {names.TAG_METHOD: "", **{key: tags[key] for key in whose}}
+            run = self.client.create_run(experiment_id, tags=draft, run_name=name)
+        run_id = run.info.run_id
         try:
-            with answers():
-                self.client.update_run(run.info.run_id, status="SCHEDULED")
-                self._log_params(run.info.run_id, params)
-                self.client.log_dict(run.info.run_id, request, names.ARTIFACT_REQUEST)
-                return _job_run(self.client.get_run(run.info.run_id))
+            with answers("logger_config"):
+                self.client.update_run(run_id, status="SCHEDULED")
+                self._log_request(run, request)
+                self._log_params(run_id, params, tags)
         except PostTrainingError:
-            self.discard(run.info.run_id)
+            with suppress(RecordUnavailableError):
+                self.discard(run_id)
             raise
+        made = _job_run(run)
+        return replace(made, status="SCHEDULED", tags={**made.tags, **tags})
 
-    def _experiment_id(self, name: str) -> str:
+    def _log_request(self, run: Run, request: dict[str, Any]) -> None:
+        """Upload the request; by the client's own method it would cost one more call for the run."""
+        with TemporaryDirectory() as folder:
+            file = Path(folder, names.ARTIFACT_REQUEST)
+            file.write_text(json.dumps(request, indent=2), encoding="utf-8")
+            self._artifacts(run).log_artifact(str(file))  # type: ignore[no-untyped-call]
+
+    def _artifacts(self, run: Run) -> ArtifactRepository:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(run.info.artifact_uri, tracking_uri=self.server.uri)
+
+    def experiment_id(self, name: str) -> str:
+        """Return the experiment's id; it is made if it is not there."""
         from mlflow.exceptions import MlflowException
 
         found = self.client.get_experiment_by_name(name)
@@ -134,12 +162,18 @@ class Tracking:
                 raise
             return str(found.experiment_id)
 
-    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
+    def _log_params(
+        self, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None
+    ) -> None:
+        """Write params, and the tags with the last of them."""
+        from mlflow.entities import Param, RunTag
 
         entries = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
-        for start in range(0, len(entries), 100):
-            self.client.log_batch(run_id, params=entries[start : start + 100])
+        pages = [entries[start : start + 100] for start in range(0, len(entries), 100)] or [[]]
+        for page in pages[:-1]:
+            self.client.log_batch(run_id, params=page)
+        own = [RunTag(key, value) for key, value in (tags or {}).items()]
+        self.client.log_batch(run_id, params=pages[-1], tags=own)
 
     def add_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Write the params that the run does not have yet; MLflow refuses to change one."""
@@ -153,9 +187,27 @@ class Tracking:
             self.client.log_artifact(run_id, str(path), folder)
 
     def discard(self, run_id: str) -> None:
-        """Delete a run that no job came to use; a server that does not answer leaves it SCHEDULED."""
+        """Delete a run that no job came to use."""
         with answers():
             self.client.delete_run(run_id)
+
+    def forget_state(self, run_id: str) -> None:
+        """Delete the state that a retry would have gone on from."""
+        with answers():
+            run = self.client.get_run(run_id)
+            if names.TAG_RESUME_STATE not in run.data.tags:
+                return
+            self._artifacts(run).delete_artifacts(names.ARTIFACT_RESUME)  # type: ignore[no-untyped-call]
+            self.client.delete_tag(run_id, names.TAG_RESUME_STATE)
+
+    def open_runs(self) -> list[JobRun]:
+        """Return every run of a job, or of one that was to be, that has not ended."""
+        with answers():
+            experiments = [e.experiment_id for e in self.client.search_experiments()]
+            runs = [
+                _job_run(run) for status in OPEN for run in self._runs(experiments, f"status = '{status}'")
+            ]
+        return [run for run in runs if names.TAG_METHOD in run.tags]
 
     def find(self, job_uuid: str) -> JobRun | None:
         """Return the job's run, the oldest if there are several, or None."""
@@ -175,6 +227,8 @@ class Tracking:
         """Return a run by its id, None where it does not exist or was deleted."""
         from mlflow.exceptions import MlflowException
 
+        if not _RUN_ID.fullmatch(run_id):  # it comes from a DAG run's conf, in which anything may stand
+            return None
         with answers():
             try:
                 run = self.client.get_run(run_id)
@@ -183,6 +237,16 @@ class Tracking:
                     return None
                 raise
         return _job_run(run) if run.info.lifecycle_stage == "active" else None
+
+    def _runs(self, experiments: list[str], wanted: str) -> Iterator[Run]:
+        """Yield the runs that a filter finds, of every page."""
+        token: str | None = None
+        while True:
+            page = self.client.search_runs(experiments, wanted, max_results=1000, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
 
     def set_status(self, run_id: str, status: str, *, error: str | None = None) -> None:
         """Write the run's status, and the one sentence that says why it failed.
@@ -238,8 +302,11 @@ class Tracking:
 
 
 @contextmanager
-def answers() -> Iterator[None]:
-    """Turn every failure of the server into the one error that callers know."""
+def answers(field: str | None = None) -> Iterator[None]:
+    """Turn every failure of the server into the one error that callers know.
+
+    :param field: of the request, that is to blame where the server calls what it is given invalid.
+    """
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException  # noqa: PLC0415
 
@@ -247,8 +314,8 @@ def answers() -> Iterator[None]:
         yield
     except (MlflowException, RequestException, OSError) as error:
         first_line = str(error).partition("\n")[0][:200]
-        if isinstance(error, MlflowException) and error.error_code in _REFUSALS:
-            raise InvalidRequestError.of("logger_config", f"MLflow refuses it: {first_line}") from error
+        if field and isinstance(error, MlflowException) and error.error_code in _REFUSALS:
+            raise InvalidRequestError.of(field, f"MLflow refuses it: {first_line}") from error
         raise RecordUnavailableError(f"MLflow does not answer: {first_line}") from error
 
 

@@ -89,7 +89,7 @@ def _decoded(path: str) -> str:
 
 def shown(uri: str) -> str:
     """Return the start of a URI, a malformed one too, without what may be a secret."""
-    return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", uri, flags=re.DOTALL)[:200]
+    return re.sub(r"(?<=[:/])[^/?#]*@|[?#].*", "", uri, flags=re.DOTALL)[:200]
 
 
 def check_suffix(field: str, path: str, suffixes: tuple[str, ...]) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from fastapi import FastAPI, HTTPException, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.testclient import TestClient
 
 from post_training.api.app import create_app
+from post_training.dataset_registry import DatasetService
 from post_training.jobs import JobService
-from tests.fakes import FakeAccess, FakeRuns, FakeTracking
+from post_training.logs import LogService
+from tests.fakes import FakeAccess, FakeDatasetRecords, FakeRuns, FakeTracking
+from tests.test_datasets import resolver_of
 from tests.test_jobs import Accepting
 
 PREFIXES = ("/v1/post-training", "/v1alpha/post-training")
@@ -22,13 +27,16 @@ class Deployment:
     def __init__(self) -> None:
         self.runs, self.tracking, self.resolver = FakeRuns(), FakeTracking(), Accepting()
         self.service = JobService(self.runs, lambda: self.tracking, self.resolver)  # type: ignore[arg-type, return-value]
+        self.records = FakeDatasetRecords()
+        self.datasets = DatasetService(self.records, resolver_of(Path("/allowed")))  # type: ignore[arg-type]
+        self.logs = LogService(self.runs, self.service)
         self.callers = {
             "admin": FakeAccess("admin"),
             "viewer": FakeAccess("viewer", trigger=False, cancel=False),
             "stranger": FakeAccess("stranger", read=False, trigger=False, cancel=False),
         }
 
-        def current_access(
+        async def current_access(
             token: HTTPAuthorizationCredentials = Security(HTTPBearer()),
         ) -> FakeAccess:
             caller = self.callers.get(token.credentials)
@@ -36,7 +44,14 @@ class Deployment:
                 raise HTTPException(401, "Not authenticated")
             return caller
 
-        self.app: FastAPI = create_app(self.service, current_access, max_body_bytes=LIMIT)
+        self.current_access = current_access
+        self.app: FastAPI = create_app(
+            self.service,
+            self.datasets,
+            self.logs,
+            current_access,
+            max_body_bytes=LIMIT,
+        )
 
     def client(self, caller: str = "admin") -> TestClient:
         return TestClient(

@@ -31,7 +31,7 @@ TYPED = {
 def dags() -> dict[str, DAG]:
     bag = DagBag(DAGS)
     assert bag.import_errors == {}
-    return bag.dags
+    return {dag_id: dag for dag_id, dag in bag.dags.items() if dag_id != "reconcile"}
 
 
 def conf_of(dag: DAG, conf: dict[str, Any]) -> dict[str, Any]:

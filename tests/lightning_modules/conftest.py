@@ -1,20 +1,27 @@
-"""A tiny model, its tokenizer, and specs that train it in seconds."""
+"""A tiny model, its tokenizer, specs that train it in seconds, and a run on a real MLflow server."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.record import open_record
-from post_training.schemas.trainer import TrainerSpec
+from post_training.schemas.requests import SupervisedFineTuneRequest
+from post_training.schemas.trainer import TrackingTarget, TrainerSpec
 from tests.lightning_modules.tiny import LORA, PAIRS, ROWS
+from tests.requests_of import sft_body
 from tests.tiny_model import train_tokenizer, write_tiny_model
+
+if TYPE_CHECKING:
+    from tests.conftest import MLflowServer
 
 HERE = Path(__file__).parent
 LIBRARY_WARNINGS = (
@@ -160,3 +167,52 @@ def run(make_spec: SpecMaker) -> Callable[..., Any]:
             record.close()
 
     return train
+
+
+@pytest.fixture
+def server(mlflow_server: MLflowServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[MLflowServer]:
+    """The shared server, running again at the end whatever a test did to it; clients give up soon."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)  # for what no client offers
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    yield mlflow_server
+    if not mlflow_server.running:
+        mlflow_server.start()
+
+
+@pytest.fixture
+def client(server: MLflowServer) -> MlflowClient:
+    """A client of the server."""
+    return MlflowClient(server.uri)
+
+
+@pytest.fixture
+def run_id(client: MlflowClient) -> str:
+    """A new run."""
+    return str(client.create_run("0").info.run_id)
+
+
+@pytest.fixture
+def spec(server: MLflowServer, run_id: str, tmp_path: Path) -> TrainerSpec:
+    """A spec that nothing trains: its record is the new run."""
+    return TrainerSpec(
+        request=SupervisedFineTuneRequest.model_validate(sft_body()),
+        model="/model",
+        train_data="/train.jsonl",
+        validation_data=None,
+        checkpoint_dir=None,
+        work_dir=tmp_path / "job",
+        attempt=1,
+        tracking=TrackingTarget(tracking_uri=server.uri, run_id=run_id),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint's folder, one file in a folder below it."""
+    made = tmp_path / "checkpoint"
+    (made / "tokenizer").mkdir(parents=True)
+    (made / "adapter.safetensors").write_bytes(os.urandom(100_000))
+    (made / "tokenizer" / "vocab.json").write_text("{}")
+    return made

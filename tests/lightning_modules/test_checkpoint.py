@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -16,8 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_modules.attempts import Inputs
 from lightning_modules.checkpoint import (
     SAVE_INTERVAL_SECONDS,
+    SAVE_SHARE,
+    SaveInterval,
     prune,
     random_state,
     restore_random_state,
@@ -26,6 +30,7 @@ from lightning_modules.job import prepare_job
 from lightning_modules.module import PostTraining, StopRequestedError
 from lightning_modules.record import JobRecord, open_record
 from post_training.schemas.trainer import TrainerSpec
+from post_training.schemas.training import RuntimeConfig
 from tests.lightning_modules.tiny import LORA
 
 Run = Callable[..., Any]
@@ -97,6 +102,85 @@ def test_prune_counts_epochs_as_numbers(tmp_path: Path) -> None:
         (tmp_path / f"epoch-{epoch}").mkdir()
     prune(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"epoch-9", "epoch-10"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "interval"),
+    [
+        ({}, SaveInterval(None, SAVE_INTERVAL_SECONDS, SAVE_SHARE)),
+        ({"save_every_n_steps": 3}, SaveInterval(3, None)),
+        ({"save_every_n_minutes": 1.5}, SaveInterval(None, 90.0, 1.0)),
+        ({"save_every_n_steps": 3, "save_every_n_minutes": 1.5}, SaveInterval(3, 90.0, 1.0)),
+    ],
+)
+def test_what_is_asked_for_decides_when_the_state_is_saved(
+    asked: dict[str, Any], interval: SaveInterval
+) -> None:
+    assert SaveInterval.of(RuntimeConfig(**asked)) == interval
+
+
+@pytest.mark.parametrize(
+    ("interval", "took", "pause"),
+    [
+        (SaveInterval(), 0.0, SAVE_INTERVAL_SECONDS),
+        (SaveInterval(), 1.0, 60.0),  # 1 s is 2 % of 50 s
+        (SaveInterval(), 3.0, 150.0),
+        (SaveInterval(None, 90.0, 1.0), 3.0, 90.0),
+        (SaveInterval(None, 2.0, 1.0), 3.0, 3.0),
+        (SaveInterval(3, None), 3.0, math.inf),
+    ],
+)
+def test_the_clock_leaves_so_much_time_to_training(interval: SaveInterval, took: float, pause: float) -> None:
+    assert interval.pause(took) == pytest.approx(pause)
+
+
+class Recording:
+    """A record that remembers the states that it was given."""
+
+    def __init__(self, record: JobRecord) -> None:
+        self._record = record
+        self.states: list[tuple[int, bool, str, bytes]] = []
+
+    def log_state(self, file: Path, *, step: int, inputs: str, must: bool) -> None:
+        self.states.append((step, must, inputs, file.read_bytes()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._record, name)
+
+
+def test_the_record_is_given_each_state_and_told_which_is_an_epoch_s_end(make_spec: Any) -> None:
+    spec = make_spec(**RESUMED, runtime={"save_every_n_steps": 2})
+    record = Recording(open_record(spec))
+    train(spec, record)
+    assert [(step, must) for step, must, _, _ in record.states] == [
+        (2, False),
+        (3, True),
+        (4, False),
+        (6, True),
+        (8, False),
+        (9, True),
+    ]
+    assert {inputs for _, _, inputs, _ in record.states} == {
+        Inputs((spec.work_dir / "resume" / "inputs.json").read_text()).digest
+    }
+    assert record.states[-1][3] == (spec.work_dir / "resume" / "last.ckpt").read_bytes()
+    assert (spec.work_dir / "resume" / "step.txt").read_text() == "9"
+
+
+@pytest.mark.parametrize(("upload", "epochs"), [("all", [0, 1, 2]), (True, [2]), (False, [])])
+def test_the_uploaded_epochs_are_those_that_the_record_was_given(
+    upload: Any, epochs: list[int], make_spec: Any, tmp_path: Path
+) -> None:
+    spec = make_spec(**RESUMED, checkpoint_dir=tmp_path / "copies")
+    job = prepare_job(spec, open_record(spec))
+    job.checkpoints.upload = upload
+    finished = job.run()
+    assert [checkpoint.epoch for checkpoint in finished.checkpoints] == [0, 1, 2]
+    assert finished.uploaded == epochs
+
+
+def test_a_pruned_epoch_is_not_waited_for(make_spec: Any, run: Run) -> None:
+    assert run(make_spec(**RESUMED, runtime={"save_total_limit": 2})).uploaded == [1, 2]
 
 
 def test_random_state_goes_round_through_a_safe_file(tmp_path: Path) -> None:

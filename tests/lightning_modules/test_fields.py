@@ -107,6 +107,16 @@ RUNTIME: dict[str, Proof] = {
     "save_total_limit": shows(
         readers.exports, (None, ["epoch-0", "epoch-1", "epoch-2"]), (2, ["epoch-1", "epoch-2"]), **{EPOCHS: 3}
     ),
+    "save_every_n_steps": every(
+        shows(readers.saves, (None, [5]), (2, [2, 4, 5]), (3, [3, 5]), (9, [5])),
+        refuses("greater than or equal to 1", 0),
+    ),
+    "save_every_n_minutes": every(
+        # the clock is read at the start, after each step but the last, and twice more at each save
+        shows(readers.saves, (None, [5]), (1.2 / 60, [2, 4, 5]), (3 / 60, [3, 5]), (1, [5])),
+        shows(readers.saves, (None, [4, 5]), (3 / 60, [3, 4, 5]), runtime__save_every_n_steps=4),
+        refuses("greater than 0", 0, -1),
+    ),
     "scheduler": shows(
         readers.rates,
         ("constant", [LR] * 5),

@@ -7,101 +7,31 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import mlflow
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Dataset
 
-from lightning_modules.delivery import describe_source
-from lightning_modules.mlflow_record import MLflowRecord
+from lightning_modules.mlflow_record import UPLOADS_SPOOL_FILE
 from lightning_modules.record import (
     HTTP_LIMITS,
     SPOOL_FILE,
     LocalRecord,
     flatten,
     open_record,
-    read_table,
 )
 from lightning_modules.spool import Spool
-from post_training.errors import RecordUnavailableError
-from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
-from post_training.schemas.record import TAG_CHECKPOINT, TAG_CHECKPOINT_COPY_PREFIX, TAG_JOB_UUID
-from post_training.schemas.requests import SupervisedFineTuneRequest
-from post_training.schemas.trainer import TrackingTarget, TrainerSpec
-from tests.requests_of import sft_body
+from lightning_modules.tables import read_table
+from lightning_modules.uploads import checkpoint_event
+from post_training.schemas.jobs import Checkpoint
+from post_training.schemas.record import TAG_CHECKPOINT_COPY_PREFIX
+from post_training.schemas.trainer import TrainerSpec
+from tests.lightning_modules.recorded import EPOCH_0, models, of_epoch, points, retried, wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import MLflowServer
-
-EPOCH_0 = PostTrainingMetric(epoch=0, train_loss=1.5, validation_loss=2.0, perplexity=math.exp(2.0))
-
-
-@pytest.fixture(autouse=True)
-def _short_http_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given limits are kept by ``open_record``, and undone after the test."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
-@pytest.fixture
-def server(mlflow_server: MLflowServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[MLflowServer]:
-    """The shared server, running again at the end whatever a test did to it."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)  # for what no client offers
-    yield mlflow_server
-    if not mlflow_server.running:
-        mlflow_server.start()
-
-
-@pytest.fixture
-def client(server: MLflowServer) -> MlflowClient:
-    return MlflowClient(server.uri)
-
-
-@pytest.fixture
-def run_id(client: MlflowClient) -> str:
-    return client.create_run("0").info.run_id
-
-
-@pytest.fixture
-def spec(server: MLflowServer, run_id: str, tmp_path: Path) -> TrainerSpec:
-    return TrainerSpec(
-        request=SupervisedFineTuneRequest.model_validate(sft_body()),
-        model="/model",
-        train_data="/train.jsonl",
-        validation_data=None,
-        checkpoint_dir=None,
-        work_dir=tmp_path / "job",
-        attempt=1,
-        tracking=TrackingTarget(tracking_uri=server.uri, run_id=run_id),
-    )
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A checkpoint's folder, one file in a folder below it."""
-    made = tmp_path / "checkpoint"
-    (made / "tokenizer").mkdir(parents=True)
-    (made / "adapter.safetensors").write_bytes(os.urandom(100_000))
-    (made / "tokenizer" / "vocab.json").write_text("{}")
-    return made
-
-
-def retried(spec: TrainerSpec, **changes: Any) -> TrainerSpec:
-    return spec.model_copy(update={"attempt": 2, **changes})
-
-
-def points(client: MlflowClient, run_id: str, key: str = "train_loss") -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
-
-
-def models(client: MlflowClient, run_id: str) -> list[Any]:
-    return list(client.search_logged_models(["0"], filter_string=f"source_run_id = '{run_id}'"))
 
 
 def test_everything_reaches_the_run_and_its_status_is_left_alone(
@@ -114,7 +44,6 @@ def test_everything_reaches_the_run_and_its_status_is_left_alone(
     record.log_dataset(name="gsm8k", digest="ab" * 32, source="/d/x.jsonl", rows=7, context="training")
     for step in range(1, 2501):
         record.log_metrics({"train_loss": 1 / step}, step)
-    record.log_artifact(spec.work_dir / SPOOL_FILE, "logs")
     record.close()
 
     run = client.get_run(run_id)
@@ -127,7 +56,6 @@ def test_everything_reaches_the_run_and_its_status_is_left_alone(
     }
     assert run.data.tags["color"] == "blue"
     assert points(client, run_id) == [(step, 1 / step) for step in range(1, 2501)]
-    assert [file.path for file in client.list_artifacts(run_id, "logs")] == [f"logs/{SPOOL_FILE}"]
     [data] = run.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("gsm8k", ("ab" * 32)[:36])
     assert json.loads(data.dataset.profile) == {"num_rows": 7, "sha256": "ab" * 32, "source": "/d/x.jsonl"}
@@ -267,40 +195,6 @@ def test_what_mlflow_refuses_is_reported_and_holds_nothing_up(
     assert caplog.text.count("refused") == 2
 
 
-def test_a_checkpoint_is_listed_with_its_metrics_and_comes_back_byte_for_byte(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
-) -> None:
-    record = open_record(spec)
-    record.log_metrics({"validation_loss": 2.0, "train_loss": 1.1}, 10)
-    checkpoint = record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
-    record.close()
-
-    [model] = models(client, run_id)
-    assert checkpoint.path == f"models:/{model.model_id}"
-    assert (checkpoint.identifier, checkpoint.epoch, checkpoint.post_training_job_id) == (
-        "job-1-epoch-0",
-        0,
-        "job-1",
-    )
-    assert checkpoint.created_at.utcoffset() is not None
-    assert checkpoint.training_metrics == EPOCH_0
-    assert (model.name, model.status.value, model.tags[TAG_JOB_UUID]) == ("epoch-0", "READY", "job-1")
-    assert PostTrainingMetric.model_validate_json(model.tags[TAG_CHECKPOINT]) == EPOCH_0
-    assert {metric.key: metric.value for metric in model.metrics} == {
-        "train_loss_epoch": 1.5,
-        "validation_loss": 2.0,
-        "perplexity": math.exp(2.0),
-    }
-    outputs = client.get_run(run_id).outputs.model_outputs
-    assert [(output.model_id, output.step) for output in outputs] == [(model.model_id, 10)]
-    assert points(client, run_id, "validation_loss") == [(10, 2.0)]
-    assert points(client, run_id, "train_loss") == [(10, 1.1)]
-
-    copy = Path(mlflow.artifacts.download_artifacts(checkpoint.path))
-    for file in ("adapter.safetensors", "tokenizer/vocab.json"):
-        assert (copy / file).read_bytes() == (folder / file).read_bytes()
-
-
 def noted(client: MlflowClient, run_id: str) -> dict[str, Checkpoint]:
     tags = client.get_run(run_id).data.tags
     return {
@@ -308,10 +202,6 @@ def noted(client: MlflowClient, run_id: str) -> dict[str, Checkpoint]:
         for key, value in tags.items()
         if key.startswith(TAG_CHECKPOINT_COPY_PREFIX)
     }
-
-
-def of_epoch(epoch: int) -> PostTrainingMetric:
-    return EPOCH_0.model_copy(update={"epoch": epoch})
 
 
 def test_a_noted_checkpoint_is_a_tag_and_no_model(
@@ -366,78 +256,6 @@ def test_starting_over_removes_notes_that_were_not_sent(
     record.start_over()
     record.close()
     assert noted(client, run_id) == {}
-
-
-def test_starting_over_forgets_checkpoints_and_steps(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
-) -> None:
-    first = open_record(spec)
-    first.log_metrics({"train_loss": 1.0}, 1)
-    first.log_checkpoint(folder, step=1, metrics=EPOCH_0)
-    first.close()
-    second = open_record(retried(spec))
-    second.start_over()
-    second.log_metrics({"train_loss": 5.0}, 1)
-    second.close()
-    assert models(client, run_id) == []
-    assert sorted(points(client, run_id)) == [(1, 1.0), (1, 5.0)]
-
-
-def test_a_discarded_checkpoint_is_gone_and_another_stays(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
-) -> None:
-    record = open_record(spec)
-    first = record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
-    second = record.log_checkpoint(folder, step=20, metrics=EPOCH_0.model_copy(update={"epoch": 1}))
-    record.discard_checkpoint(first)
-    record.close()
-    assert [f"models:/{model.model_id}" for model in models(client, run_id)] == [second.path]
-
-
-def test_a_retry_returns_the_checkpoint_that_is_there_and_removes_half_made_ones(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
-) -> None:
-    client.create_logged_model("0", name="epoch-0", source_run_id=run_id)  # killed while uploading
-    first = open_record(spec)
-    checkpoint = first.log_checkpoint(folder, step=10, metrics=EPOCH_0)
-    first.close()
-    second = open_record(retried(spec))
-    assert second.log_checkpoint(folder, step=10, metrics=EPOCH_0) == checkpoint
-    second.close()
-    assert [f"models:/{model.model_id}" for model in models(client, run_id)] == [checkpoint.path]
-    assert len(client.get_run(run_id).outputs.model_outputs) == 1
-
-
-def test_a_failed_upload_leaves_no_model(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
-) -> None:
-    (folder / "z.bin").symlink_to(folder / "missing")
-    record = MLflowRecord(
-        client, run_id, job_uuid="job-1", spool=Spool(spec.work_dir / SPOOL_FILE, run_id), pauses=[0.0]
-    )
-    with pytest.raises(RecordUnavailableError, match="checkpoint of epoch 0"):
-        record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
-    record.close()
-    assert models(client, run_id) == []
-
-
-def test_during_an_outage_a_checkpoint_fails_and_an_artifact_warns(
-    server: MLflowServer,
-    client: MlflowClient,
-    run_id: str,
-    spec: TrainerSpec,
-    folder: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    server.stop()
-    record = MLflowRecord(
-        client, run_id, job_uuid="job-1", spool=Spool(spec.work_dir / SPOOL_FILE, run_id), pauses=[0.0]
-    )
-    with pytest.raises(RecordUnavailableError):
-        record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
-    record.log_artifact(folder / "adapter.safetensors", "logs")
-    assert "did not take the file" in caplog.text
-    record.close()
 
 
 COLUMNS = ("step", "answer")
@@ -562,52 +380,53 @@ def test_http_limits_are_set_where_none_are(spec: TrainerSpec, monkeypatch: pyte
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
 
 
-@pytest.mark.parametrize(
-    ("source", "described"),
-    [
-        ("/data/x#1.jsonl", ("local", {"uri": "/data/x#1.jsonl"})),
-        ("file:///data/x.jsonl", ("local", {"uri": "/data/x.jsonl"})),
-        ("https://me:secret@host/x.jsonl?sig=secret", ("http", {"url": "https://host/x.jsonl"})),
-        ("s3://bucket/x.jsonl", ("s3", {"uri": "s3://bucket/x.jsonl"})),
-        (
-            "huggingface://datasets/org/name?split=train&name=main&token=secret",
-            ("hugging_face", {"path": "org/name", "split": "train", "config_name": "main"}),
-        ),
-        ("runs:/0123/data/x.jsonl", ("runs", {"uri": "runs:/0123/data/x.jsonl"})),
-        ("models:/m-0123/x.jsonl", ("models", {"uri": "models:/m-0123/x.jsonl"})),
-        ("models:/name@champion/x.jsonl", ("models", {"uri": "models:/name@champion/x.jsonl"})),
-        ("mlflow-artifacts:/0/x.jsonl", ("mlflow-artifacts", {"uri": "mlflow-artifacts:/0/x.jsonl"})),
-        (
-            "mlflow-artifacts://me:secret@host:5000/0/x.jsonl",
-            ("mlflow-artifacts", {"uri": "mlflow-artifacts://host:5000/0/x.jsonl"}),
-        ),
-        ("data:text/csv;base64,QUJD", ("data", {"uri": "data:text/csv;base64,..."})),
-    ],
-)
-def test_a_source_is_described_without_secrets(source: str, described: tuple[str, dict[str, str]]) -> None:
-    assert describe_source(source) == described
-
-
-@pytest.mark.parametrize(
-    "source", ["/data/x.jsonl", "https://host/x.jsonl", "s3://bucket/x", "huggingface://datasets/org/name"]
-)
-def test_mlflow_knows_the_described_source(source: str) -> None:
-    source_type, fields = describe_source(source)
-    known = mlflow.data.get_source(Dataset("name", "digest", source_type, json.dumps(fields)))
-    assert known.to_dict().items() >= fields.items()
-
-
 def test_params_are_flattened() -> None:
     nested = {"a": {"b": {"c": 1}, "d": [1, "x"]}, "e": True, "f": {}, "g": Path("/x")}
     assert flatten(nested) == {"a.b.c": "1", "a.d": '[1, "x"]', "e": "true", "f": "{}", "g": "/x"}
 
 
-def wait_until(condition: Any, timeout: float = 20.0) -> None:
-    deadline = monotonic() + timeout
-    while not condition():
-        assert monotonic() < deadline
-
-
 @pytest.fixture(autouse=True)
 def _log_level(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="lightning_modules")
+
+
+def test_an_attempt_elsewhere_that_trains_something_else_starts_over(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, tmp_path: Path
+) -> None:
+    first = open_record(spec)
+    first.begin("old data", continues=True)
+    first.log_metrics({"train_loss": 1.0}, 1)
+    first.log_checkpoint(folder, step=1, metrics=EPOCH_0)
+    first.close()
+    second = open_record(retried(spec, work_dir=tmp_path / "elsewhere"))
+    second.begin("new data", continues=True)  # its folder is empty
+    second.log_metrics({"train_loss": 5.0}, 1)
+    second.close()
+    assert models(client, run_id) == []
+    assert sorted(points(client, run_id)) == [(1, 1.0), (1, 5.0)]
+
+
+def test_what_waits_of_another_training_is_not_sent_into_the_one_that_began_elsewhere(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, tmp_path: Path
+) -> None:
+    """The folder's machine trained the old data, another one the new; now the first trains the new too."""
+    first = open_record(spec)
+    first.begin("old data", continues=True)
+    first.close()
+    for file, event in (
+        (SPOOL_FILE, {"kind": "metrics", "time": 1, "step": 9, "values": {"train_loss": 9.0}}),
+        (UPLOADS_SPOOL_FILE, checkpoint_event(folder, 9, of_epoch(4), [])),
+    ):
+        Spool(spec.work_dir / file, run_id).append([event])
+    second = open_record(retried(spec, work_dir=tmp_path / "elsewhere"))
+    second.begin("new data", continues=True)
+    second.log_metrics({"train_loss": 1.0}, 1)
+    second.log_checkpoint(folder, step=1, metrics=EPOCH_0)
+    second.close()
+    third = open_record(spec.model_copy(update={"attempt": 3}))
+    third.begin("new data", continues=False)
+    for step in (1, 2):
+        third.log_metrics({"train_loss": float(step)}, step)
+    third.close()
+    assert points(client, run_id) == [(1, 1.0), (2, 2.0)]
+    assert [model.name for model in models(client, run_id)] == ["epoch-0"]

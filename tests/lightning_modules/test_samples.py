@@ -26,9 +26,10 @@ from transformers import (
 
 from lightning_modules.attention import BY_SEQUENCE, use_by_sequence
 from lightning_modules.module import StopRequestedError
-from lightning_modules.record import LocalRecord, read_table, write_table
+from lightning_modules.record import LocalRecord, write_table
 from lightning_modules.samples import MAX_NEW_TOKENS, SamplePrompts, answer, prompt_ids
 from lightning_modules.spool import Spool
+from lightning_modules.tables import read_table
 from post_training.errors import InvalidRequestError
 from tests.lightning_modules.tiny import LORA, TINY
 

@@ -1,128 +1,26 @@
-"""Contents from real servers on loopback: https with a certificate, S3, MLflow."""
+"""Contents from real servers on loopback: S3, MLflow."""
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
-import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
 import pytest
 import s3fs
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 
 from lightning_modules.data.reading import read_dataset
-from lightning_modules.data.sources import first_line, shown
+from lightning_modules.data.sources import Limits, first_line, shown
 from lightning_modules.train import is_permanent
 from post_training.errors import DataError
 from tests.conftest import MLflowServer
-
-JSONL = b'{"question": "2+2?", "answer": "4"}\n'
-ROW = {"question": "2+2?", "answer": "4"}
-
-
-def failure(source: str, tracking_uri: str | None = None) -> tuple[str, bool]:
-    """What reading a source says, in one sentence, and whether another attempt would say the same."""
-    with pytest.raises(DataError) as caught:
-        read_dataset(source, tracking_uri)
-    assert "\n" not in str(caught.value)
-    return str(caught.value), is_permanent(caught.value)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate of 127.0.0.1, with its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "loopback")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
-        )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    path.write_bytes(made.public_bytes(serialization.Encoding.PEM) + private)
-    return path
-
-
-class Answers(BaseHTTPRequestHandler):
-    """A file, a redirect to it, an answer that breaks off, and the status that a path names."""
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        status = {"/rows.jsonl": 200, "/cut.jsonl": 200, "/moved.jsonl": 302}.get(path) or int(path[1:4])
-        self.send_response(status)
-        self.send_header("Location", "/rows.jsonl")
-        self.send_header("Content-Length", str(len(JSONL) + (path == "/cut.jsonl")))
-        self.end_headers()
-        self.wfile.write(JSONL)
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing."""
-
-
-@pytest.fixture
-def https(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server whose certificate is trusted."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"https://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_https(https: str) -> None:
-    dataset = read_dataset(f"{https}/rows.jsonl?token=secret")
-    assert ([row.value for row in dataset.rows], dataset.source) == ([ROW], f"{https}/rows.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("path", "sentence", "permanent"),
-    [
-        ("moved.jsonl", "the server answers 302, and redirects are not followed", True),
-        ("404.jsonl", "404.jsonl does not exist", True),
-        ("403.jsonl", "the server answers 403", True),
-        ("429.jsonl", "HTTP Error 429", False),
-        ("503.jsonl", "HTTP Error 503", False),
-        ("cut.jsonl", "IncompleteRead", False),
-    ],
-)
-def test_https_failures(https: str, path: str, sentence: str, permanent: bool) -> None:
-    said, is_final = failure(f"{https}/{path}?token=secret")
-    assert sentence in said
-    assert "secret" not in said
-    assert is_final is permanent
-
-
-def test_an_unknown_certificate_is_refused(https: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SSL_CERT_FILE")
-    assert "certificate verify failed" in failure(f"{https}/rows.jsonl")[0]
+from tests.lightning_modules.fetched import JSONL, ROW, failure
 
 
 @pytest.fixture
@@ -148,6 +46,11 @@ def test_s3(s3: ThreadedMotoServer) -> None:
     dataset = read_dataset("s3://bucket/deep/rows.jsonl")
     assert [row.value for row in dataset.rows] == [ROW]
     assert dataset.source == "s3://bucket/deep/rows.jsonl"
+    small = Limits(max_bytes=len(JSONL) - 1)
+    assert failure("s3://bucket/deep/rows.jsonl", limits=small) == (
+        f"the data set s3://bucket/deep/rows.jsonl is larger than the limit of {len(JSONL) - 1} bytes",
+        True,
+    )
     assert failure("s3://bucket/gone.jsonl") == ("the data set s3://bucket/gone.jsonl does not exist", True)
     assert failure("s3://no-bucket/x.jsonl") == ("the data set s3://no-bucket/x.jsonl does not exist", True)
 
@@ -238,6 +141,12 @@ def test_artifacts_that_are_not_there(mlflow_server: MLflowServer, artifacts: li
         gone = address.replace("my rows", "gone")
         assert failure(gone, mlflow_server.uri) == (f"the data set {gone} does not exist", True)
     assert "Run with id=0123 not found" in failure("runs:/0123/x.jsonl", mlflow_server.uri)[0]
+
+
+def test_artifacts_have_the_same_limit(mlflow_server: MLflowServer, artifacts: list[str]) -> None:
+    for address in artifacts:
+        said, _ = failure(address, mlflow_server.uri, Limits(max_bytes=len(JSONL) - 1))
+        assert said == f"the data set {address} is larger than the limit of {len(JSONL) - 1} bytes"
 
 
 def test_a_store_on_this_disk_must_lie_under_a_root(mlflow_server: MLflowServer, tmp_path: Path) -> None:

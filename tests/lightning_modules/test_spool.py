@@ -32,6 +32,18 @@ def test_pending_events_start_at_the_cursor_in_this_and_the_next_process(file: P
     assert steps(Spool(file, "run")) == [3]
 
 
+def test_the_bytes_of_all_events_and_of_those_that_were_sent(file: Path) -> None:
+    spool = Spool(file, "run")
+    assert (spool.size, spool.sent, spool.folder) == (0, 0, file.parent)
+    spool.append([metrics(1)])
+    one = spool.size
+    spool.append([metrics(2)])
+    assert spool.size == 2 * one == file.stat().st_size
+    spool.advance(spool.pending(1)[0].end)
+    assert spool.sent == Spool(file, "run").sent == one
+    assert Spool(file, "other").sent == 0
+
+
 def test_another_run_gets_everything(file: Path) -> None:
     spool = Spool(file, "run")
     spool.append([metrics(1)])

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,28 +18,11 @@ from typing import Any
 import pytest
 
 from lightning_modules.train import main
+from lightning_modules.trained import TRAINED_FILE
+from post_training.job_lock import claim
 from post_training.schemas.record import TAG_WARNING
-from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerResult, TrainerSpec
-
-ROOT = Path(__file__).parents[2]
-
-
-def write(spec: TrainerSpec) -> Path:
-    path = spec.work_dir / SPEC_FILE
-    path.write_text(spec.model_dump_json(exclude_unset=True))
-    return path
-
-
-def result_of(spec: TrainerSpec) -> TrainerResult:
-    return TrainerResult.model_validate_json((spec.work_dir / RESULT_FILE).read_bytes())
-
-
-def start(spec: TrainerSpec) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'plugins'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lightning_modules.train", str(write(spec))]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
-    )
+from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerSpec
+from tests.lightning_modules.trainers import ROOT, result_of, start, write
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +171,47 @@ def test_a_default_optimizer_trains(make_spec: Any, read_metrics: Callable[..., 
     spec = make_spec(training={"optimizer_config": None, "dtype": None})
     assert main([str(write(spec))]) == 0
     assert read_metrics(spec.work_dir, "learning_rate")[0] == pytest.approx(2e-4)
+
+
+def test_a_result_says_whose_it_is(make_spec: Any) -> None:
+    for attempt_id, changes, code in (("0199-a", {"train_data": "/no/rows.jsonl"}, 1), ("0199-b", {}, 0)):
+        spec = make_spec(**changes, attempt_id=attempt_id)
+        claim(spec.work_dir, attempt_id)
+        assert main([str(write(spec))]) == code
+        assert result_of(spec).attempt_id == attempt_id
+
+
+def test_what_is_trained_is_not_trained_again(
+    make_spec: Any, read_metrics: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = make_spec(training={"n_epochs": 2})
+    assert main([str(write(spec))]) == 0
+    first, losses = result_of(spec), read_metrics(spec.work_dir, "train_loss")
+    assert (spec.work_dir / TRAINED_FILE).exists()
+    shutil.rmtree(spec.work_dir / "resume")  # the training would begin anew
+    again = spec.model_copy(update={"attempt": 2, "train_data": "/no/rows.jsonl"})
+    assert main([str(write(again))]) == 0
+    assert result_of(again) == first
+    assert read_metrics(spec.work_dir, "train_loss") == losses
+
+
+@pytest.mark.parametrize(("claimed", "code"), [("0199-b", 143), ("0199-a", 0), ("0198-z", 0)])
+def test_an_attempt_that_another_has_superseded_leaves_no_result(
+    claimed: str, code: int, make_spec: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = make_spec(attempt_id="0199-a")
+    claim(spec.work_dir, claimed)
+    assert main([str(write(spec))]) == code
+    assert (spec.work_dir / RESULT_FILE).exists() is (code == 0)
+    assert ("a newer attempt runs" in capfd.readouterr().err) is (code == 143)
+
+
+def test_a_superseded_attempt_s_failure_is_none(make_spec: Any) -> None:
+    spec = make_spec(attempt_id="0199-a", train_data="/no/rows.jsonl")
+    claim(spec.work_dir, "0199-b")
+    (spec.work_dir / RESULT_FILE).write_text("the newer attempt's")
+    assert main([str(write(spec))]) == 143
+    assert (spec.work_dir / RESULT_FILE).read_text() == "the newer attempt's"
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,10 @@ from fastapi import Body, FastAPI, HTTPException, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from post_training.api.app import create_app
+from post_training.dataset_registry import DatasetService
 from post_training.jobs import JobService
-from tests.fakes import FakeAccess, FakeRuns, FakeTracking
+from post_training.logs import LogService
+from tests.fakes import FakeAccess, FakeDatasetRecords, FakeRuns, FakeTracking
 from tests.test_jobs import Accepting
 
 if TYPE_CHECKING:
@@ -45,7 +47,11 @@ class ApiServer:
                 raise HTTPException(401, "Not authenticated")
             return FakeAccess("admin")
 
-        root.mount("/post-training", create_app(self.service, current_access, max_body_bytes=10_000))
+        datasets = DatasetService(FakeDatasetRecords(), Accepting())  # type: ignore[arg-type]
+        app = create_app(
+            self.service, datasets, LogService(self.runs, self.service), current_access, max_body_bytes=10_000
+        )
+        root.mount("/post-training", app)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]

@@ -9,6 +9,7 @@ import pytest
 
 from post_training.errors import (
     ForbiddenError,
+    InvalidRequestError,
     JobConflictError,
     JobNotFoundError,
     RecordUnavailableError,
@@ -32,6 +33,15 @@ def test_a_job_is_listed_read_and_cancelled(api: ApiServer) -> None:
     assert api.runs.tasks["job-1"].state == "failed"
     with pytest.raises(JobConflictError, match="has ended"):
         hook.cancel_job("job-1")
+
+
+def test_a_jobs_log_is_read_from_a_line_on(api: ApiServer) -> None:
+    api.runs.add(task(KEY, "running"))
+    api.runs.logs["job-1"] = [["a", "b", "c"]]
+    assert PostTrainingHook().job_logs("job-1").log_lines == ["a", "b", "c"]
+    assert PostTrainingHook().job_logs("job-1", offset=2).log_lines == ["c"]
+    with pytest.raises(InvalidRequestError, match="offset"):
+        PostTrainingHook().job_logs("job-1", offset=-1)
 
 
 def test_refusals_become_the_errors_of_the_tree(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:

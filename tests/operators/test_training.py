@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
+from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any
 
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+from post_training.dataset_records import DatasetRecords
 from post_training.errors import InvalidRequestError
 from post_training.job_ids import TaskKey
+from post_training.operators import task_record
 from post_training.operators.params import FORM_DEFAULTS
 from post_training.operators.training import PreferenceOptimizeOperator, SupervisedFineTuneOperator
 from post_training.record import identity_tags
@@ -19,7 +23,7 @@ from post_training.schemas.flat import flatten
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.schemas.trainer import TrainerSpec
 from tests.operators.conftest import connect
-from tests.operators.workplace import KEY, RESULT, Workplace
+from tests.operators.workplace import KEY, RESULT, Workplace, attempt_id
 from tests.requests_of import QAT, sft_body
 
 FSDP = sft_body(training_config__efficiency_config={"fsdp_cpu_offload": True})["training_config"]
@@ -92,7 +96,9 @@ def test_an_earlier_attempts_result_is_not_taken_for_this_ones(workplace: Workpl
         workplace.operator().execute(workplace.context())
 
 
-def test_a_killed_task_stops_its_trainer_and_is_recorded_as_killed(workplace: Workplace) -> None:
+def test_a_killed_task_stops_its_trainer_and_leaves_its_record_to_airflows_state(
+    workplace: Workplace,
+) -> None:
     workplace.trains("(spec.parent / 'ready').touch(); time.sleep(600)")
     operator = workplace.operator()
 
@@ -107,21 +113,151 @@ def test_a_killed_task_stops_its_trainer_and_is_recorded_as_killed(workplace: Wo
     with pytest.raises(AirflowException, match="The job was stopped"):
         operator.execute(workplace.context())
     killer.join()
-    assert workplace.tracking.statuses == ["RUNNING", "KILLED"]
+    assert workplace.tracking.statuses == ["RUNNING"]
+    assert "post_training.error" not in workplace.tracking.runs["run-1"].tags
 
 
-def test_a_job_cancelled_while_it_finishes_stays_cancelled(workplace: Workplace) -> None:
-    operator = workplace.operator()
+CANCELLED = {"post_training.cancelled_attempt": attempt_id(1)}
+
+
+def test_a_job_cancelled_while_it_trains_stays_cancelled(workplace: Workplace) -> None:
+    operator, tracking = workplace.operator(), workplace.tracking
     train = operator._train
 
-    def cancel_meanwhile(spec: TrainerSpec) -> Any:
-        result = train(spec)
-        workplace.tracking.set_status("run-1", "KILLED")
+    def cancel_meanwhile(spec: TrainerSpec, *rest: Any) -> Any:
+        result = train(spec, *rest)
+        tracking.set_tags("run-1", CANCELLED)
+        tracking.set_status("run-1", "KILLED")
         return result
 
     operator._train = cancel_meanwhile  # type: ignore[method-assign]
     operator.execute(workplace.context())
-    assert workplace.tracking.runs["run-1"].status == "KILLED"
+    assert tracking.statuses == ["RUNNING", "KILLED"]
+
+
+@pytest.mark.parametrize("moment", ["RUNNING", "FINISHED"])
+def test_a_cancel_in_the_very_moment_of_a_write_is_not_overwritten(workplace: Workplace, moment: str) -> None:
+    """The cancel's tag and status arrive between the task's look at the run and its write."""
+    tracking = workplace.tracking
+    write = tracking.set_status
+
+    def cancel_first(run_id: str, status: str, *, error: str | None = None) -> None:
+        if status == moment and "KILLED" not in tracking.statuses:
+            tracking.set_tags(run_id, CANCELLED)
+            write(run_id, "KILLED")
+        write(run_id, status, error=error)
+
+    tracking.set_status = cancel_first  # type: ignore[method-assign]
+    with suppress(AirflowException):  # at the start it does not begin
+        workplace.operator().execute(workplace.context())
+    assert tracking.runs["run-1"].status == "KILLED"
+    assert tracking.statuses[-3:] == ["KILLED", moment, "KILLED"]
+
+
+def test_a_failure_that_is_tried_again_leaves_the_run_open(workplace: Workplace) -> None:
+    workplace.trains("sys.exit(4)")
+    with pytest.raises(AirflowException, match="no result"):
+        workplace.operator().execute(workplace.context(max_tries=1))
+    run = workplace.tracking.runs["run-1"]
+    assert run.status == "RUNNING"
+    assert "exit code 4" in run.tags["post_training.error"]
+    with pytest.raises(AirflowException, match="no result"):
+        workplace.operator().execute(workplace.context(attempt=2, max_tries=1))
+    assert workplace.tracking.runs["run-1"].status == "FAILED"
+
+
+def test_a_retry_of_a_job_that_was_done_trains_nothing(workplace: Workplace) -> None:
+    """The task's own report to Airflow was lost, so Airflow tries again."""
+    first = workplace.operator().execute(workplace.context(max_tries=3))
+    workplace.trains("sys.exit('it was asked to train')")
+    again = workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+    assert again["mlflow_run_id"] == first["mlflow_run_id"]
+    assert workplace.tracking.statuses == ["RUNNING", "FINISHED"]
+    assert workplace.tracking.forgotten == ["run-1"]
+
+
+def test_an_attempt_that_a_newer_one_has_replaced_does_not_begin(workplace: Workplace) -> None:
+    workplace.trains("sys.exit(4)")
+    with pytest.raises(AirflowException):
+        workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+    before = dict(workplace.tracking.runs)
+    with pytest.raises(AirflowFailException, match="A newer attempt"):
+        workplace.operator().execute(workplace.context(attempt=1, max_tries=3))
+    shutil.rmtree(workplace.home)  # on another machine MLflow knows
+    with pytest.raises(AirflowFailException, match="A newer attempt"):
+        workplace.operator().execute(workplace.context(attempt=1, max_tries=3))
+    assert workplace.tracking.runs == before
+
+
+def test_an_attempt_that_is_replaced_while_it_trains_writes_no_end(workplace: Workplace) -> None:
+    operator, tracking = workplace.operator(), workplace.tracking
+    train = operator._train
+
+    def replaced(spec: TrainerSpec, *rest: Any) -> Any:
+        result = train(spec, *rest)
+        tracking.set_tags("run-1", {"post_training.attempt_id": attempt_id(2)})
+        return result
+
+    operator._train = replaced  # type: ignore[method-assign]
+    operator.execute(workplace.context(max_tries=3))
+    assert tracking.statuses == ["RUNNING"]
+
+
+def test_a_record_that_does_not_answer_is_waited_for(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task_record, "PAUSE_SECONDS", 0.05)
+    tracking = workplace.tracking
+    tracking.down = True
+    back = threading.Timer(0.3, lambda: setattr(tracking, "down", False))
+    back.start()
+    workplace.operator().execute(workplace.context())
+    assert tracking.statuses == ["RUNNING", "FINISHED"]
+
+
+def test_all_attempts_read_the_same_version_of_a_registered_data_set(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = iter(["runs:/first/rows.jsonl", "runs:/second/rows.jsonl"])
+    monkeypatch.setattr(DatasetRecords, "uri", lambda self, dataset_id, digest: next(versions))
+    config = sft_body(training_config__data_config__dataset_id="nightly-rows")["training_config"]
+    for _ in range(2):
+        assert workplace.spec_of(workplace.operator(training_config=config)).train_data == (
+            "runs:/first/rows.jsonl"
+        )
+
+
+def test_two_attempts_in_one_folder_run_one_after_the_other(workplace: Workplace) -> None:
+    """The older one's trainer is told by the claim of the newer one; here it looks at it itself."""
+    claim = workplace.work_dir.with_name("train.claim")
+    workplace.trains(
+        "attempt = json.loads(spec.read_text())['attempt_id']\n"
+        "(spec.parent / 'ready').touch()\n"
+        f"claim = Path({str(claim)!r})\n"
+        "log = spec.parent.parent / 'order'\n"
+        "if attempt.endswith('1'):\n"
+        "    while claim.read_text() <= attempt: time.sleep(0.01)\n"
+        "    time.sleep(0.5)\n"
+        "    log.write_text('first ends,')\n"
+        "    sys.exit(143)\n"
+        "log.write_text(log.read_text() + 'second begins')\n"
+        f"result = {RESULT!r}"
+    )
+
+    def be_replaced() -> None:
+        with pytest.raises(AirflowException):
+            workplace.operator().execute(workplace.context(max_tries=3))
+
+    first = threading.Thread(target=be_replaced)
+    first.start()
+    deadline = monotonic() + 30
+    while not (workplace.work_dir / "ready").exists():
+        assert monotonic() < deadline
+        sleep(0.01)
+    workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+    first.join()
+    assert (workplace.work_dir.parent / "order").read_text() == "first ends,second begins"
+    assert workplace.tracking.runs["run-1"].status == "FINISHED"
 
 
 def test_the_run_made_at_submit_is_used(workplace: Workplace) -> None:
@@ -131,8 +267,8 @@ def test_the_run_made_at_submit_is_used(workplace: Workplace) -> None:
 
 
 def test_a_cleared_job_that_had_completed_is_a_new_training(workplace: Workplace) -> None:
-    workplace.operator().execute(workplace.context())
-    workplace.operator().execute(workplace.context())
+    workplace.operator().execute(workplace.context(max_tries=3))
+    workplace.operator().execute(workplace.context(attempt=2, max_tries=4))  # clearing raises the limit
     first, second = workplace.tracking.runs.values()
     assert (first.status, second.status) == ("FINISHED", "FINISHED")
     assert first.tags["post_training.job_uuid"] == "job-1 (superseded)"
@@ -153,7 +289,7 @@ def test_a_failed_job_goes_on_unless_it_asks_for_something_else(workplace: Workp
 
 
 def test_a_job_cancelled_while_it_was_starting_does_not_begin(workplace: Workplace) -> None:
-    tags = {**identity_tags(KEY), "post_training.cancelled_attempt": "1"}
+    tags = {**identity_tags(KEY), **CANCELLED}
     workplace.tracking.create_run(name="", experiment=None, tags=tags, params={}, request={})
     workplace.tracking.set_status("run-1", "KILLED")
     with pytest.raises(AirflowException, match="cancelled before it began"):

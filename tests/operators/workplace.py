@@ -29,6 +29,11 @@ RESULT = {"status": "completed", "metrics": {"train_loss": 1.5}}
 Operator = TypeVar("Operator", bound=TrainingOperator)
 
 
+def attempt_id(attempt: int) -> str:
+    """The task instance's id: a UUID of version 7, greater with each attempt."""
+    return f"018f0000-0000-7000-8000-{attempt:012}"
+
+
 class Workplace:
     """Settings, a data set, and a trainer that does what ``program`` says."""
 
@@ -56,6 +61,7 @@ class Workplace:
             "result = None\n"
             f"{program}\n"
             "if result is not None:\n"
+            "    result = {'attempt_id': json.loads(spec.read_text())['attempt_id'], **result}\n"
             "    (spec.parent / 'result.json').write_text(json.dumps(result))\n"
         )
         self.trainer.chmod(self.trainer.stat().st_mode | stat.S_IXUSR)
@@ -74,13 +80,23 @@ class Workplace:
         operator.tracking = self.tracking  # type: ignore[assignment]
         return operator
 
-    def context(self, key: TaskKey = KEY, conf: dict[str, Any] | None = None) -> Any:
+    def context(
+        self,
+        key: TaskKey = KEY,
+        conf: dict[str, Any] | None = None,
+        *,
+        attempt: int = 1,
+        max_tries: int = 0,
+    ) -> Any:
+        """What Airflow tells a task: by default of an attempt that is the last one allowed."""
         ti = SimpleNamespace(
             dag_id=key.dag_id,
             run_id=key.run_id,
             task_id=key.task_id,
             map_index=key.map_index,
-            try_number=1,
+            id=attempt_id(attempt),
+            try_number=attempt,
+            max_tries=max_tries,
             log_url="http://airflow/run",
             xcom_push=lambda key, value: self.links.update({key: value}),
         )

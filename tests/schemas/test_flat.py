@@ -73,6 +73,8 @@ def runtimes(**further: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, A
         optional={
             "seed": st.integers(0, 9),
             "save_total_limit": st.none() | st.integers(1, 9),
+            "save_every_n_steps": st.none() | st.integers(1, 9),
+            "save_every_n_minutes": st.none() | st.floats(1e-3, 1e3),
             "export": st.none(),
             "reference_logprobs": st.none(),
             "adapter": st.none(),

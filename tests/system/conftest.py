@@ -11,6 +11,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from llama_stack_client import LlamaStackClient
 from mlflow import MlflowClient
@@ -93,6 +94,16 @@ class Deployment:
             assert status.status not in ENDED, status
             assert monotonic() < deadline, status
             sleep(0.3)
+
+
+def trainers_of(job_uuid: str) -> list[psutil.Process]:
+    """The trainer processes of a job."""
+    wanted = f"/{job_uuid}/train/spec.json"
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(wanted in part for part in process.info["cmdline"] or ())
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from typing import Any
 import lightning.pytorch as pl
 import llama_stack_client
 import mlflow.artifacts
-import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -169,45 +168,6 @@ def test_many_submits_of_one_job_make_one(deployment: Deployment) -> None:
     assert {answer.job_uuid for answer in answers} == {"many"}
     assert len(deployment.runs_of("many")) == 1
     assert deployment.wait("many").status == "completed"
-
-
-def test_a_running_job_is_cancelled_for_good(deployment: Deployment) -> None:
-    body = deployment.body("cancelled", n_epochs=100_000, max_steps_per_epoch=0, max_validation_steps=0)
-    client = deployment.client()
-    client.post_training.supervised_fine_tune(**body)
-    wait_for_metric(deployment, "cancelled")
-    (trainer,) = trainers_of("cancelled")
-    client.post_training.job.cancel(job_uuid="cancelled")
-    cancelled_at = monotonic()
-    assert client.post_training.job.status(job_uuid="cancelled").status == "cancelled"
-    while trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE:
-        assert monotonic() - cancelled_at < 20, "the trainer lives on"
-        sleep(0.1)
-    (run,) = deployment.runs_of("cancelled")
-    assert run.info.status == "KILLED"
-    with pytest.raises(llama_stack_client.ConflictError):
-        client.post_training.job.cancel(job_uuid="cancelled")
-
-
-def trainers_of(job_uuid: str) -> list[psutil.Process]:
-    """The trainer processes of a job."""
-    wanted = f"/{job_uuid}/train/spec.json"
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if any(wanted in part for part in process.info["cmdline"] or ())
-    ]
-
-
-def wait_for_metric(deployment: Deployment, job_uuid: str) -> None:
-    """Return when the job has logged a training loss."""
-    deadline = monotonic() + 120
-    while True:
-        runs = deployment.runs_of(job_uuid)
-        if runs and "train_loss" in runs[0].data.metrics:
-            return
-        assert monotonic() < deadline
-        sleep(0.2)
 
 
 def test_bad_rows_fail_the_job_with_a_sentence_and_no_retry(deployment: Deployment) -> None:

@@ -10,9 +10,12 @@ from fastapi import FastAPI
 from post_training.airflow_runs import AirflowRuns
 from post_training.api.app import create_app
 from post_training.api.auth import current_access
+from post_training.dataset_records import DatasetRecords
+from post_training.dataset_registry import DatasetService
 from post_training.datasets import Resolver
 from post_training.errors import RecordUnavailableError
 from post_training.jobs import JobService
+from post_training.logs import LogService
 from post_training.operators.hooks import MLflowHook
 from post_training.settings import load_settings
 from post_training.tracking import Tracking
@@ -24,9 +27,10 @@ def build_app() -> FastAPI:
     :raises ValueError: if a setting is out of range.
     """
     settings = load_settings()
-    # MLflow's own defaults repeat a failed call for minutes, in a thread that Airflow's pages need too.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    # MLflow's own defaults repeat a failed call for minutes, in one of the few threads that the API has; and
+    # what was answered too late would be done twice.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
 
     def tracking() -> Tracking:
         try:
@@ -36,5 +40,9 @@ def build_app() -> FastAPI:
                 f"the connection {settings.mlflow_conn_id!r} does not lead to MLflow: {error}"
             ) from None
 
-    service = JobService(AirflowRuns(), tracking, Resolver(settings))
-    return create_app(service, current_access, max_body_bytes=settings.max_body_bytes)
+    records = DatasetRecords(tracking)
+    resolver = Resolver(settings, registered=records.uri)
+    runs = AirflowRuns()
+    service, datasets = JobService(runs, tracking, resolver), DatasetService(records, resolver)
+    logs = LogService(runs, service)
+    return create_app(service, datasets, logs, current_access, max_body_bytes=settings.max_body_bytes)

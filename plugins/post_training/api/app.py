@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -10,39 +11,65 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 
 from post_training import __version__
+from post_training.api.capacity import Capacity, threaded_routes
+from post_training.api.dataset_routes import dataset_routes
 from post_training.api.errors import add_error_handlers
 from post_training.api.limits import BodyLimit
+from post_training.api.log_routes import log_routes
+from post_training.api.log_stream import Pace
+from post_training.api.query import check_query
 from post_training.api.routes import job_routes, training_routes
+from post_training.dataset_registry import DatasetService
 from post_training.jobs import JobService
+from post_training.logs import LogService
 
 
-def create_app(service: JobService, current_access: Callable[..., Any], *, max_body_bytes: int) -> FastAPI:
+def create_app(
+    service: JobService,
+    datasets: DatasetService,
+    logs: LogService,
+    current_access: Callable[..., Any],
+    *,
+    max_body_bytes: int,
+    capacity: Capacity | None = None,
+    pace: Pace | None = None,
+) -> FastAPI:
     """Build the API.
 
     :param current_access: FastAPI dependency that returns the caller's ``jobs.Access`` or raises 401.
     :param max_body_bytes: largest request body in bytes.
+    :param capacity: how much it does at once.
+    :param pace: how often those look who follow a log.
     """
     app = FastAPI(
         title="Post-training",
         version=__version__,
         description="LLM post-training jobs: the PostTraining API over Airflow and MLflow.",
-        dependencies=[Depends(current_access)],
+        dependencies=[Depends(current_access), Depends(check_query)],
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
     )
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     add_error_handlers(app)
-    for prefix in ("/v1", "/v1alpha"):
-        app.include_router(training_routes(service, current_access), prefix=f"{prefix}/post-training")
-        app.include_router(job_routes(service, current_access), prefix=f"{prefix}/post-training")
+    capacity = capacity or Capacity()
+    route_class = threaded_routes(capacity.calls)
+    routers = (
+        training_routes(service, current_access, route_class),
+        job_routes(service, current_access, route_class),
+        log_routes(logs, current_access, capacity, pace or Pace()),
+    )
+    for prefix, router in product(("/v1", "/v1alpha"), routers):
+        app.include_router(router, prefix=f"{prefix}/post-training")
+    for prefix in ("/v1", "/v1beta"):
+        app.include_router(dataset_routes(datasets, current_access, route_class), prefix=prefix)
 
     @app.get("/openapi.json", include_in_schema=False)
-    def openapi() -> dict[str, Any]:
+    async def openapi() -> dict[str, Any]:
         return description(app)
 
     @app.get("/docs", include_in_schema=False)
-    def docs() -> HTMLResponse:
+    async def docs() -> HTMLResponse:
         return get_swagger_ui_html(openapi_url="openapi.json", title=app.title)
 
     return app

@@ -11,7 +11,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from post_training.api.json_body import unreadable
 from post_training.errors import (
+    BusyError,
+    DatasetNotFoundError,
     ForbiddenError,
     InvalidRequestError,
     JobConflictError,
@@ -53,15 +56,18 @@ STATUS_CODES: dict[type[PostTrainingError], int] = {
     InvalidRequestError: 400,
     ForbiddenError: 403,
     JobNotFoundError: 404,
+    DatasetNotFoundError: 404,
     JobConflictError: 409,
     RequestTooLargeError: 413,
     RecordUnavailableError: 503,
+    BusyError: 503,
 }
 
 HEADERS: dict[type[PostTrainingError], dict[str, str]] = {
     # The published client repeats 409 unless it is told not to; the answer would be the same.
     JobConflictError: {"x-should-retry": "false"},
     RecordUnavailableError: {"Retry-After": "10"},
+    BusyError: {"Retry-After": "5"},
 }
 
 
@@ -73,14 +79,19 @@ def error_response(error: PostTrainingError) -> JSONResponse:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Let the app answer our errors, and an invalid body, by the table above."""
+    """Let the app answer our errors, and an invalid body, by the table above.
 
-    def ours(_: Request, error: Exception) -> JSONResponse:
+    The handlers are coroutines: sync ones would wait for a thread of the pool that Airflow's pages use.
+    """
+
+    async def ours(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, PostTrainingError)  # noqa: S101
         return error_response(error)
 
-    def invalid(_: Request, error: Exception) -> JSONResponse:
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)  # noqa: S101
+        if (reason := unreadable(request, error.body)) is not None:
+            return error_response(InvalidRequestError([{"loc": [], "msg": reason, "type": "json_invalid"}]))
         return error_response(InvalidRequestError(error_details(error.errors())))
 
     async def by_framework(request: Request, error: Exception) -> Response:

@@ -8,7 +8,8 @@ client             paths below ``/post-training``               job_uuid
 later ones         ``/v1alpha/…/jobs/{job_uuid}/…``             path, empty body
 =================  ===========================================  =======================
 
-They are sync functions: MLflow's and Airflow's own calls block, and FastAPI runs these in threads.
+They are sync functions, because MLflow's and Airflow's own calls block; ``capacity`` says in which threads.
+A job's log has routes of its own, in ``log_routes``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
+from fastapi.routing import APIRoute
 
 from post_training.api.errors import documented
 from post_training.errors import InvalidRequestError
@@ -26,8 +28,8 @@ from post_training.schemas.jobs import (
     ListPostTrainingJobsResponse,
     PostTrainingJob,
     PostTrainingJobArtifactsResponse,
-    PostTrainingJobLogStream,
     PostTrainingJobStatusResponse,
+    ReconcileJobsResponse,
 )
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.schemas.rlhf import PreferenceBody
@@ -41,9 +43,13 @@ class CancelTrainingJobRequest(StrictModel):
     job_uuid: str
 
 
-def training_routes(service: JobService, current_access: Callable[..., Any]) -> APIRouter:
+def training_routes(
+    service: JobService, current_access: Callable[..., Any], route_class: type[APIRoute]
+) -> APIRouter:
     """Return the two routes that start jobs."""
-    router = APIRouter(tags=["training"], responses=documented(400, 401, 403, 409, 413, 503))
+    router = APIRouter(
+        tags=["training"], route_class=route_class, responses=documented(400, 401, 403, 409, 413, 503)
+    )
 
     @router.post("/supervised-fine-tune")
     def supervised_fine_tune(
@@ -62,13 +68,14 @@ def training_routes(service: JobService, current_access: Callable[..., Any]) -> 
     return router
 
 
-def job_routes(service: JobService, current_access: Callable[..., Any]) -> APIRouter:
+def job_routes(
+    service: JobService, current_access: Callable[..., Any], route_class: type[APIRoute]
+) -> APIRouter:
     """Return the routes that read and stop jobs, in both of their shapes."""
-    router = APIRouter(tags=["jobs"])
+    router = APIRouter(tags=["jobs"], route_class=route_class)
     reads: dict[str, tuple[Callable[..., Any], type]] = {
         "status": (service.status, PostTrainingJobStatusResponse),
         "artifacts": (service.artifacts, PostTrainingJobArtifactsResponse),
-        "logs": (service.logs, PostTrainingJobLogStream),
     }
 
     @router.get("/jobs", responses=documented(401, 503))
@@ -101,6 +108,11 @@ def job_routes(service: JobService, current_access: Callable[..., Any]) -> APIRo
     def cancel_training_job_by_path(job_uuid: str, access: Any = Depends(current_access)) -> None:
         """Stop a job; what it made so far is kept."""
         service.cancel(job_uuid, access)
+
+    @router.post("/reconcile", responses=documented(401, 403, 503))
+    def reconcile_training_jobs(access: Any = Depends(current_access)) -> ReconcileJobsResponse:
+        """Bring MLflow's open runs and Airflow's tasks to agree, as far as the caller may change them."""
+        return service.reconcile(access)
 
     return router
 

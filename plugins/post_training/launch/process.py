@@ -10,7 +10,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
 
 _PR_SET_PDEATHSIG = 1
 # Loaded here: between fork and exec a child may call it, but not load it.
@@ -28,6 +31,7 @@ class TrainerProcess:
     :param environment: all of its variables.
     :param log: file that receives a copy of the output.
     :param folder: its working folder; None is the caller's.
+    :param pass_fds: file descriptors that it keeps open.
     :param grace_seconds: time between SIGTERM and SIGKILL.
     """
 
@@ -38,6 +42,7 @@ class TrainerProcess:
         log: Path,
         *,
         folder: Path | None = None,
+        pass_fds: Sequence[int] = (),
         grace_seconds: float = 3.0,
     ) -> None:
         self._log = log
@@ -53,6 +58,7 @@ class TrainerProcess:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            pass_fds=pass_fds,
             preexec_fn=_die_with(os.getpid()),
         )
         self._reader = threading.Thread(target=self._read, name="trainer-output", daemon=True)
@@ -98,13 +104,24 @@ class TrainerProcess:
             self._process.terminate()
 
     def kill(self) -> None:
-        """End the child at once and wait for it."""
-        self._process.kill()
+        """End the child at once, and what it started, and wait for it."""
+        self._kill_tree()
         self._process.wait()
 
     def _enforce_grace(self) -> None:
         if self._stopped_at is not None and time.monotonic() - self._stopped_at > self._grace_seconds:
-            self._process.kill()
+            self._kill_tree()
+
+    def _kill_tree(self) -> None:
+        """Kill the child and its descendants, those in sessions of their own as well."""
+        try:
+            descendants = psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            descendants = []
+        self._process.kill()
+        for process in descendants:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _read(self) -> None:
         assert self._process.stdout is not None  # noqa: S101
@@ -114,6 +131,11 @@ class TrainerProcess:
                 copy.flush()
                 self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
+
+
+def bind_to_parent(number: signal.Signals) -> None:
+    """Let this process get a signal when the thread that started it ends."""
+    _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _die_with(parent: int) -> Callable[[], None]:

@@ -23,7 +23,9 @@ from post_training.schemas.base import parse_json_object
 from post_training.schemas.jobs import (
     ListPostTrainingJobsResponse,
     PostTrainingJobArtifactsResponse,
+    PostTrainingJobLogStream,
     PostTrainingJobStatusResponse,
+    ReconcileJobsResponse,
 )
 from post_training.schemas.requests import error_details
 from post_training.schemas.training import RuntimeConfig
@@ -173,6 +175,15 @@ class PostTrainingHook(BaseHook):
         body = self._call("GET", "job/artifacts", job_uuid, params={"job_uuid": job_uuid})
         return PostTrainingJobArtifactsResponse.model_validate(body)
 
+    def job_logs(self, job_uuid: str, offset: int = 0) -> PostTrainingJobLogStream:
+        """Return one page of a job's log, from line ``offset`` on; it names the next page's offset.
+
+        :raises JobNotFoundError: if there is no such job.
+        :raises ForbiddenError: if the connection's user may see the job but no logs.
+        """
+        body = self._call("GET", "job/logs", job_uuid, params={"job_uuid": job_uuid, "offset": offset})
+        return PostTrainingJobLogStream.model_validate(body)
+
     def cancel_job(self, job_uuid: str) -> None:
         """Stop a job.
 
@@ -180,6 +191,10 @@ class PostTrainingHook(BaseHook):
         :raises JobConflictError: if it has ended.
         """
         self._call("POST", "job/cancel", job_uuid, json={"job_uuid": job_uuid})
+
+    def reconcile(self) -> ReconcileJobsResponse:
+        """Let the deployment bring MLflow's open runs and Airflow's tasks to agree."""
+        return ReconcileJobsResponse.model_validate(self._call("POST", "reconcile"))
 
     def test_connection(self) -> tuple[bool, str]:
         """List the jobs; the button in the connection form."""

@@ -85,3 +85,11 @@ class CancelTrainingJobOperator(_JobOperator):
         :raises JobConflictError: if it has ended.
         """
         self.hook.cancel_job(self.job_uuid)
+
+
+class ReconcileTrainingJobsOperator(_ApiOperator):
+    """Bring MLflow's open runs and Airflow's tasks to agree; runs of cut-off submits are deleted."""
+
+    def execute(self, context: Context) -> dict[str, int]:
+        """Return how many runs were checked, mended, stopped and discarded."""
+        return self.hook.reconcile().model_dump()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from time import monotonic
+from typing import Any, TypeVar
 
-from post_training.errors import RecordUnavailableError, TrainerError
+from post_training.errors import RecordUnavailableError, SupersededError, TrainerError
 from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.operators.links import MLflowRunLink
 from post_training.record import identity_tags, new_run
@@ -15,22 +19,47 @@ from post_training.schemas.requests import AnyTrainingRequest
 from post_training.tracking import JobRun, Tracking
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+PATIENCE_SECONDS = 600.0
+"""How long a task waits for MLflow before its attempt fails, or at its end before the record is left open."""
+
+PAUSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A job's run at the start of an attempt.
+
+    :param continues: whether an earlier attempt's state may go on in it.
+    :param finished: whether an earlier attempt had completed the job, and only Airflow did not learn of it.
+    """
+
+    run: JobRun
+    continues: bool
+    finished: bool = False
 
 
 @dataclass
 class TaskRecord:
     """Finds or makes the run, leads to it from Airflow, and writes how the attempt ended.
 
+    MLflow is waited for; an attempt that a newer one has replaced writes nothing.
+
     :param tracking: the tracking server.
     :param key: the task.
     :param ti: the running task instance.
     :param submitted_run_id: the run that was made at submit, from the DAG run's conf.
+    :param give_up: asked while MLflow is waited for.
+    :param patience: seconds for which it is waited for.
     """
 
     tracking: Tracking
     key: TaskKey
     ti: Any
     submitted_run_id: Any = None
+    give_up: Callable[[], bool] = lambda: False
+    patience: float = PATIENCE_SECONDS
     run: JobRun | None = None
 
     @property
@@ -40,15 +69,27 @@ class TaskRecord:
             return None
         return self.tracking.server.run_url(self.run.experiment_id, self.run.run_id)
 
-    def open(self, request: AnyTrainingRequest) -> tuple[JobRun, bool]:
+    @property
+    def attempt_id(self) -> str:
+        """Airflow's id of this attempt, a UUID of version 7: a later attempt's is greater."""
+        return str(self.ti.id)
+
+    def open(self, request: AnyTrainingRequest) -> Opened:
         """Set the job's run to RUNNING, made anew if what it holds is another training.
 
-        :return: the run, and whether an earlier attempt's state may go on in it.
         :raises TrainerError: if this attempt was cancelled before it began.
+        :raises SupersededError: if a newer attempt has begun.
+        :raises RecordUnavailableError: if MLflow does not answer in time.
         """
+        return self._persist(lambda: self._open(request))
+
+    def _open(self, request: AnyTrainingRequest) -> Opened:
         run = self._existing()
-        if run is not None and run.tags.get(names.TAG_CANCELLED_ATTEMPT) == str(self.ti.try_number):
-            raise TrainerError("The job was cancelled before it began.")
+        if run is not None:
+            self._check(run)
+            if self._was_finished(run, request):
+                self.run = run
+                return Opened(run, continues=True, finished=True)
         continues = run is None or not _is_another_training(run, request)
         if run is not None and not continues:
             logger.info("MLflow run %s stays as it is: this is another training", run.run_id)
@@ -56,41 +97,126 @@ class TaskRecord:
             run = None
         self.run = run or self.tracking.create_run(**new_run(request, self.key))
         self._note()
-        self.tracking.set_status(self.run.run_id, "RUNNING")
-        return self.run, continues
+        self._set_status("RUNNING")
+        self._check(self.tracking.get(self.run.run_id))
+        return Opened(self.run, continues)
+
+    def _check(self, run: JobRun | None) -> None:
+        """Refuse to begin an attempt that was cancelled, or is no longer the newest."""
+        if run is None:
+            return
+        if run.tags.get(names.TAG_ATTEMPT_ID, "") > self.attempt_id:
+            raise SupersededError("A newer attempt at this job runs.")
+        if self._is_cancelled(run):
+            raise TrainerError("The job was cancelled before it began.")
+
+    def _is_cancelled(self, run: JobRun) -> bool:
+        return run.tags.get(names.TAG_CANCELLED_ATTEMPT) == self.attempt_id
+
+    def _was_finished(self, run: JobRun, request: AnyTrainingRequest) -> bool:
+        """Whether this is a retry of what has been done; who clears the task raises its limit of tries."""
+        return (
+            run.status == "FINISHED"
+            and run.tags.get(names.TAG_MAX_TRIES) == str(self.ti.max_tries)
+            and run.tags.get(names.TAG_PAYLOAD_HASH) == request.payload_hash()
+        )
 
     def refuse(self, method: str, error: str) -> None:
         """Record a request that is not even valid, so that it too has a run that says why."""
         try:
-            self.run = (
-                self.run
-                or self._existing()
-                or self.tracking.create_run(
-                    name=job_uuid_of(self.key),
-                    experiment=None,
-                    tags={**identity_tags(self.key), names.TAG_METHOD: method},
-                    params={},
-                    request={},  # what was given is in the task's rendered fields; it may hold anything
-                )
-            )
-            self._note()
+            self.run = self._persist(lambda: self._run_of_a_refusal(method))
+            self._persist(self._note)
         except RecordUnavailableError as unavailable:
             logger.warning("The refusal could not be recorded: %s", unavailable)
         self.conclude("FAILED", error)
 
-    def conclude(self, status: str, error: str | None = None) -> None:
-        """Write how the attempt ended; the task's own outcome does not hang on it.
+    def _run_of_a_refusal(self, method: str) -> JobRun:
+        return (
+            self.run
+            or self._existing()
+            or self.tracking.create_run(
+                name=job_uuid_of(self.key),
+                experiment=None,
+                tags={**identity_tags(self.key), names.TAG_METHOD: method},
+                params={},
+                request={},  # what was given is in the task's rendered fields; it may hold anything
+            )
+        )
 
-        A job that was cancelled meanwhile stays so, however its trainer ended.
+    def fail(self, error: str, *, permanent: bool = False) -> None:
+        """Write that the attempt failed; the run is open until the last attempt has.
+
+        :param permanent: whether Airflow is told not to try again.
         """
-        if self.run is None:
+        if permanent or self.ti.try_number > self.ti.max_tries:
+            self.conclude("FAILED", error)
             return
+        self._write(lambda: self._tag_own_run({names.TAG_ERROR: error}))
+
+    def conclude(self, status: str, error: str | None = None) -> None:
+        """Write how the job ended; the task's own outcome does not hang on it.
+
+        A job that was cancelled meanwhile stays so, however its trainer ended. What cannot be written is
+        mended from Airflow's state, by whoever reads the job next.
+        """
+        self._write(lambda: self._conclude(status, error))
+
+    def _conclude(self, status: str, error: str | None) -> None:
+        if status == "FINISHED":
+            self._tag_own_run({names.TAG_MAX_TRIES: str(self.ti.max_tries)})
+        current = self._own_run()
+        if current is not None and current.status != "KILLED":
+            self._set_status(status, error)
+
+    def forget_state(self) -> None:
+        """Delete what MLflow keeps for a retry, once the job is finished."""
+        self._write(lambda: self.tracking.forget_state(self.run.run_id) if self.run is not None else None)
+
+    def add_file(self, path: Path, folder: str) -> None:
+        """Upload a file into a folder of the run's artifacts, or log that it could not be."""
+        self._write(
+            lambda: self.tracking.add_file(self.run.run_id, path, folder) if self.run is not None else None
+        )
+
+    def _set_status(self, status: str, error: str | None = None) -> None:
+        """Write a status; where the job is cancelled in the same moment, that is what stays."""
+        assert self.run is not None  # noqa: S101
+        self.tracking.set_status(self.run.run_id, status, error=error)
+        written = self.tracking.get(self.run.run_id)
+        if written is not None and self._is_cancelled(written) and written.status != "KILLED":
+            self.tracking.set_status(self.run.run_id, "KILLED")
+
+    def _own_run(self) -> JobRun | None:
+        """Return the run as it is now; None where it is gone or a newer attempt's."""
+        run = self.tracking.get(self.run.run_id) if self.run is not None else None
+        return run if run is not None and run.tags.get(names.TAG_ATTEMPT_ID) == self.attempt_id else None
+
+    def _tag_own_run(self, tags: dict[str, str]) -> None:
+        run = self._own_run()
+        if run is not None:
+            self.tracking.set_tags(run.run_id, tags)
+
+    def _write(self, call: Callable[[], None]) -> None:
+        """Make a call that nothing hangs on."""
         try:
-            current = self.tracking.get(self.run.run_id)
-            if current is None or current.status != "KILLED":
-                self.tracking.set_status(self.run.run_id, status, error=error)
+            self._persist(call)
         except RecordUnavailableError as unavailable:
-            logger.warning("MLflow run %s is not set to %s: %s", self.run.run_id, status, unavailable)
+            logger.warning("MLflow's record of this job is left as it is: %s", unavailable)
+
+    def _persist(self, call: Callable[[], _T]) -> _T:
+        """Call until MLflow answers or the time is over.
+
+        :raises RecordUnavailableError: if it does not.
+        """
+        deadline = monotonic() + self.patience
+        while True:
+            try:
+                return call()
+            except RecordUnavailableError as unavailable:
+                if self.give_up() or monotonic() + PAUSE_SECONDS > deadline:
+                    raise
+                logger.warning("%s; asking again in %g s", unavailable, PAUSE_SECONDS)
+                time.sleep(PAUSE_SECONDS)
 
     def _existing(self) -> JobRun | None:
         """Return the run of this very task: ids are made of names, and two tasks' names may add up to one."""
@@ -106,7 +232,11 @@ class TaskRecord:
         assert self.run is not None  # noqa: S101
         # Airflow itself stores the link only when the task ends.
         self.ti.xcom_push(key=MLflowRunLink().xcom_key, value=self.url)
-        tags = {names.TAG_ATTEMPT: str(self.ti.try_number), names.TAG_AIRFLOW_URL: self.ti.log_url}
+        tags = {
+            names.TAG_ATTEMPT: str(self.ti.try_number),
+            names.TAG_ATTEMPT_ID: self.attempt_id,
+            names.TAG_AIRFLOW_URL: self.ti.log_url,
+        }
         self.tracking.set_tags(self.run.run_id, tags)
         logger.info("MLflow run %s: %s", self.run.run_id, self.url)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from post_training.datasets import Resolver
-from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError, TrainerError
+from post_training.dataset_records import DatasetRecords
+from post_training.datasets import PINNED, Resolver
+from post_training.errors import InvalidRequestError, PostTrainingError, SupersededError, TrainerError
 from post_training.job_ids import TaskKey, job_uuid_of
+from post_training.job_lock import claim, locked, note_holder
 from post_training.launch.local import trainer_argv, trainer_environment
-from post_training.launch.process import TrainerProcess
+from post_training.launch.process import TrainerProcess, bind_to_parent
 from post_training.operators.hooks import MLflowHook, PostTrainingHook
 from post_training.operators.links import MLflowRunLink
 from post_training.operators.request import build_request, with_runtime_defaults
@@ -31,6 +35,10 @@ from post_training.tracking import JobRun, Tracking
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
+
+
+class _PermanentFailureError(TrainerError):
+    """The trainer says that another attempt would fail the same way."""
 
 
 class TrainingOperator(BaseOperator):
@@ -102,39 +110,62 @@ class TrainingOperator(BaseOperator):
         :raises AirflowFailException: if another attempt would fail the same way.
         :raises AirflowException: if it may succeed.
         """
-        key, ti = _task_key(context), context["ti"]
-        conf = context["dag_run"].conf or {}
-        record = TaskRecord(self.tracking, key, ti, conf.get(names.CONF_MLFLOW_RUN))
+        _bind_to_supervisor()
+        key, conf = _task_key(context), context["dag_run"].conf or {}
+        record = TaskRecord(
+            self.tracking, key, context["ti"], conf.get(names.CONF_MLFLOW_RUN), lambda: self._stopped
+        )
         try:
-            request = self.build_request(key)
-            run, continues = record.open(request)
-            self.mlflow_run_url = record.url
-            spec = self._write_spec(request, run, _work_dir(key, empty=not continues), ti.try_number)
-            result = self._train(spec)
+            return self._run_job(key, record)
         except InvalidRequestError as error:
             record.refuse(self.method, str(error))
-            self.mlflow_run_url = record.url
             raise AirflowFailException(str(error)) from None
         except PostTrainingError as error:
-            record.conclude("KILLED" if self._stopped else "FAILED", str(error))
-            raise AirflowException(str(error)) from None
+            permanent = isinstance(error, SupersededError | _PermanentFailureError)
+            if not self._stopped:  # by whom and what for, Airflow knows: the record follows its state
+                record.fail(str(error), permanent=permanent)
+            raise (AirflowFailException if permanent else AirflowException)(str(error)) from None
         except BaseException as error:
-            record.conclude("FAILED", f"The task was interrupted: {type(error).__name__}.")
+            record.fail(f"The task was interrupted: {type(error).__name__}.")
             raise
+        finally:
+            self.mlflow_run_url = record.url
+
+    def _run_job(self, key: TaskKey, record: TaskRecord) -> dict[str, Any]:
+        """Train the task's job, or find that it has been done."""
+        request = self.build_request(key)
+        work_dir = _work_dir(key)
+        claim(work_dir, record.attempt_id)
+        opened = record.open(request)
+        if opened.finished:
+            self.log.info("An earlier attempt has completed the job.")
+            return self._outcome(request, opened.run)
+        with locked(work_dir, give_up=lambda: self._stopped) as lock:
+            if not opened.continues:
+                shutil.rmtree(work_dir, ignore_errors=True)
+            work_dir.mkdir(exist_ok=True, mode=0o700)
+            spec = self._write_spec(request, opened.run, work_dir, record)
+            result = self._train(spec, record, lock)
+            if result.status == "failed" and not result.permanent:
+                raise TrainerError(result.error or "The trainer failed without a reason.")
+            if result.status == "completed":
+                record.conclude("FINISHED")
+                record.forget_state()
+            shutil.rmtree(work_dir, ignore_errors=True)
         if result.status == "failed":
-            sentence = result.error or "The trainer failed without a reason."
-            record.conclude("FAILED", sentence)
-            if result.permanent:
-                shutil.rmtree(spec.work_dir, ignore_errors=True)
-                raise AirflowFailException(sentence)
-            raise AirflowException(sentence)
-        record.conclude("FINISHED")
-        shutil.rmtree(spec.work_dir, ignore_errors=True)
+            raise _PermanentFailureError(result.error or "The trainer failed without a reason.")
+        return self._outcome(request, opened.run, result)
+
+    def _outcome(
+        self, request: AnyTrainingRequest, run: JobRun, result: TrainerResult | None = None
+    ) -> dict[str, Any]:
+        """Return what the task hands on; without a result, as the record has it."""
+        checkpoints = result.checkpoints if result is not None else self.tracking.checkpoints(run)
         return {
             "job_uuid": request.job_uuid,
             "mlflow_run_id": run.run_id,
-            "checkpoints": [checkpoint.model_dump(mode="json") for checkpoint in result.checkpoints],
-            "metrics": result.metrics,
+            "checkpoints": [checkpoint.model_dump(mode="json") for checkpoint in checkpoints],
+            "metrics": result.metrics if result is not None else dict(run.metrics),
         }
 
     def on_kill(self) -> None:
@@ -152,32 +183,47 @@ class TrainingOperator(BaseOperator):
         return build_request(self.method, job_uuid_of(key), self.request, fields)
 
     def _write_spec(
-        self, request: AnyTrainingRequest, run: JobRun, work_dir: Path, attempt: int
+        self, request: AnyTrainingRequest, run: JobRun, work_dir: Path, record: TaskRecord
     ) -> TrainerSpec:
         """Resolve what the request names and write the trainer's instructions into the job's folder."""
-        resolver = Resolver(load_settings())
+        resolver = Resolver(load_settings(), registered=DatasetRecords(lambda: self.tracking).uri)
         conn_id = self.post_training_conn_id or load_settings().post_training_conn_id
         request = with_runtime_defaults(request, PostTrainingHook(conn_id).runtime_defaults())
         folder = resolver.checkpoint_dir(request) if isinstance(request, SupervisedFineTuneRequest) else None
         self.tracking.add_params(run.run_id, run_params(request))
+        pins = self._pins(resolver, request, run)
         spec = TrainerSpec(
             request=request,
             model=resolver.model(request),
             model_roots=resolver.model_roots(),
-            train_data=resolver.train_data(request),
-            validation_data=resolver.validation_data(request),
+            train_data=pins.get(names.TAG_TRAIN_DATA) or resolver.train_data(request),
+            validation_data=pins.get(names.TAG_VALIDATION_DATA) or resolver.validation_data(request),
             checkpoint_dir=folder,
             work_dir=work_dir,
-            attempt=attempt,
+            attempt=record.ti.try_number,
+            attempt_id=record.attempt_id,
+            keep_state_in_mlflow=load_settings().keep_state_in_mlflow,
+            max_data_bytes=load_settings().max_data_bytes,
             tracking=TrackingTarget(tracking_uri=self.tracking.server.uri, run_id=run.run_id),
         )
         (work_dir / SPEC_FILE).write_text(spec.model_dump_json(indent=2), encoding="utf-8")
         (work_dir / RESULT_FILE).unlink(missing_ok=True)
         return spec
 
-    def _train(self, spec: TrainerSpec) -> TrainerResult:
+    def _pins(self, resolver: Resolver, request: AnyTrainingRequest, run: JobRun) -> dict[str, str]:
+        """Return the versions that the job reads: those in its run, or the current ones, from here on."""
+        pinned = {tag: run.tags[tag] for tag in PINNED if tag in run.tags}
+        if pinned:
+            return pinned
+        current = resolver.pins(request)
+        if current:
+            self.tracking.set_tags(run.run_id, current)
+        return current
+
+    def _train(self, spec: TrainerSpec, record: TaskRecord, lock: int) -> TrainerResult:
         """Run the trainer to its end, its output in the task's log.
 
+        :param lock: file descriptor by which the trainer holds its folder's lock.
         :raises TrainerError: if it was stopped, or ended without a result.
         """
         log_file = spec.work_dir / f"train-{spec.attempt}.log"
@@ -187,7 +233,9 @@ class TrainingOperator(BaseOperator):
                 trainer_environment(os.environ, self.tracking.server.environment()),
                 log_file,
                 folder=spec.work_dir,
+                pass_fds=(lock,),
             )
+            note_holder(spec.work_dir, self._process.pid)
             if self._stopped:
                 self._process.stop()
             for line in self._process.lines():
@@ -196,18 +244,11 @@ class TrainingOperator(BaseOperator):
         finally:
             if self._process is not None:
                 self._process.kill()
-            self._upload_log(spec, log_file)
+            if log_file.exists():
+                record.add_file(log_file, names.ARTIFACT_LOGS)
         if self._stopped:
             raise TrainerError("The job was stopped.")
-        return _read_result(spec.work_dir / RESULT_FILE, code)
-
-    def _upload_log(self, spec: TrainerSpec, log_file: Path) -> None:
-        if spec.tracking is None or not log_file.exists():
-            return
-        try:
-            self.tracking.add_file(spec.tracking.run_id, log_file, names.ARTIFACT_LOGS)
-        except RecordUnavailableError as error:
-            self.log.warning("The training log could not be uploaded: %s", error)
+        return _read_result(spec, code)
 
 
 class SupervisedFineTuneOperator(TrainingOperator):
@@ -256,31 +297,34 @@ class PreferenceOptimizeOperator(TrainingOperator):
         return cls(request=request, **operator_kwargs)
 
 
+def _bind_to_supervisor() -> None:
+    """Let the task end with Airflow's supervisor, which alone could report it; a SIGKILL would part them."""
+    runner = sys.modules.get("airflow.sdk.execution_time.task_runner")
+    if hasattr(runner, "SUPERVISOR_COMMS"):
+        bind_to_parent(signal.SIGTERM)
+
+
 def _task_key(context: Context) -> TaskKey:
     ti = context["ti"]
     return TaskKey(ti.dag_id, ti.run_id, ti.task_id, ti.map_index if ti.map_index is not None else -1)
 
 
-def _work_dir(key: TaskKey, *, empty: bool) -> Path:
-    """Return the folder of a task's job, shared by its attempts.
-
-    :param empty: whether what an earlier attempt left is removed.
-    """
+def _work_dir(key: TaskKey) -> Path:
+    """Return the folder of a task's job, shared by its attempts."""
     mapped = "" if key.map_index < 0 else f".{key.map_index}"
-    folder = load_settings().home / "jobs" / key.dag_id / key.run_id / f"{key.task_id}{mapped}"
-    if empty:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
+    return load_settings().home / "jobs" / key.dag_id / key.run_id / f"{key.task_id}{mapped}"
 
 
-def _read_result(path: Path, code: int) -> TrainerResult:
+def _read_result(spec: TrainerSpec, code: int) -> TrainerResult:
     """Return the trainer's result.
 
     :raises TrainerError: if it left none.
     """
+    path = spec.work_dir / RESULT_FILE
     if path.exists():
-        return TrainerResult.model_validate_json(path.read_text(encoding="utf-8"))
+        result = TrainerResult.model_validate_json(path.read_text(encoding="utf-8"))
+        if result.attempt_id == spec.attempt_id:
+            return result
     if code < 0:
         raise TrainerError(f"The trainer was killed by signal {-code}; out of memory is a usual cause.")
     raise TrainerError(f"The trainer ended with exit code {code} and no result.")

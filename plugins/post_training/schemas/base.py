@@ -28,6 +28,38 @@ class LenientModel(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
+def load_json(text: str | bytes) -> Any:
+    """Read JSON as RFC 8259 has it: UTF-8, no NaN, no Infinity, and no name twice in one object.
+
+    Of a name that stands twice only the last value would count.
+
+    :raises ValueError: saying what is wrong.
+    """
+    try:
+        return json.loads(
+            text.decode() if isinstance(text, bytes) else text,
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {twice[:80]!r} twice")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 def parse_json_object(value: Any) -> Any:
     """Read a JSON string as the object that it holds; pass everything else through.
 
@@ -39,8 +71,8 @@ def parse_json_object(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError) as error:
+        parsed = load_json(value)
+    except ValueError as error:
         raise PydanticCustomError(
             "json_invalid", "must be an object or a JSON string of one: {reason}", {"reason": str(error)}
         ) from None

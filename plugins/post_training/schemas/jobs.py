@@ -91,8 +91,20 @@ class PostTrainingJobArtifactsResponse(LenientModel):
     checkpoints: list[Checkpoint] = Field(default_factory=list)
 
 
+class ReconcileJobsResponse(LenientModel):
+    """What a look at all open runs has found and done."""
+
+    checked: int = Field(default=0, description="Open runs that were looked at.")
+    mended: int = Field(default=0, description="Of them, those whose status was brought to the truth.")
+    stopped: int = Field(default=0, description="Tasks of cancelled jobs that were still to be stopped.")
+    discarded: int = Field(default=0, description="Runs of submits that were cut off, now deleted.")
+
+
 class PostTrainingJobLogStream(LenientModel):
     """Lines of a job's training log, oldest first."""
 
     job_uuid: str
     log_lines: list[str]
+    next_offset: int | None = Field(
+        default=None, description="Offset of the page after this one; null where the log goes no further yet."
+    )

@@ -19,7 +19,25 @@ TAG_RUN_ID: Final = "airflow.run_id"
 TAG_TASK_ID: Final = "airflow.task_id"
 TAG_MAP_INDEX: Final = "airflow.map_index"
 TAG_ATTEMPT: Final = "post_training.attempt"
+TAG_ATTEMPT_ID: Final = "post_training.attempt_id"
+"""Airflow's id of the newest attempt's task instance, a UUID of version 7: a later attempt's is greater."""
+
+TAG_MAX_TRIES: Final = "post_training.max_tries"
+"""Airflow's limit of tries when the job was finished; clearing the task raises it, a retry does not."""
+
+TAG_RESUME_STATE: Final = "post_training.resume_state"
+"""JSON of ``schemas.trainer.StoredState``."""
+
+TAG_INPUTS: Final = "post_training.inputs"
+"""SHA-256 of what the run's metrics and checkpoints were trained from: request, model and data."""
+
 TAG_CANCELLED_ATTEMPT: Final = "post_training.cancelled_attempt"
+"""Id of the attempt that somebody asked to stop."""
+
+TAG_TRAIN_DATA: Final = "post_training.train_data"
+TAG_VALIDATION_DATA: Final = "post_training.validation_data"
+"""URI of the version of a registered data set that all attempts at the job read."""
+
 TAG_AIRFLOW_URL: Final = "airflow.url"
 TAG_ERROR: Final = "post_training.error"
 TAG_RESOURCES: Final = "post_training.resources"
@@ -60,3 +78,4 @@ VALIDATION_PREFIX: Final = "validation_"
 # Folders of the run's artifacts.
 ARTIFACT_REQUEST: Final = "request.json"
 ARTIFACT_LOGS: Final = "logs"
+ARTIFACT_RESUME: Final = "resume"

@@ -13,7 +13,6 @@ from post_training.schemas.requests import AnyTrainingRequest
 
 RESULT_FILE = "result.json"
 SPEC_FILE = "spec.json"
-LOG_FILE = "train.log"
 
 
 class TrackingTarget(LenientModel):
@@ -21,6 +20,15 @@ class TrackingTarget(LenientModel):
 
     tracking_uri: str
     run_id: str
+
+
+class StoredState(LenientModel):
+    """The newest state that MLflow holds of a training that has not ended."""
+
+    path: str = Field(description="The file, below the run's artifacts.")
+    step: int = Field(description="Optimizer steps done.")
+    inputs: str = Field(description="SHA-256 of what the job was trained from: request, model and data.")
+    sha256: str = Field(description="Of the file.")
 
 
 class TrainerSpec(LenientModel):
@@ -38,12 +46,20 @@ class TrainerSpec(LenientModel):
     checkpoint_dir: Path | None = Field(description="The job's own folder for copies of checkpoints.")
     work_dir: Path = Field(description="The job's folder; shared by all attempts of the job.")
     attempt: int = Field(ge=1, description="Airflow's try number.")
+    attempt_id: str = Field(
+        default="", description="Greater than that of every attempt before; empty is never superseded."
+    )
+    keep_state_in_mlflow: bool = Field(
+        default=True, description="Whether a retry on another machine may go on from what MLflow holds."
+    )
+    max_data_bytes: int = Field(default=2**32, description="Largest data set that is fetched.")
     tracking: TrackingTarget | None = Field(description="Null trains without a record.")
 
 
 class TrainerResult(LenientModel):
     """Written once, by rename, as the trainer's last act."""
 
+    attempt_id: str = Field(default="", description="The spec's.")
     status: Literal["completed", "failed"]
     error: str | None = Field(default=None, description="Why it failed, in one sentence.")
     permanent: bool = Field(default=False, description="Whether another attempt would fail the same way.")

@@ -41,7 +41,7 @@ class DataConfig(StrictModel):
     """Which rows are read and how they become batches."""
 
     dataset_id: str = Field(
-        min_length=1, description="Training data: a path under an allowed root, or a URI."
+        min_length=1, description="Training data: a registered id, a path under an allowed root, or a URI."
     )
     batch_size: Count = Field(
         ge=1,
@@ -143,6 +143,19 @@ class RuntimeConfig(StrictModel):
     )
     save_total_limit: Count | None = Field(
         default=None, ge=1, description="Checkpoints kept, newest first; null keeps all of them."
+    )
+    save_every_n_steps: Count | None = Field(
+        default=None,
+        ge=1,
+        description="Optimizer steps between two saves of the state that a retry goes on from, beside those"
+        " at each epoch's end; null leaves it to the clock.",
+    )
+    save_every_n_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Minutes between two such saves; null without save_every_n_steps is one, or so many that"
+        " saving takes 2 % of the time.",
     )
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Learning rate after the warm-up: decay to 0, or none."

@@ -18,7 +18,8 @@ from torchao.quantization.qat.linear import FakeQuantizedLinear
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.attempts import REFERENCES_FILE
-from lightning_modules.record import read_table
+from lightning_modules.module import STATE_KEY
+from lightning_modules.tables import read_table
 from post_training.job_ids import TaskKey
 from post_training.record import new_run
 from post_training.schemas.record import TAG_JOB_UUID, TAG_WARNING
@@ -186,6 +187,19 @@ def identity(trial: Trial) -> set[str]:
     run, folder = new_run_of(trial), trial.spec.checkpoint_dir
     ids = {checkpoint.identifier.removesuffix("-epoch-0"), checkpoint.post_training_job_id}
     return ids | {run["job_uuid"], run["name"]} | ({folder.name} if folder else set())
+
+
+def saves(trial: Trial) -> list[int]:
+    """The optimizer steps done of each state that was saved for a retry, as its file says."""
+    found: list[int] = []
+
+    def logged(file: Path, **options: Any) -> None:
+        found.append(torch.load(file, weights_only=True)[STATE_KEY]["optimizer_steps"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial.job.checkpoints.record, "log_state", logged)
+        assert trial.finished is not None
+    return found
 
 
 def exports(trial: Trial) -> list[str]:

@@ -1,0 +1,51 @@
+"""Whether this attempt is still the job's newest: one that is not stops writing and ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import monotonic
+
+from mlflow import MlflowClient
+
+from post_training.errors import SupersededError
+from post_training.schemas.record import TAG_ATTEMPT_ID
+
+_log = logging.getLogger(__name__)
+
+CHECK_SECONDS = 3.0
+"""Time between two looks at the run while it is written to all the time."""
+
+
+class RunFence:
+    """Looks into the MLflow run for the id of the newest attempt; shared by all that write to the run.
+
+    :param attempt_id: this attempt's; empty is never superseded.
+    """
+
+    def __init__(
+        self, client: MlflowClient, run_id: str, attempt_id: str, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._attempt_id = attempt_id
+        self._clock = clock
+        self._looked_at: float | None = None
+        self.superseded = False
+
+    def check(self, *, now: bool = False) -> None:
+        """Look, unless that was done a moment ago.
+
+        :param now: look in any case, before something is written that readers rely on.
+        :raises SupersededError: if a newer attempt has taken over.
+        :raises Exception: whatever MLflow's client raises; nothing is known then.
+        """
+        if not self._attempt_id:
+            return
+        recent = self._looked_at is not None and self._clock() - self._looked_at < CHECK_SECONDS
+        if not self.superseded and (now or not recent):
+            newest = self._client.get_run(self._run_id).data.tags.get(TAG_ATTEMPT_ID, "")
+            self._looked_at = self._clock()
+            self.superseded = newest > self._attempt_id
+        if self.superseded:
+            raise SupersededError("A newer attempt at this job runs.")

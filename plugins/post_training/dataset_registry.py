@@ -1,0 +1,138 @@
+"""Register, list, get and delete data sets; every collaborator is passed in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from post_training.data_uris import parse_data_uri
+from post_training.dataset_records import DatasetFile, DatasetRecords, DatasetVersion, NewVersion
+from post_training.datasets import Resolver
+from post_training.errors import DatasetNotFoundError, ForbiddenError, InvalidRequestError
+from post_training.jobs import Access
+from post_training.schemas.datasets import (
+    Dataset,
+    DatasetSource,
+    ListDatasetsResponse,
+    RegisterDatasetRequest,
+    StoredSource,
+    parse_reference,
+)
+from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
+
+REQUEST_DAGS = (SupervisedFineTuneRequest.method, PreferenceOptimizeRequest.method)
+"""Whoever may see or start runs of one of them may see or change data sets: they are these jobs' input."""
+
+URI_FIELD = "source.uri"
+
+
+class DatasetService:
+    """The data sets that requests may name by an id.
+
+    :param records: where they are kept.
+    :param resolver: checks a registered URI as one in a request.
+    """
+
+    def __init__(self, records: DatasetRecords, resolver: Resolver) -> None:
+        self._records = records
+        self._resolver = resolver
+
+    def register(self, request: RegisterDatasetRequest, access: Access) -> Dataset:
+        """Store a data set, or a new version of it; what its current version is already is not stored again.
+
+        :raises ForbiddenError: if the caller may start no jobs.
+        :raises InvalidRequestError: if a request could not name the URI.
+        :raises RecordUnavailableError: if MLflow does not answer; nothing is left then.
+        """
+        _refuse_unless(access.may_trigger, f"{access.user_name} may change no data sets")
+        content, digest = self._content(request.source)
+        new = NewVersion(
+            dataset_id=request.dataset_id or f"dataset-{digest[:16]}",
+            digest=digest,
+            purpose=request.purpose,
+            type="rows" if request.source.uri is None else "uri",
+            metadata=request.metadata or {},
+            content=content,
+        )
+        current = self._records.find(new.dataset_id)
+        version = current if current is not None and _is_same(current, new) else self._records.add(new)
+        return _dataset(version, request.source.rows)
+
+    def _content(self, source: DatasetSource) -> tuple[DatasetFile | str, str]:
+        """Return what is to be stored, and its digest, for a file that which a trainer records of it."""
+        uri = source.uri
+        if uri is None:
+            file = DatasetFile("rows.jsonl", _jsonl(source.rows or []))
+        else:
+            self._resolver.dataset_uri(URI_FIELD, uri)
+            if not uri.lower().startswith("data:"):
+                return uri, hashlib.sha256(uri.encode()).hexdigest()
+            file = _file_of_data_uri(uri)
+        return file, hashlib.sha256(file.content).hexdigest()
+
+    def list(self, access: Access) -> ListDatasetsResponse:
+        """Return all data sets in their current versions, without their rows.
+
+        :raises ForbiddenError: if the caller may see no jobs.
+        """
+        _refuse_unless(access.may_read, f"{access.user_name} may see no data sets")
+        return ListDatasetsResponse(data=[_dataset(version) for version in self._records.current()])
+
+    def get(self, reference: str, access: Access) -> Dataset:
+        """Return a data set's current version, or the one that ``ID@DIGEST`` names, with its rows.
+
+        :raises ForbiddenError: if the caller may see no jobs.
+        :raises DatasetNotFoundError: if there is none.
+        """
+        _refuse_unless(access.may_read, f"{access.user_name} may see no data sets")
+        named = parse_reference(reference)
+        version = self._records.find(*named) if named is not None else None
+        if version is None:
+            raise DatasetNotFoundError(reference)
+        return _dataset(version, self._records.rows(version) if version.type == "rows" else None)
+
+    def delete(self, dataset_id: str, access: Access) -> None:
+        """Delete a data set, all its versions; jobs that started with it keep what they read.
+
+        :raises ForbiddenError: if the caller may start no jobs.
+        :raises DatasetNotFoundError: if there is none.
+        """
+        _refuse_unless(access.may_trigger, f"{access.user_name} may change no data sets")
+        if parse_reference(dataset_id) != (dataset_id, None) or not self._records.delete(dataset_id):
+            raise DatasetNotFoundError(dataset_id)
+
+
+def _refuse_unless(may: Callable[[str], bool], sentence: str) -> None:
+    if not any(map(may, REQUEST_DAGS)):
+        raise ForbiddenError(sentence)
+
+
+def _is_same(current: DatasetVersion, new: NewVersion) -> bool:
+    names = ("digest", "purpose", "type", "metadata")
+    return all(getattr(current, name) == getattr(new, name) for name in names)
+
+
+def _jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+
+
+def _file_of_data_uri(uri: str) -> DatasetFile:
+    try:
+        kind, content = parse_data_uri(uri)
+    except ValueError as error:
+        raise InvalidRequestError.of(URI_FIELD, f"cannot be read: {error}") from None
+    return DatasetFile(f"rows.{kind}", content)
+
+
+def _dataset(version: DatasetVersion, rows: list[dict[str, Any]] | None = None) -> Dataset:
+    return Dataset(
+        identifier=version.dataset_id,
+        provider_resource_id=version.run_id,
+        purpose=version.purpose,
+        source=StoredSource(type=version.type, uri=version.uri, rows=rows),
+        metadata=dict(version.metadata),
+        version=version.digest,
+        created_at=version.created_at,
+    )

@@ -1,0 +1,135 @@
+"""Lets MLflow and Airflow say the same of each job: on every read, and for all open runs at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+from post_training.airflow_runs import JobTask
+from post_training.job_ids import TaskKey
+from post_training.reconcile import OF_MLFLOW, Evidence, Verdict, reconcile
+from post_training.schemas import record as names
+from post_training.schemas.jobs import JobStatus, ReconcileJobsResponse
+from post_training.tracking import OPEN, JobRun, Tracking
+
+logger = logging.getLogger(__name__)
+
+SUBMIT_TIME = timedelta(minutes=10)
+"""A run without a task that is younger may be one whose submit is under way."""
+
+END_TIME = timedelta(seconds=30)
+"""Airflow fails a task before its process knows; the process has up to two heartbeats to end."""
+
+
+class Tasks(Protocol):
+    """The jobs' tasks in Airflow, as ``airflow_runs.AirflowRuns`` has them."""
+
+    def find(self, job_uuid: str) -> JobTask | None: ...
+
+    def was_stopped(self, task: JobTask) -> bool: ...
+
+    def cancel(self, key: TaskKey, user_name: str) -> None: ...
+
+
+class Mender:
+    """Decides what a job's state is, and mends the record or stops the task where they do not agree.
+
+    :param tasks: the jobs' tasks in Airflow.
+    :param tracking: makes the access to the jobs' runs in MLflow.
+    """
+
+    def __init__(self, tasks: Tasks, tracking: Callable[[], Tracking]) -> None:
+        self._tasks = tasks
+        self._tracking = tracking
+
+    def mended(self, task: JobTask | None, run: JobRun | None) -> Verdict:
+        """Return a job's state, both sides brought to it.
+
+        :raises RecordUnavailableError: if one of them does not answer.
+        """
+        if task is None and run is not None and _is_young(run):
+            return Verdict(OF_MLFLOW[run.status])
+        evidence = self.evidence(task, run)
+        verdict = reconcile(evidence)
+        if verdict.mend is not None and task is not None and not evidence.cancelled and _ended_just_now(task):
+            return Verdict(JobStatus.in_progress)
+        if verdict.mend is not None and run is not None:
+            self._tracking().set_status(run.run_id, verdict.mend, error=failure(verdict, run))
+        if verdict.stop and task is not None:
+            self._tasks.cancel(task.key, "post-training")
+        return verdict
+
+    def evidence(self, task: JobTask | None, run: JobRun | None) -> Evidence:
+        """Gather what both know; Airflow's log of its users' actions is asked only where it matters."""
+        evidence = Evidence(
+            mlflow_status=run.status if run is not None else None,
+            task_state=task.state if task is not None else None,
+            has_task=task is not None,
+        )
+        if task is None:
+            return evidence
+        tags, attempt = run.tags if run is not None else {}, task.attempt_id
+        evidence = replace(
+            evidence,
+            same_attempt=tags.get(names.TAG_ATTEMPT_ID) == attempt,
+            cancelled=tags.get(names.TAG_CANCELLED_ATTEMPT) == attempt,
+        )
+        settled = evidence.cancelled or (run is not None and run.status not in OPEN and evidence.same_attempt)
+        if evidence.task_lives or settled:
+            return evidence
+        return replace(evidence, cancelled=self._tasks.was_stopped(task))
+
+    def reconcile_all(self, may_mend: Callable[[str], bool]) -> ReconcileJobsResponse:
+        """Mend every open run, and delete those that no job came to use.
+
+        :param may_mend: whether the caller may change runs of a DAG.
+        :raises RecordUnavailableError: if MLflow or Airflow does not answer.
+        """
+        counts = ReconcileJobsResponse()
+        for run in self._tracking().open_runs():
+            if may_mend(run.tags.get(names.TAG_DAG_ID, "")):
+                counts.checked += 1
+                self._reconcile(run, counts)
+        return counts
+
+    def _reconcile(self, run: JobRun, counts: ReconcileJobsResponse) -> None:
+        task = self._tasks.find(run.tags.get(names.TAG_JOB_UUID, ""))
+        if _is_unused(run, task):
+            if not _is_young(run):
+                self._tracking().discard(run.run_id)
+                counts.discarded += 1
+            return
+        verdict = self.mended(task, run)
+        counts.mended += verdict.mend is not None
+        counts.stopped += verdict.stop
+        if verdict.mend is not None:
+            logger.info("MLflow run %s was %s and is %s", run.run_id, run.status, verdict.mend)
+
+
+def failure(verdict: Verdict, run: JobRun | None) -> str | None:
+    """Return why a failed job failed, None for another."""
+    if verdict.status is not JobStatus.failed:
+        return None
+    recorded = run.tags.get(names.TAG_ERROR) if run is not None else None
+    return recorded or "The Airflow task ended without a result; its log says more."
+
+
+def _is_unused(run: JobRun, task: JobTask | None) -> bool:
+    """Whether a run was made by a submit that was cut off, and the job, if there is one, has another."""
+    if names.TAG_JOB_UUID not in run.tags:
+        return True
+    begun = names.TAG_ATTEMPT in run.tags
+    submitted = task.conf.get(names.CONF_MLFLOW_RUN) if task is not None else None
+    return not begun and submitted != run.run_id and run.status == "SCHEDULED"
+
+
+def _is_young(run: JobRun) -> bool:
+    return datetime.now(UTC) - run.created_at < SUBMIT_TIME
+
+
+def _ended_just_now(task: JobTask) -> bool:
+    """Whether the task's process may still be ending, and about to write how into the record."""
+    return task.ended_at is not None and datetime.now(UTC) - task.ended_at < END_TIME

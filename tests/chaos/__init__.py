@@ -1,0 +1,1 @@
+"""Jobs on the real servers while a seeded killer ends, stops and starts their processes."""

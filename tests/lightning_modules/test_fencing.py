@@ -1,0 +1,150 @@
+"""An attempt that a newer one has superseded writes nothing more into the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from mlflow import MlflowClient
+
+from lightning_modules.fencing import CHECK_SECONDS, RunFence
+from lightning_modules.record import open_record
+from post_training.errors import RecordUnavailableError, SupersededError
+from post_training.schemas.record import TAG_ATTEMPT_ID
+from post_training.schemas.trainer import TrainerSpec
+from tests.lightning_modules.recorded import (
+    EPOCH_0,
+    models,
+    points,
+    state_files,
+    stored_state,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from tests.conftest import MLflowServer
+
+OLDER, NEWER = "0199-a", "0199-b"
+
+
+class Clock:
+    """Seconds that a test moves on."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def fence_of(client: MlflowClient, run_id: str, clock: Clock) -> Any:
+    return lambda attempt_id: RunFence(client, run_id, attempt_id, clock)
+
+
+def test_the_newest_attempt_and_one_that_has_no_id_go_on(
+    client: MlflowClient, run_id: str, fence_of: Any
+) -> None:
+    fence_of(OLDER).check(now=True)  # the run says nothing yet
+    client.set_tag(run_id, TAG_ATTEMPT_ID, NEWER)
+    fence_of(NEWER).check(now=True)
+    fence_of("").check(now=True)
+    with pytest.raises(SupersededError, match="A newer attempt at this job runs"):
+        fence_of(OLDER).check()
+
+
+def test_the_run_is_looked_at_now_and_then_and_before_what_readers_rely_on(
+    client: MlflowClient, run_id: str, fence_of: Any, clock: Clock
+) -> None:
+    fence = fence_of(OLDER)
+    fence.check()
+    client.set_tag(run_id, TAG_ATTEMPT_ID, NEWER)
+    clock.seconds += CHECK_SECONDS * 0.9
+    fence.check()
+    assert not fence.superseded
+    clock.seconds += CHECK_SECONDS * 0.2
+    with pytest.raises(SupersededError):
+        fence.check()
+    assert fence.superseded
+
+    eager = fence_of(OLDER)
+    client.set_tag(run_id, TAG_ATTEMPT_ID, OLDER)
+    eager.check()
+    client.set_tag(run_id, TAG_ATTEMPT_ID, NEWER)
+    with pytest.raises(SupersededError):
+        eager.check(now=True)
+
+
+def test_once_superseded_is_for_good_and_needs_no_answer(
+    server: MLflowServer, client: MlflowClient, run_id: str, fence_of: Any
+) -> None:
+    client.set_tag(run_id, TAG_ATTEMPT_ID, NEWER)
+    fence = fence_of(OLDER)
+    with pytest.raises(SupersededError):
+        fence.check()
+    client.set_tag(run_id, TAG_ATTEMPT_ID, OLDER)
+    server.stop()
+    with pytest.raises(SupersededError):
+        fence.check(now=True)
+
+
+def test_without_an_answer_nothing_is_known(server: MLflowServer, fence_of: Any) -> None:
+    server.stop()
+    fence = fence_of(OLDER)
+    with pytest.raises(Exception, match=r"Connection refused|Max retries"):
+        fence.check()
+    assert not fence.superseded
+
+
+@pytest.fixture
+def older(spec: TrainerSpec) -> Iterator[Any]:
+    """The record of an attempt, before a newer one begins."""
+    record = open_record(spec.model_copy(update={"attempt_id": OLDER}), close_timeout=5.0)
+    yield record
+    record.close()
+
+
+def test_a_superseded_record_writes_nothing_of_any_kind(
+    client: MlflowClient, run_id: str, older: Any, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older.log_metrics({"train_loss": 1.0}, 1)
+    wait_until(lambda: points(client, run_id) == [(1, 1.0)])
+    client.set_tag(run_id, TAG_ATTEMPT_ID, NEWER)
+    state = folder / "last.ckpt"
+    state.write_text("state")
+
+    older.log_state(state, step=2, inputs="x", must=True)
+    checkpoint = older.log_checkpoint(folder, step=2, metrics=EPOCH_0)
+    wait_until(lambda: older.superseded)
+    older.log_metrics({"train_loss": 2.0}, 2)
+    older.set_tag("color", "blue")
+    older.log_table("samples.json", ("a",), [(1,)])
+    with pytest.raises(RecordUnavailableError):
+        older.settled([checkpoint], [0], lambda: False)
+    older.close()
+
+    run = client.get_run(run_id)
+    assert points(client, run_id) == [(1, 1.0)]
+    assert run.data.tags.keys() & {"color", "mlflow.loggedArtifacts"} == set()
+    assert models(client, run_id) == []
+    assert (stored_state(client, run_id), state_files(client, run_id)) == (None, [])
+    assert list(client.list_artifacts(run_id)) == []
+    assert "A newer attempt at this job runs. Nothing more is recorded." in caplog.text
+    assert "was not sent in" not in caplog.text
+
+
+def test_settling_ends_as_soon_as_a_newer_attempt_is_seen(
+    client: MlflowClient, run_id: str, older: Any, folder: Path
+) -> None:
+    client.set_tag(run_id, TAG_ATTEMPT_ID, NEWER)
+    checkpoint = older.log_checkpoint(folder, step=2, metrics=EPOCH_0)
+    with pytest.raises(RecordUnavailableError):  # within seconds, not after ten minutes
+        older.settled([checkpoint], [0], lambda: bool(older.superseded))
+    assert older.superseded

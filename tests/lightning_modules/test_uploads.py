@@ -1,0 +1,221 @@
+"""Checkpoints on their way into a run on a real MLflow server: no training waits for them but at its end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from mlflow import MlflowClient
+
+from lightning_modules.mlflow_record import UPLOADS_SPOOL_FILE, open_mlflow_record
+from lightning_modules.record import SPOOL_FILE, LocalRecord, open_record
+from lightning_modules.spool import Spool
+from lightning_modules.uploads import checkpoint_event
+from post_training.errors import RecordUnavailableError
+from post_training.schemas.jobs import PostTrainingMetric
+from post_training.schemas.trainer import TrainerSpec
+from tests.lightning_modules.recorded import EPOCH_0, models, of_epoch, points, retried, wait_until
+
+if TYPE_CHECKING:
+    from tests.conftest import MLflowServer
+
+NO_EPOCH = PostTrainingMetric(epoch=0, train_loss=1.5, validation_loss=None, perplexity=None)
+
+
+def never() -> bool:
+    return False
+
+
+def impatient(spec: TrainerSpec, patience: float = 2.0) -> Any:
+    """A record that waits two seconds for MLflow, and hardly at its end."""
+    return open_mlflow_record(spec, spec.work_dir / SPOOL_FILE, close_timeout=0.2, patience=patience)
+
+
+def paths_of(client: MlflowClient, run_id: str) -> list[str]:
+    return [f"models:/{model.model_id}" for model in models(client, run_id) if model.status.value == "READY"]
+
+
+def test_a_settled_checkpoint_is_ready_and_has_the_run_s_own_points(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    record = open_record(spec)
+    record.log_metrics({"validation_loss": 2.0, "train_loss": 1.1}, 10)
+    logged = record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
+    assert logged.path == folder.as_posix()
+    [checkpoint] = record.settled([logged], [0], never)
+    record.close()
+
+    assert [checkpoint.path] == paths_of(client, run_id)
+    assert checkpoint.training_metrics == EPOCH_0
+    [model] = models(client, run_id)
+    assert {metric.key: metric.value for metric in model.metrics or []} == {
+        "train_loss_epoch": EPOCH_0.train_loss,
+        "validation_loss": EPOCH_0.validation_loss,
+        "perplexity": EPOCH_0.perplexity,
+    }
+    assert points(client, run_id, "validation_loss") == [(10, 2.0)]
+    assert points(client, run_id, "train_loss") == [(10, 1.1)]
+
+
+def test_what_is_not_finite_is_no_metric_of_the_model(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    record = open_record(spec)
+    record.settled([record.log_checkpoint(folder, step=10, metrics=NO_EPOCH)], [0], never)
+    record.close()
+    [model] = models(client, run_id)
+    assert [metric.key for metric in model.metrics or []] == ["train_loss_epoch"]
+
+
+def test_no_training_waits_for_an_upload_and_its_end_waits_for_all(
+    server: MLflowServer, client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    server.stop()
+    record = open_record(spec)
+    started = monotonic()
+    logged = [record.log_checkpoint(folder, step=10 * n, metrics=of_epoch(n)) for n in (0, 1)]
+    assert monotonic() - started < 1.0
+    server.start()
+    settled = record.settled(logged, [0, 1], never)
+    record.close()
+    assert {checkpoint.path for checkpoint in settled} == set(paths_of(client, run_id))
+    assert [checkpoint.epoch for checkpoint in settled] == [0, 1]
+
+
+def test_an_end_that_waited_in_vain_leaves_the_uploads_to_a_later_attempt(
+    server: MLflowServer, client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    server.stop()
+    record = impatient(spec)
+    logged = record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
+    started = monotonic()
+    with pytest.raises(RecordUnavailableError, match="did not take its checkpoints in 2 s: another attempt"):
+        record.settled([logged], [0], never)
+    assert 2.0 <= monotonic() - started < 10.0
+    started = monotonic()
+    with pytest.raises(RecordUnavailableError):
+        record.settled([logged], [0], lambda: True)
+    assert monotonic() - started < 1.0
+    record.close()
+
+    server.start()
+    later = open_record(retried(spec))
+    [settled] = later.settled([logged], [0], never)
+    later.close()
+    assert [settled.path] == paths_of(client, run_id)
+
+
+def test_a_checkpoint_that_was_noted_stays_where_it_is(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    record = open_record(spec)
+    noted = record.note_checkpoint(folder, metrics=EPOCH_0)
+    logged = record.log_checkpoint(folder, step=20, metrics=of_epoch(1))
+    settled = record.settled([noted, logged], [1], never)
+    record.close()
+    assert settled[0] == noted
+    assert [settled[1].path] == paths_of(client, run_id)
+
+
+def test_a_checkpoint_that_never_arrived_is_missed(spec: TrainerSpec, folder: Path, client: Any) -> None:
+    Spool(spec.work_dir / UPLOADS_SPOOL_FILE, None).append([checkpoint_event(folder, 10, EPOCH_0, [])])
+    shutil.rmtree(folder)
+    record = open_record(spec)
+    with pytest.raises(RecordUnavailableError, match="MLflow has no checkpoint of epoch 0"):
+        record.settled([], [0], never)
+    record.close()
+
+
+def test_a_pruned_checkpoint_is_passed_over_and_holds_up_none(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, tmp_path: Path
+) -> None:
+    pruned = Path(shutil.copytree(folder, tmp_path / "pruned"))
+    spool = Spool(spec.work_dir / UPLOADS_SPOOL_FILE, run_id)
+    spool.append([checkpoint_event(pruned, 10, EPOCH_0, []), {"kind": "discard", "epoch": 0}])
+    shutil.rmtree(pruned)
+    record = open_record(spec)
+    [kept] = record.settled([record.log_checkpoint(folder, step=20, metrics=of_epoch(1))], [1], never)
+    record.close()
+    assert [kept.path] == paths_of(client, run_id)
+
+
+def test_a_discarded_checkpoint_is_gone_and_another_stays(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    record = open_record(spec)
+    first, second = (record.log_checkpoint(folder, step=10 * n, metrics=of_epoch(n)) for n in (0, 1))
+    record.discard_checkpoint(first)
+    [kept] = record.settled([second], [1], never)
+    record.close()
+    assert [kept.path] == paths_of(client, run_id)
+    assert len(models(client, run_id)) == 1
+
+
+def test_starting_over_forgets_checkpoints_and_steps(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    first = open_record(spec)
+    first.log_metrics({"train_loss": 1.0}, 1)
+    first.settled([first.log_checkpoint(folder, step=1, metrics=EPOCH_0)], [0], never)
+    first.close()
+    second = open_record(retried(spec))
+    second.start_over()
+    second.log_metrics({"train_loss": 5.0}, 1)
+    second.close()
+    assert models(client, run_id) == []
+    assert sorted(points(client, run_id)) == [(1, 1.0), (1, 5.0)]
+
+
+def test_a_retry_finds_the_checkpoint_that_is_there(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    settled = []
+    for attempt in (spec, retried(spec)):
+        record = open_record(attempt)
+        settled += record.settled([record.log_checkpoint(folder, step=10, metrics=EPOCH_0)], [0], never)
+        record.close()
+    assert settled[0] == settled[1]
+    assert len(models(client, run_id)) == 1
+    assert len(client.get_run(run_id).outputs.model_outputs) == 1
+
+
+def test_a_store_of_artifacts_that_is_down_holds_up_no_metrics(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = [True]
+    log_artifact = MlflowClient.log_model_artifact
+
+    def failing(self: MlflowClient, *args: Any) -> None:
+        if down:
+            raise ConnectionError("the store is down")
+        log_artifact(self, *args)
+
+    monkeypatch.setattr(MlflowClient, "log_model_artifact", failing)
+    record = open_record(spec)
+    logged = record.log_checkpoint(folder, step=1, metrics=EPOCH_0)
+    wait_until(lambda: models(client, run_id))
+    record.log_metrics({"train_loss": 1.0}, 1)
+    wait_until(lambda: points(client, run_id) == [(1, 1.0)])
+    down.clear()
+    [checkpoint] = record.settled([logged], [0], never)
+    record.close()
+    assert [checkpoint.path] == paths_of(client, run_id)
+
+
+def test_a_local_record_needs_no_settling(spec: TrainerSpec, folder: Path, tmp_path: Path) -> None:
+    record = LocalRecord(Spool(spec.work_dir / SPOOL_FILE, None), "job-1")
+    logged = record.log_checkpoint(folder, step=1, metrics=EPOCH_0)
+    assert record.settled([logged], [0], never) == [logged]
+    record.log_state(tmp_path / "nothing", step=1, inputs="x", must=True)
+    assert record.restore_state(tmp_path / "nothing", step=None, inputs="x", give_up=never) is None
+    assert not record.superseded
+
+
+def test_an_event_says_all_that_a_later_attempt_needs(folder: Path) -> None:
+    event = json.loads(json.dumps(checkpoint_event(folder, 10, EPOCH_0, [])))
+    assert (event["folder"], event["step"], event["points"]) == (folder.as_posix(), 10, [])
+    assert PostTrainingMetric.model_validate(event["metrics"]) == EPOCH_0

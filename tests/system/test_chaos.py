@@ -1,0 +1,26 @@
+"""A short run of the chaos harness: a strike of each kind that it names, and a cancel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.chaos.report import faults, figures, show
+from tests.chaos.run import Options, run
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+
+STRIKES = ("trainer", "scheduler", "api-server", "mlflow", "task", "airflow")
+
+
+def test_jobs_outlive_the_death_of_everything_around_them(tmp_path: Path) -> None:
+    options = Options(
+        jobs=3, kills=len(STRIKES), seed=8, parallel=2, every=8.0, cancelled=0.34, steps=12, only=STRIKES
+    )
+    found = figures(run(options, tmp_path / "home", Console()))
+    show(found, Console(width=160))
+    assert faults(found) == []
+    assert set(found["kills"]) == set(STRIKES)
+    assert sorted(job["status"] for job in found["jobs"].values()) == ["cancelled", "completed", "completed"]

@@ -1,0 +1,133 @@
+"""Both sides brought to agree, between a fake Airflow and a fake MLflow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from post_training.job_ids import TaskKey
+from post_training.mending import SUBMIT_TIME, Mender
+from post_training.record import identity_tags
+from post_training.schemas.jobs import JobStatus, ReconcileJobsResponse
+from tests.fakes import NOW, FakeRuns, FakeTracking, task
+
+KEY = TaskKey("supervised_fine_tune", "job-1", "train")
+FAILURE = "The Airflow task ended without a result; its log says more."
+
+
+class Job:
+    """One job, its task and its record in given states."""
+
+    def __init__(self, state: str | None, status: str, **tags: str) -> None:
+        self.runs, self.tracking = FakeRuns(), FakeTracking()
+        if state != "forgotten":
+            self.runs.add(task(KEY, state, {"mlflow_run_id": "run-1"}))
+        self.tracking.create_run(
+            name="job-1", experiment=None, tags=identity_tags(KEY) | tags, params={}, request={}
+        )
+        self.tracking.set_status("run-1", status)
+        self.tracking.statuses.clear()
+        self.mender = Mender(self.runs, lambda: self.tracking)  # type: ignore[arg-type, return-value]
+
+    @property
+    def status(self) -> str:
+        return self.tracking.runs["run-1"].status
+
+    def mended(self) -> JobStatus:
+        return self.mender.mended(self.runs.find("job-1"), self.tracking.runs["run-1"]).status
+
+    def reconcile(self) -> ReconcileJobsResponse:
+        return self.mender.reconcile_all(lambda dag_id: dag_id == "supervised_fine_tune")
+
+
+def test_a_record_that_its_task_has_outlived_gets_an_end_and_a_reason() -> None:
+    job = Job("failed", "RUNNING")
+    assert job.mended() is JobStatus.failed
+    assert job.status == "FAILED"
+    assert job.tracking.runs["run-1"].tags["post_training.error"] == FAILURE
+
+
+def test_the_reason_of_the_last_attempt_is_kept() -> None:
+    job = Job("failed", "RUNNING", **{"post_training.error": "The trainer was killed."})
+    job.mended()
+    assert job.tracking.runs["run-1"].tags["post_training.error"] == "The trainer was killed."
+
+
+def test_a_task_that_airflow_has_just_failed_may_still_be_ending() -> None:
+    job = Job("failed", "RUNNING")
+    job.runs.tasks["job-1"] = replace(job.runs.tasks["job-1"], ended_at=datetime.now(UTC))
+    assert job.mended() is JobStatus.in_progress
+    assert job.status == "RUNNING"
+
+
+def test_a_task_that_was_stopped_in_airflow_is_a_cancelled_job_at_once() -> None:
+    job = Job("failed", "RUNNING")
+    job.runs.tasks["job-1"] = replace(job.runs.tasks["job-1"], ended_at=datetime.now(UTC))
+    job.runs.stopped.append(("job-1", "somebody"))
+    assert job.mended() is JobStatus.cancelled
+    assert job.status == "KILLED"
+
+
+def test_the_task_of_a_cancelled_job_is_stopped() -> None:
+    job = Job("running", "KILLED", **{"post_training.cancelled_attempt": "attempt-1"})
+    assert job.mended() is JobStatus.cancelled
+    assert job.runs.tasks["job-1"].state == "failed"
+
+
+def test_a_job_that_was_cancelled_before_it_began_and_cleared_is_in_progress() -> None:
+    job = Job("running", "KILLED", **{"post_training.cancelled_attempt": "attempt-0"})
+    assert job.mended() is JobStatus.in_progress
+    assert (job.status, job.runs.tasks["job-1"].state) == ("KILLED", "running")
+
+
+def test_an_attempt_that_goes_on_opens_a_record_that_had_failed() -> None:
+    job = Job("up_for_retry", "FAILED")
+    assert job.mended() is JobStatus.in_progress
+    assert job.status == "RUNNING"
+
+
+@pytest.mark.parametrize(("age", "status"), [(0, JobStatus.scheduled), (1, JobStatus.failed)])
+def test_a_run_whose_submit_may_be_under_way_is_scheduled(age: int, status: JobStatus) -> None:
+    job = Job("forgotten", "SCHEDULED")
+    created = datetime.now(UTC) - age * (SUBMIT_TIME + timedelta(seconds=1))
+    job.tracking.runs["run-1"] = replace(job.tracking.runs["run-1"], created_at=created)
+    assert job.mended() is status
+
+
+def test_all_open_runs_are_mended_at_once() -> None:
+    job = Job("failed", "RUNNING", **{"post_training.attempt": "1"})
+    assert job.reconcile() == ReconcileJobsResponse(checked=1, mended=1)
+    assert job.status == "FAILED"
+    assert job.reconcile() == ReconcileJobsResponse()
+
+
+def test_the_run_of_a_job_that_waits_is_left_alone() -> None:
+    job = Job("queued", "SCHEDULED")
+    assert job.reconcile() == ReconcileJobsResponse(checked=1)
+    assert job.tracking.statuses == []
+
+
+@pytest.mark.parametrize("kind", ["draft", "of no task", "beside the job's own"])
+@pytest.mark.parametrize("young", [True, False])
+def test_what_a_submit_that_was_cut_off_has_left_is_deleted_in_time(kind: str, young: bool) -> None:
+    job = Job("queued" if kind == "beside the job's own" else "forgotten", "SCHEDULED")
+    tags = {"post_training.method": "", "airflow.dag_id": KEY.dag_id} if kind == "draft" else {}
+    run = replace(
+        job.tracking.runs["run-1"],
+        run_id="run-2",
+        created_at=datetime.now(UTC) if young else NOW - SUBMIT_TIME,
+        **({"tags": tags} if tags else {}),
+    )
+    job.tracking.runs = ({"run-1": job.tracking.runs["run-1"]} if job.runs.tasks else {}) | {"run-2": run}
+    counts = job.reconcile()
+    assert counts.discarded == (0 if young else 1)
+    assert ("run-2" in job.tracking.runs) is young
+    assert job.tracking.statuses == []
+
+
+def test_a_job_that_the_caller_may_not_change_is_not_touched() -> None:
+    job = Job("failed", "RUNNING")
+    assert job.mender.reconcile_all(lambda dag_id: False) == ReconcileJobsResponse()
+    assert job.status == "RUNNING"

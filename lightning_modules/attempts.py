@@ -60,10 +60,14 @@ def continues(spec: TrainerSpec, inputs: Inputs) -> bool:
     return False
 
 
-def begin(spec: TrainerSpec, inputs: Inputs, record: JobRecord) -> None:
-    """Go on where the attempts before ended, or start over if they trained something else."""
-    record.begin(inputs.digest, continues=continues(spec, inputs))
+def begin(spec: TrainerSpec, inputs: Inputs, record: JobRecord, give_up: Callable[[], bool]) -> None:
+    """Go on where the attempts before ended, or start over if they trained something else.
+
+    :raises RecordUnavailableError: if training cannot begin without the record's answer.
+    """
+    record.begin(inputs.digest, continues=continues(spec, inputs), give_up=give_up)
     keep_inputs(spec, inputs)
+    fetch_newest_state(spec, inputs, record, give_up)
 
 
 def keep_inputs(spec: TrainerSpec, inputs: Inputs) -> None:

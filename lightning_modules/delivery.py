@@ -34,28 +34,15 @@ class MLflowDelivery:
 
     :param tables: folder of the tables' files.
     :param fence: whether this attempt may write.
-    :param known_steps: last step of each metric that the run had when this attempt began. Points up to it
-        that were spooled before are left out: an attempt on another machine has recorded them meanwhile, or
-        they arrived and only the answer was lost.
-    :param began: when this attempt began, in milliseconds since the epoch.
     """
 
-    def __init__(
-        self,
-        client: MlflowClient,
-        run_id: str,
-        tables: Path,
-        fence: RunFence,
-        *,
-        known_steps: Mapping[str, int] | None = None,
-        began: int = 0,
-    ) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, tables: Path, fence: RunFence) -> None:
         self._client = client
         self._run_id = run_id
         self._folder = tables
         self._fence = fence
-        self._known_steps = dict(known_steps or {})
-        self._began = began
+        self._known_steps: dict[str, int] = {}
+        self._known_before = 0
         self._senders: dict[str, Callable[[Sequence[Event]], None]] = {
             "metrics": self._metrics,
             "param": self._params,
@@ -65,6 +52,16 @@ class MLflowDelivery:
             "table": self._tables,
             "restart": lambda events: self._known_steps.clear(),  # they are another training's
         }
+
+    def leave_out(self, known_steps: Mapping[str, int], before: int) -> None:
+        """Leave out the points up to these steps that were spooled before this attempt.
+
+        An attempt elsewhere has recorded them meanwhile, or they arrived and only the answer was lost.
+
+        :param known_steps: last step of each metric that the run has.
+        :param before: when this attempt began, in milliseconds since the epoch.
+        """
+        self._known_steps, self._known_before = dict(known_steps), before
 
     def __call__(self, kind: str, events: Sequence[Event]) -> None:
         """Send the events.
@@ -86,7 +83,7 @@ class MLflowDelivery:
             Metric(key, math.nan if value is None else value, event["time"], event["step"])
             for event in events
             for key, value in event["values"].items()
-            if event["time"] >= self._began or event["step"] > self._known_steps.get(key, -1)
+            if event["time"] >= self._known_before or event["step"] > self._known_steps.get(key, -1)
         ]
         for first in range(0, len(points), MAX_METRICS_PER_REQUEST):
             batch = points[first : first + MAX_METRICS_PER_REQUEST]

@@ -18,7 +18,6 @@ from lightning_modules.attempts import (
     REFERENCES_FILE,
     Inputs,
     begin,
-    fetch_newest_state,
 )
 from lightning_modules.attention import use_by_sequence
 from lightning_modules.base_model import Base, find_base, merge_adapter, meta_model
@@ -126,8 +125,7 @@ def prepare_job(
         notices.add(f"runtime.max_seq_length is {length}, as many positions as the model has")
     data, digests = build_data(setting, tokenizer, config, length, record, notices)
     inputs = Inputs.of(spec, digests)
-    begin(spec, inputs, record)
-    fetch_newest_state(spec, inputs, record, should_stop)
+    begin(spec, inputs, record, should_stop)
     model = build_model(setting, base, config, length)
     module = build_module(setting, model, data, record, should_stop)
     checkpoints = Checkpoints(

@@ -17,7 +17,7 @@ from lightning_modules.delivery import MLflowDelivery
 from lightning_modules.fencing import RunFence
 from lightning_modules.logged_models import LoggedModels, Point
 from lightning_modules.record import CLOSE_TIMEOUT, LocalRecord, now_ms, require_files
-from lightning_modules.recorded import Recorded, ask_what_is_recorded
+from lightning_modules.recorded import Recorded, what_is_recorded
 from lightning_modules.sender import Sender
 from lightning_modules.spool import Spool
 from lightning_modules.stored_state import StateStore
@@ -64,7 +64,6 @@ class MLflowRecord(LocalRecord):
     store of artifacts that is down holds up no metrics, and a large checkpoint no small table.
 
     :param spool: of the metrics, params and tags; the others lie beside it.
-    :param recorded: what the run holds already.
     :param close_timeout: seconds that ``close`` may take.
     :param patience: seconds for which MLflow is waited for.
     """
@@ -75,16 +74,14 @@ class MLflowRecord(LocalRecord):
         spec: TrainerSpec,
         spool: Spool,
         *,
-        recorded: Recorded | None = None,
         close_timeout: float = CLOSE_TIMEOUT,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
         super().__init__(spool, spec.request.job_uuid)
         assert spec.tracking is not None  # noqa: S101
         run_id = spec.tracking.run_id
-        self._in_run = recorded or Recorded()
-        for key, step in self._in_run.steps.items():
-            self._recorded[key] = max(step, self._recorded.get(key, step))
+        self._retried = spec.attempt > 1
+        self._opened_at = now_ms()
         self._client = client
         self._run_id = run_id
         self._keeps_states = spec.keep_state_in_mlflow
@@ -94,39 +91,56 @@ class MLflowRecord(LocalRecord):
         self._fence = RunFence(client, run_id, spec.attempt_id)
         self._models = LoggedModels(client, run_id, spec.request.job_uuid)
         self._states = StateStore(client, spec.tracking.tracking_uri, run_id)
-        delivery = MLflowDelivery(
-            client,
-            run_id,
-            spool.folder / TABLES,
-            self._fence,
-            known_steps=self._in_run.steps,
-            began=now_ms(),
-        )
+        self._delivery = MLflowDelivery(client, run_id, spool.folder / TABLES, self._fence)
         self._tables = Spool(spool.folder / TABLES_SPOOL_FILE, run_id)
         self._uploads = Spool(spool.folder / UPLOADS_SPOOL_FILE, run_id)
         self._upload_delivery = UploadDelivery(self._fence, self._models, self._states, spool)
         self._uploader = Sender(self._uploads, self._upload_delivery)
-        self._senders = [Sender(spool, delivery), Sender(self._tables, delivery), self._uploader]
+        self._senders = [Sender(spool, self._delivery), Sender(self._tables, self._delivery), self._uploader]
+        self._left = {each: each.size for each in (spool, self._tables, self._uploads)}
         self._started = False
-        if spec.attempt == 1:  # another one may find that what waits is of another training
+        if not self._retried:  # a retry may find that what waits is of another training
             self._start()
 
-    def begin(self, inputs: str, *, continues: bool) -> None:
+    def begin(self, inputs: str, *, continues: bool, give_up: Callable[[], bool]) -> None:
         """Start over, or go on; only now is sent what earlier attempts on this machine have left.
 
         They may have trained something else, and one on another machine the same as this one since.
+
+        :raises RecordUnavailableError: if nothing is known here of the attempts before, and MLflow does not
+            say what they recorded.
         """
+        recorded = self._ask(give_up) if self._retried else Recorded()
         if not continues:
-            for spool in (self._spool, self._tables, self._uploads):
-                spool.skip()
-            self._recorded = dict(self._in_run.steps)
-        same = continues if self._in_run.inputs is None else self._in_run.inputs == inputs
+            for spool, left in self._left.items():
+                spool.skip(left)
+            self._recorded.clear()
+        for key, step in recorded.steps.items():
+            self._recorded[key] = max(step, self._recorded.get(key, step))
+        self._delivery.leave_out(recorded.steps, self._opened_at)
+        same = continues if recorded.inputs is None else recorded.inputs == inputs
         if not same:
             self.start_over()
         elif not continues:
             self._spool.append([{"kind": "restart"}])
         self.set_tag(TAG_INPUTS, inputs)
         self._start()
+
+    def _ask(self, give_up: Callable[[], bool]) -> Recorded:
+        """Ask MLflow what the run holds: the attempt before may have run on another machine.
+
+        Nothing, with a warning, if it does not answer and an earlier attempt ran on this one.
+        """
+        patience = 0.0 if self._left[self._spool] else self._patience
+        try:
+            return self._persist(
+                lambda: what_is_recorded(self._client, self._run_id), monotonic() + patience, give_up
+            )
+        except Exception as error:
+            if patience:
+                raise RecordUnavailableError(f"MLflow does not say what is recorded: {error}") from error
+            _log.warning("MLflow did not say what is recorded; points may repeat: %s", error)
+            return Recorded()
 
     def _start(self) -> None:
         if not self._started:
@@ -280,7 +294,6 @@ def open_mlflow_record(
         client,
         spec,
         Spool(file, spec.tracking.run_id),
-        recorded=ask_what_is_recorded(client, spec.tracking.run_id) if spec.attempt > 1 else None,
         close_timeout=close_timeout,
         patience=patience,
     )

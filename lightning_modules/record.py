@@ -32,7 +32,7 @@ MLflow's own limits one call may wait for many minutes."""
 
 
 class JobRecord(Protocol):
-    """What a trainer tells of itself. Only ``settled`` and ``restore_state`` wait for the record."""
+    """What a trainer tells of itself. Only ``begin``, ``restore_state`` and ``settled`` wait for it."""
 
     @property
     def superseded(self) -> bool:
@@ -98,13 +98,15 @@ class JobRecord(Protocol):
         :param name: a file's name that ends in ``.json``.
         """
 
-    def begin(self, inputs: str, *, continues: bool) -> None:
+    def begin(self, inputs: str, *, continues: bool, give_up: Callable[[], bool]) -> None:
         """Say what is trained; what earlier attempts recorded of something else is forgotten.
 
         Tables stay until they are logged again.
 
         :param inputs: digest of request, model and data.
         :param continues: whether what earlier attempts left on this machine is of the same.
+        :param give_up: asked while waiting.
+        :raises RecordUnavailableError: if training cannot begin without the record's answer.
         """
 
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -189,7 +191,7 @@ class LocalRecord:
         """Write the table's file in the job's folder."""
         write_table(self._spool.folder, name, columns, rows)
 
-    def begin(self, inputs: str, *, continues: bool) -> None:
+    def begin(self, inputs: str, *, continues: bool, give_up: Callable[[], bool]) -> None:
         """Start over, or go on."""
         if not continues:
             self.start_over()

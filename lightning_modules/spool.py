@@ -89,9 +89,9 @@ class Spool:
         draft.write_text(json.dumps({"run_id": self._run_id, "sent_bytes": end}))
         draft.replace(self._cursor_file)
 
-    def skip(self) -> None:
-        """Give up what was not sent."""
-        self.advance(self.size)
+    def skip(self, end: int) -> None:
+        """Give up what was not sent of the events before this offset."""
+        self.advance(max(end, self._sent))
 
     def last_steps(self) -> dict[str, int]:
         """The last step of each metric in the file, sent or not."""

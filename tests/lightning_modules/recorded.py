@@ -10,6 +10,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 
+from lightning_modules.record import JobRecord, open_record
 from post_training.schemas.jobs import PostTrainingMetric
 from post_training.schemas.record import ARTIFACT_RESUME, TAG_RESUME_STATE
 from post_training.schemas.trainer import StoredState, TrainerSpec
@@ -66,3 +67,10 @@ def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> None:
     while not condition():
         assert monotonic() < deadline
         sleep(0.05)
+
+
+def begun(spec: TrainerSpec, inputs: str = "x", *, continues: bool = True) -> JobRecord:
+    """Open a spec's record and say what it trains, as a trainer does when it has read its data."""
+    record = open_record(spec)
+    record.begin(inputs, continues=continues, give_up=lambda: False)
+    return record

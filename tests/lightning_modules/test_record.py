@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from threading import Timer
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from lightning_modules.uploads import checkpoint_event
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.record import TAG_CHECKPOINT_COPY_PREFIX
 from post_training.schemas.trainer import TrainerSpec
-from tests.lightning_modules.recorded import EPOCH_0, models, of_epoch, points, retried, wait_until
+from tests.lightning_modules.recorded import EPOCH_0, begun, models, of_epoch, points, retried, wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import MLflowServer
@@ -159,7 +160,7 @@ def test_close_is_bounded_and_a_later_attempt_sends_the_rest_once(
     assert "was not sent in 0.5 s and is kept on disk" in caplog.text
 
     server.start()
-    record = open_record(retried(spec))
+    record = begun(retried(spec))
     for step in (3, 4, 5):  # resumed from the checkpoint of step 2
         record.log_metrics({"train_loss": float(step)}, step)
     record.close()
@@ -174,7 +175,7 @@ def test_an_attempt_on_another_machine_asks_mlflow_what_is_recorded(
         record.log_metrics({"train_loss": float(step)}, step)
     record.close()
 
-    record = open_record(retried(spec, work_dir=tmp_path / "elsewhere"))
+    record = begun(retried(spec, work_dir=tmp_path / "elsewhere"))
     for step in (2, 3, 4):
         record.log_metrics({"train_loss": float(step)}, step)
     record.close()
@@ -240,7 +241,7 @@ def test_an_attempt_on_another_machine_that_starts_over_removes_notes_and_no_oth
     for epoch in (0, 1):
         first.note_checkpoint(folder, metrics=of_epoch(epoch))
     first.close()
-    second = open_record(retried(spec, work_dir=tmp_path / "elsewhere"))
+    second = begun(retried(spec, work_dir=tmp_path / "elsewhere"))
     second.start_over()
     checkpoint = second.note_checkpoint(folder, metrics=EPOCH_0)
     second.close()
@@ -252,7 +253,7 @@ def test_starting_over_removes_notes_that_were_not_sent(
     client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
 ) -> None:
     LocalRecord(Spool(spec.work_dir / SPOOL_FILE, run_id), "job-1").note_checkpoint(folder, metrics=EPOCH_0)
-    record = open_record(retried(spec))
+    record = begun(retried(spec))
     record.start_over()
     record.close()
     assert noted(client, run_id) == {}
@@ -275,7 +276,7 @@ def test_tables_are_mlflow_s_and_each_is_the_last_one_logged(
     record.log_table("samples.json", COLUMNS, [[0, "no"], [1, "well"]])
     record.log_table("bad_rows.json", ("row", "reason"), [[7, "no answer"]])
     record.close()
-    record = open_record(retried(spec))
+    record = begun(retried(spec))
     record.log_table("samples.json", COLUMNS, [[0, "no"], [3, 'ä "\n\u2028']])
     record.close()
 
@@ -390,16 +391,45 @@ def _log_level(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="lightning_modules")
 
 
+def test_an_attempt_elsewhere_waits_for_mlflow_to_say_what_is_recorded(
+    server: MLflowServer, client: MlflowClient, run_id: str, spec: TrainerSpec
+) -> None:
+    client.log_metric(run_id, "train_loss", 1.0, step=1)
+    server.stop()
+    back = Timer(2.0, server.start)
+    back.start()
+    record = begun(retried(spec))  # its folder is empty
+    for step in (1, 2):
+        record.log_metrics({"train_loss": float(step)}, step)
+    record.close()
+    back.join()
+    assert points(client, run_id) == [(1, 1.0), (2, 2.0)]
+
+
+def test_what_this_attempt_recorded_before_it_began_is_not_given_up(
+    client: MlflowClient, run_id: str, spec: TrainerSpec
+) -> None:
+    """It reads its data first, and finds only then that it is another training's."""
+    first = begun(spec, "old data")
+    first.close()
+    Spool(spec.work_dir / SPOOL_FILE, run_id).append([{"kind": "tag", "key": "old", "value": "1"}])
+    second = open_record(retried(spec))
+    second.set_tag("new", "1")
+    second.begin("new data", continues=False, give_up=lambda: False)
+    second.close()
+    tags = client.get_run(run_id).data.tags
+    assert "new" in tags
+    assert "old" not in tags
+
+
 def test_an_attempt_elsewhere_that_trains_something_else_starts_over(
     client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, tmp_path: Path
 ) -> None:
-    first = open_record(spec)
-    first.begin("old data", continues=True)
+    first = begun(spec, "old data")
     first.log_metrics({"train_loss": 1.0}, 1)
     first.log_checkpoint(folder, step=1, metrics=EPOCH_0)
     first.close()
-    second = open_record(retried(spec, work_dir=tmp_path / "elsewhere"))
-    second.begin("new data", continues=True)  # its folder is empty
+    second = begun(retried(spec, work_dir=tmp_path / "elsewhere"), "new data")
     second.log_metrics({"train_loss": 5.0}, 1)
     second.close()
     assert models(client, run_id) == []
@@ -410,21 +440,18 @@ def test_what_waits_of_another_training_is_not_sent_into_the_one_that_began_else
     client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, tmp_path: Path
 ) -> None:
     """The folder's machine trained the old data, another one the new; now the first trains the new too."""
-    first = open_record(spec)
-    first.begin("old data", continues=True)
+    first = begun(spec, "old data")
     first.close()
     for file, event in (
         (SPOOL_FILE, {"kind": "metrics", "time": 1, "step": 9, "values": {"train_loss": 9.0}}),
         (UPLOADS_SPOOL_FILE, checkpoint_event(folder, 9, of_epoch(4), [])),
     ):
         Spool(spec.work_dir / file, run_id).append([event])
-    second = open_record(retried(spec, work_dir=tmp_path / "elsewhere"))
-    second.begin("new data", continues=True)
+    second = begun(retried(spec, work_dir=tmp_path / "elsewhere"), "new data")
     second.log_metrics({"train_loss": 1.0}, 1)
     second.log_checkpoint(folder, step=1, metrics=EPOCH_0)
     second.close()
-    third = open_record(spec.model_copy(update={"attempt": 3}))
-    third.begin("new data", continues=False)
+    third = begun(spec.model_copy(update={"attempt": 3}), "new data", continues=False)
     for step in (1, 2):
         third.log_metrics({"train_loss": float(step)}, step)
     third.close()

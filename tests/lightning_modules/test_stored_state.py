@@ -16,7 +16,7 @@ from lightning_modules.stored_state import StateStore, sha256_of
 from post_training.errors import RecordUnavailableError
 from post_training.schemas.record import TAG_RESUME_STATE
 from post_training.schemas.trainer import StoredState, TrainerSpec
-from tests.lightning_modules.recorded import points, retried, state_files, stored_state, wait_until
+from tests.lightning_modules.recorded import begun, points, retried, state_files, stored_state, wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import MLflowServer
@@ -117,7 +117,7 @@ def test_a_state_reaches_an_attempt_on_another_machine_after_all_its_metrics(
     assert len(points(client, run_id)) == 300
     first.close()
 
-    second = open_record(retried(spec, work_dir=tmp_path / "elsewhere"))
+    second = begun(retried(spec, work_dir=tmp_path / "elsewhere"))
     there = tmp_path / "elsewhere" / "resume" / "last.ckpt"
     assert second.restore_state(there, step=None, inputs="x", give_up=never) == 300
     second.close()
@@ -151,7 +151,7 @@ def test_only_a_newer_state_of_the_same_training_replaces_the_folder_s(
     tmp_path: Path,
 ) -> None:
     announced(store, tmp_path, 9)
-    record = open_record(retried(spec))
+    record = begun(retried(spec))
     assert record.restore_state(save(last, "mine"), step=step, inputs=inputs, give_up=never) == restored
     record.close()
     assert last.read_text() == ("state 9" if restored else "mine")
@@ -166,8 +166,7 @@ def test_what_a_machine_has_kept_for_long_does_not_replace_what_another_stored(
     unsent.log_state(save(last, "state 3"), step=3, inputs="x", must=True)
     by_b = announced(store, tmp_path / "b", 9)
 
-    again = open_record(retried(spec))
-    again.begin("x", continues=True)
+    again = begun(retried(spec))
     wait_until(lambda: not list((spec.work_dir / "resume").rglob("step-*")))
     assert again.restore_state(last, step=3, inputs="x", give_up=never) == 9
     again.close()

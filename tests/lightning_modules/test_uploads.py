@@ -18,7 +18,7 @@ from lightning_modules.uploads import checkpoint_event
 from post_training.errors import RecordUnavailableError
 from post_training.schemas.jobs import PostTrainingMetric
 from post_training.schemas.trainer import TrainerSpec
-from tests.lightning_modules.recorded import EPOCH_0, models, of_epoch, points, retried, wait_until
+from tests.lightning_modules.recorded import EPOCH_0, begun, models, of_epoch, points, retried, wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import MLflowServer
@@ -103,7 +103,7 @@ def test_an_end_that_waited_in_vain_leaves_the_uploads_to_a_later_attempt(
     record.close()
 
     server.start()
-    later = open_record(retried(spec))
+    later = begun(retried(spec))
     [settled] = later.settled([logged], [0], never)
     later.close()
     assert [settled.path] == paths_of(client, run_id)
@@ -162,7 +162,7 @@ def test_starting_over_forgets_checkpoints_and_steps(
     first.log_metrics({"train_loss": 1.0}, 1)
     first.settled([first.log_checkpoint(folder, step=1, metrics=EPOCH_0)], [0], never)
     first.close()
-    second = open_record(retried(spec))
+    second = begun(retried(spec))
     second.start_over()
     second.log_metrics({"train_loss": 5.0}, 1)
     second.close()

@@ -25,9 +25,9 @@ from post_training.schemas.record import TAG_JOB_UUID, TAG_METHOD
 from post_training.standalone import DAG_IDS, Standalone
 from tests.tiny_model import write_tiny_model
 
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 60.0
 TRIES = 3
-"""Of the published client."""
+"""Both of the published client."""
 SUBMIT = f"{API}/supervised-fine-tune"
 Call = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
 

@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from urllib.parse import SplitResult, parse_qs, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
 
+from lightning_modules.data.sources import shown
 from lightning_modules.fencing import RunFence
 from lightning_modules.sender import RefusedError
 from lightning_modules.spool import Event
@@ -164,22 +165,17 @@ def _described_inline(parts: SplitResult) -> tuple[str, dict[str, str]]:
 
 
 def _described_by_url(parts: SplitResult) -> tuple[str, dict[str, str]]:
-    return "http", {"url": _without_secrets(parts)}
+    return "http", {"url": shown(parts.geturl())}
 
 
 def _described_by_uri(parts: SplitResult) -> tuple[str, dict[str, str]]:
-    return parts.scheme, {"uri": _without_secrets(parts)}
+    return parts.scheme, {"uri": shown(parts.geturl())}
 
 
 def _described_on_hub(parts: SplitResult) -> tuple[str, dict[str, str]]:
     query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
     shown = {HUB_FIELDS[key]: value for key, value in query.items() if key in HUB_FIELDS}
     return "hugging_face", {"path": parts.path.strip("/"), **shown}
-
-
-def _without_secrets(parts: SplitResult) -> str:
-    """Leave out user and password, and the query, in which a signed URL carries its key."""
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 HUB_FIELDS = {"name": "config_name", "split": "split", "revision": "revision"}

@@ -11,8 +11,8 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 
-from lightning_modules.record import checkpoint_identifier, now_ms
-from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
+from lightning_modules.record import now_ms
+from post_training.schemas.jobs import Checkpoint, PostTrainingMetric, checkpoint_identifier
 from post_training.schemas.record import TAG_CHECKPOINT, TAG_JOB_UUID
 
 MODEL_SCHEME = "models:/"

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from lightning_modules.spool import Spool
 from lightning_modules.tables import write_table
-from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
+from post_training.schemas.jobs import Checkpoint, PostTrainingMetric, checkpoint_identifier
 from post_training.schemas.record import TAG_CHECKPOINT_COPY_PREFIX
 from post_training.schemas.trainer import TrainerSpec
 
@@ -247,11 +247,6 @@ def flatten(params: Mapping[Any, object], prefix: str = "") -> dict[str, str]:
             text = str(value) if plain else json.dumps(value, default=str)
             flat[name] = text[:MAX_PARAM_CHARACTERS]
     return flat
-
-
-def checkpoint_identifier(job_uuid: str, epoch: int) -> str:
-    """Name of a checkpoint: a job has one per epoch, and a job's id is unique."""
-    return f"{job_uuid}-epoch-{epoch}"
 
 
 def describe_checkpoint(job_uuid: str, folder: Path, metrics: PostTrainingMetric) -> Checkpoint:

@@ -71,7 +71,7 @@ class FakeRuns:
     def job_uuids(self, dag_ids: Collection[str]) -> list[str]:
         return [job_uuid_of(t.key) for t in reversed(self.tasks.values()) if t.key.dag_id in dag_ids]
 
-    def dag_ids(self) -> set[str]:
+    def dag_ids(self, *, prefix_of: str | None = None) -> set[str]:
         return {"supervised_fine_tune", "preference_optimize", *(t.key.dag_id for t in self.tasks.values())}
 
     def cancel(self, key: TaskKey, user_name: str) -> None:

@@ -97,7 +97,10 @@ def test_a_stage_of_a_larger_dag_is_a_job_too(runs: Any) -> None:
     assert runs.find("team.nightly.run.1.sft").key == TaskKey("team.nightly", "run.1", "sft")
     assert runs.find("team.nightly.run.1.after") is None
     assert "team.nightly.run.1.sft" in runs.job_uuids({"team.nightly"})
-    assert runs.dag_ids() == {"supervised_fine_tune", "preference_optimize", "team.nightly"}
+    request_dags = {"supervised_fine_tune", "preference_optimize"}
+    assert runs.dag_ids() == {*request_dags, "team.nightly"}
+    assert runs.dag_ids(prefix_of="team.nightly.run.1.sft") == {*request_dags, "team.nightly"}
+    assert runs.dag_ids(prefix_of="team.weekly.run.1.sft") == request_dags
 
 
 def test_the_list_is_newest_first_and_of_these_dags_alone(runs: Any) -> None:
@@ -254,8 +257,8 @@ def test_a_pool_without_a_free_connection(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "becomes", "sentence"),
     [
-        ("OperationalError", RecordUnavailableError, "Airflow's database is busy: reason"),
-        ("InterfaceError", RecordUnavailableError, "Airflow's database is busy: reason"),
+        ("OperationalError", RecordUnavailableError, "Airflow's database is busy"),
+        ("InterfaceError", RecordUnavailableError, "Airflow's database is busy"),
         ("DataError", InvalidRequestError, "request: Airflow's database cannot hold it: reason"),
     ],
 )

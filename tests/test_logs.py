@@ -94,14 +94,17 @@ def test_before_its_first_attempt_a_job_has_no_log(logs: LogService, runs: FakeR
     runs.logs.clear()
     assert logs.page(JOB, ALL, 0, 10).log_lines == []
     assert logs.seek(JOB, ALL, 0) == Cursor()
-    step = logs.step(JOB, ALL, Cursor(), 10)
+    step = logs.step(JOB, ALL, Cursor())
     assert (step.lines, step.cursor, step.more, step.status) == ([], Cursor(), False, None)
 
 
-def test_steps_go_through_the_attempts_and_wait_for_the_newest(logs: LogService, runs: FakeRuns) -> None:
+def test_steps_go_through_the_attempts_and_wait_for_the_newest(
+    logs: LogService, runs: FakeRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_PAGE_LINES", 2)
     cursor, seen = Cursor(), []
     for _ in range(6):
-        step = logs.step(JOB, ALL, cursor, 2)
+        step = logs.step(JOB, ALL, cursor)
         assert step.status is None
         seen.append((step.lines, step.cursor.offset, step.more))
         cursor = step.cursor
@@ -115,7 +118,7 @@ def test_steps_go_through_the_attempts_and_wait_for_the_newest(logs: LogService,
     ]
     runs.logs[JOB][0].append("a late line of the first attempt")
     runs.logs[JOB][2].append("c2")
-    assert logs.step(JOB, ALL, cursor, 2).lines == ["c2"]
+    assert logs.step(JOB, ALL, cursor).lines == ["c2"]
 
 
 @pytest.mark.parametrize(
@@ -134,9 +137,20 @@ def test_only_the_end_has_a_status_and_only_after_the_last_line(
 ) -> None:
     runs.add(replace(task(KEY, state), attempt=3))
     tracking.set_status("run-1", mlflow)
-    assert logs.step(JOB, ALL, Cursor(3, 1, 4), 10).status is None
-    found = logs.step(JOB, ALL, Cursor(3, 2, 5), 10).status
+    assert logs.step(JOB, ALL, Cursor(3, 1, 4)).status is None
+    found = logs.step(JOB, ALL, Cursor(3, 2, 5)).status
     assert (found.status if found else None) is status
+
+
+def test_a_step_is_a_page_of_lines_and_of_characters(
+    logs: LogService, runs: FakeRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.logs[JOB] = [["x" * 10] * 10_001]
+    step = logs.step(JOB, ALL, Cursor())
+    assert (len(step.lines), step.cursor, step.more) == (10_000, Cursor(1, 10_000, 10_000), True)
+    monkeypatch.setattr(module, "MAX_PAGE_CHARACTERS", 35)
+    step = logs.step(JOB, ALL, Cursor())
+    assert (len(step.lines), step.cursor, step.more) == (3, Cursor(1, 3, 3), True)
 
 
 def test_mlflow_is_needed_only_to_say_how_a_job_ended(
@@ -144,10 +158,10 @@ def test_mlflow_is_needed_only_to_say_how_a_job_ended(
 ) -> None:
     tracking.down = True
     assert logs.page(JOB, ALL, 0, 10).log_lines[-1] == "c1"
-    assert logs.step(JOB, ALL, logs.seek(JOB, ALL, 5), 10).status is None
+    assert logs.step(JOB, ALL, logs.seek(JOB, ALL, 5)).status is None
     runs.add(replace(task(KEY, "success"), attempt=3))
     with pytest.raises(RecordUnavailableError):
-        logs.step(JOB, ALL, Cursor(3, 2, 5), 10)
+        logs.step(JOB, ALL, Cursor(3, 2, 5))
 
 
 def test_a_job_that_airflow_has_forgotten_has_no_log_and_its_end_is_known(
@@ -156,7 +170,7 @@ def test_a_job_that_airflow_has_forgotten_has_no_log_and_its_end_is_known(
     runs.tasks.clear()
     tracking.set_status("run-1", "FINISHED")
     assert logs.page(JOB, ALL, 0, 10).log_lines == []
-    step = logs.step(JOB, ALL, Cursor(2, 1, 4), 10)
+    step = logs.step(JOB, ALL, Cursor(2, 1, 4))
     assert step.status is not None
     assert step.status.status is JobStatus.completed
 
@@ -173,6 +187,6 @@ def test_every_reading_asks_for_the_callers_rights(
     with pytest.raises(error):
         logs.seek(JOB, access, 0)
     with pytest.raises(error):
-        logs.step(JOB, access, Cursor(), 10)
+        logs.step(JOB, access, Cursor())
     with pytest.raises(JobNotFoundError):
         logs.page("nothing", ALL, 0, 10)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from post_training.errors import RecordUnavailableError
 from post_training.job_ids import TaskKey
 from post_training.mending import SUBMIT_TIME, Mender
 from post_training.record import identity_tags
@@ -101,6 +102,32 @@ def test_all_open_runs_are_mended_at_once() -> None:
     assert job.reconcile() == ReconcileJobsResponse(checked=1, mended=1)
     assert job.status == "FAILED"
     assert job.reconcile() == ReconcileJobsResponse()
+
+
+def test_a_run_that_cannot_be_mended_holds_up_no_other() -> None:
+    job = Job("running", "KILLED", **{"post_training.cancelled_attempt": "attempt-1"})
+    job.tracking.runs["run-1"] = replace(job.tracking.runs["run-1"], status="RUNNING")
+    job.runs.add(task(replace(KEY, run_id="job-2"), "failed", {"mlflow_run_id": "run-2"}))
+    job.tracking.create_run(
+        name="job-2", experiment=None, tags=identity_tags(replace(KEY, run_id="job-2")), params={}, request={}
+    )
+    broken = job.tracking.set_status
+
+    def refuse_the_first(run_id: str, status: str, *, error: str | None = None) -> None:
+        if run_id == "run-1":
+            raise RecordUnavailableError("MLflow does not answer")
+        broken(run_id, status, error=error)
+
+    job.tracking.set_status = refuse_the_first  # type: ignore[method-assign]
+    counts = job.reconcile()
+    assert (counts.checked, counts.mended, counts.failed) == (2, 1, 1)
+    assert job.tracking.runs["run-2"].status == "FAILED"
+
+
+def test_a_task_that_cannot_be_stopped_does_not_hide_that_its_job_is_cancelled() -> None:
+    job = Job("running", "KILLED", **{"post_training.cancelled_attempt": "attempt-1"})
+    job.runs.cancel_error = RecordUnavailableError("Airflow cannot read the DAG")
+    assert job.mended() is JobStatus.cancelled
 
 
 def test_the_run_of_a_job_that_waits_is_left_alone() -> None:

@@ -15,8 +15,8 @@ from urllib.parse import parse_qsl, urlsplit
 from lightning_modules.data.sources import DEFAULT_LIMITS, Limits, fetch, first_line, shown
 from post_training.data_uris import parse_data_uri
 from post_training.errors import DataError
+from post_training.uris import HUB_QUERY
 
-HUB_KEYS = {"split", "name"}
 HUB_BATCH_ROWS = 1000
 
 
@@ -124,7 +124,7 @@ def _hub_address(source: str) -> tuple[str, dict[str, str]]:
     parts = urlsplit(source)
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     query, name = dict(pairs), parts.path.strip("/")
-    understood = len(query) == len(pairs) and query.keys() <= HUB_KEYS
+    understood = len(query) == len(pairs) and query.keys() <= set(HUB_QUERY)
     if parts.netloc != "datasets" or name.count("/") != 1 or not understood:
         raise DataError(
             f"the data set {source} must have the form huggingface://datasets/ORG/NAME?split=train&name=CONFIG"

@@ -89,6 +89,10 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} …"
 
 
+def _too_large(source: str, limits: Limits) -> DataError:
+    return DataError(f"the data set {shown(source)} is larger than the limit of {limits.max_bytes} bytes")
+
+
 def _missing(source: str) -> DataError:
     return DataError(f"the data set {shown(source)} does not exist")
 
@@ -99,9 +103,7 @@ def _read(source: str, stream: HTTPResponse | BinaryIO, limits: Limits) -> bytes
     while piece := stream.read(CHUNK_BYTES):
         content.write(piece)
         if content.tell() > limits.max_bytes:
-            raise DataError(
-                f"the data set {shown(source)} is larger than the limit of {limits.max_bytes} bytes"
-            )
+            raise _too_large(source, limits)
     return content.getvalue()
 
 
@@ -224,6 +226,7 @@ def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path]
             raise DataError(
                 f"MLflow keeps the data set {source} in {location}, under no folder of allowed_roots"
             )
+        _check_artifact(source, location, tracking_uri, limits)
         with TemporaryDirectory() as folder:
             file = download_artifacts(
                 location, dst_path=folder, tracking_uri=tracking_uri, registry_uri=tracking_uri
@@ -236,6 +239,25 @@ def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path]
         if error.get_http_status_code() >= 500:  # type: ignore[no-untyped-call]
             raise ConnectionError(first_line(error)) from error
         raise
+
+
+def _check_artifact(source: str, location: str, tracking_uri: str, limits: Limits) -> None:
+    """Refuse a folder, and a file over the limit, before any of it is downloaded.
+
+    :raises DataError: naming the rule; what the store does not list is left to the download.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import (  # noqa: PLC0415
+        get_artifact_repository,
+    )
+
+    parent, _, name = location.rstrip("/").rpartition("/")
+    for entry in get_artifact_repository(parent, tracking_uri=tracking_uri).list_artifacts():
+        if entry.path.rpartition("/")[2] != name:
+            continue
+        if entry.is_dir:
+            raise DataError(f"the data set {shown(source)} is a folder, not a file")
+        if (entry.file_size or 0) > limits.max_bytes:
+            raise _too_large(source, limits)
 
 
 FETCHERS: dict[str, Callable[[str, Limits], bytes]] = {

@@ -6,6 +6,7 @@ It runs in the api-server; a task has no access to the database.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
@@ -41,6 +42,8 @@ from post_training.job_ids import (
     candidate_keys,
     job_uuid_of,
 )
+
+logger = logging.getLogger(__name__)
 
 CANCEL_EVENT = "cancel_training_job"
 STATE_EVENTS = (CANCEL_EVENT, "patch_dag_run", "patch_task_instance", "patch_task_instance_by_map_index")
@@ -111,7 +114,7 @@ class AirflowRuns:
         if found is not None or job_uuid.count(".") < 2:
             return found
         place = (TaskInstance.dag_id, TaskInstance.run_id, TaskInstance.task_id, TaskInstance.map_index)
-        candidates = [astuple(key) for key in candidate_keys(job_uuid, self.dag_ids())]
+        candidates = [astuple(key) for key in candidate_keys(job_uuid, self.dag_ids(prefix_of=job_uuid))]
         return self._find(tuple_(*place).in_(candidates)) if candidates else None
 
     def _find(self, condition: ColumnElement[bool]) -> JobTask | None:
@@ -136,9 +139,16 @@ class AirflowRuns:
         with _database(), create_session() as session:
             return [job_uuid_of(TaskKey(*row)) for row in session.execute(query)]
 
-    def dag_ids(self) -> set[str]:
-        """Return the DAGs that have training tasks or take requests."""
+    def dag_ids(self, *, prefix_of: str | None = None) -> set[str]:
+        """Return the DAGs that have training tasks or take requests.
+
+        :param prefix_of: a job's id: only such DAGs are looked for as its beginning may name, by their index;
+            without it every task of the deployment is looked at.
+        """
         query = select(TaskInstance.dag_id).where(TaskInstance.operator.in_(TRAINING_OPERATORS)).distinct()
+        if prefix_of is not None:
+            prefixes = [prefix_of[:at] for at, letter in enumerate(prefix_of) if letter == "."]
+            query = query.where(TaskInstance.dag_id.in_(prefixes))
         with _database(), create_session() as session:
             return set(REQUEST_DAGS) | set(session.scalars(query))
 
@@ -220,11 +230,12 @@ def team_of(dag_id: str) -> str | None:
 
 @contextmanager
 def _database() -> Iterator[None]:
-    """Turn the database's failures into errors that callers know; their own text would show the statement."""
+    """Turn the database's failures into errors that callers know; their text names hosts and statements."""
     try:
         yield
     except (OperationalError, InterfaceError) as error:
-        raise RecordUnavailableError(f"Airflow's database is busy: {_first_line(error)}") from error
+        logger.warning("Airflow's database does not answer: %s", _first_line(error))
+        raise RecordUnavailableError("Airflow's database is busy") from error
     except PoolTimeoutError as error:
         raise RecordUnavailableError("Airflow's database is busy: no connection became free") from error
     except DataError as error:

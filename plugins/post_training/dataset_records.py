@@ -6,7 +6,8 @@ The tag with the data set's id is written last: a version is complete, or nobody
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,14 +15,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from post_training.errors import PostTrainingError, RecordUnavailableError
-from post_training.schemas import record as names
-from post_training.schemas.datasets import DatasetPurpose, SourceType
+from post_training.schemas.base import load_json
+from post_training.schemas.datasets import DatasetPurpose, Metadata, SourceType
 from post_training.tracking import Tracking, answers
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+logger = logging.getLogger(__name__)
 
 TAG_ID = "post_training.dataset_id"
 TAG_DIGEST = "post_training.dataset_digest"
@@ -70,9 +75,12 @@ class DatasetVersion:
     digest: str
     purpose: DatasetPurpose
     type: SourceType
-    metadata: Mapping[str, Any]
+    metadata: Metadata
     uri: str
     created_at: datetime
+
+
+_STORED = TypeAdapter(DatasetVersion)
 
 
 class DatasetRecords:
@@ -163,8 +171,7 @@ class DatasetRecords:
                     order_by=["attributes.start_time DESC"],
                     page_token=token,
                 )
-            # A request chooses the experiment and the tags of its job's run, which could pose as a version.
-            yield from (_version(run) for run in runs if names.TAG_JOB_UUID not in run.data.tags)
+            yield from _versions(runs)
             token = runs.token
             if not token:
                 return
@@ -185,15 +192,33 @@ def _keep(client: MlflowClient, run_id: str, content: DatasetFile | str) -> str:
     return f"runs:/{run_id}/{content.name}"
 
 
+def _versions(runs: Iterable[Run]) -> Iterator[DatasetVersion]:
+    """Yield the versions among these runs: whoever writes to MLflow can make other ones with our tags."""
+    for run in runs:
+        try:
+            version = _version(run)
+        except (KeyError, ValueError) as error:
+            logger.warning("The run %s is no version of a data set: %s", run.info.run_id, error)
+        else:
+            yield version
+
+
 def _version(run: Run) -> DatasetVersion:
-    tags: Any = run.data.tags
-    return DatasetVersion(
-        run_id=run.info.run_id,
-        dataset_id=tags[TAG_ID],
-        digest=tags[TAG_DIGEST],
-        purpose=tags[TAG_PURPOSE],
-        type=tags[TAG_TYPE],
-        metadata=json.loads(tags[TAG_METADATA]),
-        uri=tags[TAG_URI],
-        created_at=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+    """Read a version.
+
+    :raises KeyError: if a tag is missing.
+    :raises ValueError: if a tag holds what we do not write.
+    """
+    tags = run.data.tags
+    return _STORED.validate_python(
+        {
+            "run_id": run.info.run_id,
+            "dataset_id": tags[TAG_ID],
+            "digest": tags[TAG_DIGEST],
+            "purpose": tags[TAG_PURPOSE],
+            "type": tags[TAG_TYPE],
+            "metadata": load_json(tags[TAG_METADATA]),
+            "uri": tags[TAG_URI],
+            "created_at": datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+        }
     )

@@ -11,7 +11,9 @@ from post_training.data_uris import parse_data_uri
 from post_training.dataset_records import DatasetFile, DatasetRecords, DatasetVersion, NewVersion
 from post_training.datasets import Resolver
 from post_training.errors import DatasetNotFoundError, ForbiddenError, InvalidRequestError
+from post_training.job_ids import REQUEST_DAGS
 from post_training.jobs import Access
+from post_training.keyed_locks import KeyedLocks
 from post_training.schemas.datasets import (
     Dataset,
     DatasetSource,
@@ -20,10 +22,7 @@ from post_training.schemas.datasets import (
     StoredSource,
     parse_reference,
 )
-from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
-
-REQUEST_DAGS = (SupervisedFineTuneRequest.method, PreferenceOptimizeRequest.method)
-"""Whoever may see or start runs of one of them may see or change data sets: they are these jobs' input."""
+from post_training.uris import shown
 
 URI_FIELD = "source.uri"
 
@@ -38,10 +37,12 @@ class DatasetService:
     def __init__(self, records: DatasetRecords, resolver: Resolver) -> None:
         self._records = records
         self._resolver = resolver
+        self._locks = KeyedLocks()
 
     def register(self, request: RegisterDatasetRequest, access: Access) -> Dataset:
         """Store a data set, or a new version of it; what its current version is already is not stored again.
 
+        :raises BusyError: if another registration under its id does not end.
         :raises ForbiddenError: if the caller may start no jobs.
         :raises InvalidRequestError: if a request could not name the URI.
         :raises RecordUnavailableError: if MLflow does not answer; nothing is left then.
@@ -56,8 +57,9 @@ class DatasetService:
             metadata=request.metadata or {},
             content=content,
         )
-        current = self._records.find(new.dataset_id)
-        version = current if current is not None and _is_same(current, new) else self._records.add(new)
+        with self._locks.hold(new.dataset_id):
+            current = self._records.find(new.dataset_id)
+            version = current if current is not None and _is_same(current, new) else self._records.add(new)
         return _dataset(version, request.source.rows)
 
     def _content(self, source: DatasetSource) -> tuple[DatasetFile | str, str]:
@@ -105,6 +107,7 @@ class DatasetService:
 
 
 def _refuse_unless(may: Callable[[str], bool], sentence: str) -> None:
+    """Ask for the right to one kind of job: data sets are the input of each."""
     if not any(map(may, REQUEST_DAGS)):
         raise ForbiddenError(sentence)
 
@@ -127,11 +130,12 @@ def _file_of_data_uri(uri: str) -> DatasetFile:
 
 
 def _dataset(version: DatasetVersion, rows: list[dict[str, Any]] | None = None) -> Dataset:
+    is_url = version.uri.lower().startswith("https:")
     return Dataset(
         identifier=version.dataset_id,
         provider_resource_id=version.run_id,
         purpose=version.purpose,
-        source=StoredSource(type=version.type, uri=version.uri, rows=rows),
+        source=StoredSource(type=version.type, uri=shown(version.uri) if is_url else version.uri, rows=rows),
         metadata=dict(version.metadata),
         version=version.digest,
         created_at=version.created_at,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,8 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 
 PINNED = {names.TAG_TRAIN_DATA: "dataset_id", names.TAG_VALIDATION_DATA: "validation_dataset_id"}
 """Tag of a run -> field of data_config whose version it holds."""
+
+PINNED_SCHEME = "runs:"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
@@ -115,8 +117,16 @@ class Resolver:
             name = getattr(data, field)
             if name is not None and not _SCHEME.match(name) and parse_reference(name) is not None:
                 uri = self.dataset(f"training_config.data_config.{field}", name)
-                pinned |= {tag: uri} if uri.startswith("runs:") else {}
+                pinned |= {tag: uri} if uri.startswith(PINNED_SCHEME) else {}
         return pinned
+
+    def checked_pins(self, tags: Mapping[str, str]) -> dict[str, str]:
+        """Return the versions that a run's tags hold: whoever writes to MLflow may have written them.
+
+        :raises InvalidRequestError: naming the tag.
+        """
+        pinned = {tag: tags[tag] for tag in PINNED if tags.get(tag, "").startswith(PINNED_SCHEME)}
+        return {tag: self.dataset_uri(tag, uri) for tag, uri in pinned.items()}
 
     def dataset(self, field: str, name: str) -> str:
         """Return the absolute path or the URI of a data set, its scheme in lower case.

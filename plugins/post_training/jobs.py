@@ -61,7 +61,7 @@ class Runs(Protocol):
 
     def job_uuids(self, dag_ids: Collection[str]) -> list[str]: ...
 
-    def dag_ids(self) -> set[str]: ...
+    def dag_ids(self, *, prefix_of: str | None = None) -> set[str]: ...
 
     def was_stopped(self, task: JobTask) -> bool: ...
 
@@ -133,7 +133,7 @@ class JobService:
 
     def _refuse_taken_names(self, job_uuid: str) -> None:
         """Refuse an id that a task of another DAG has, or will have."""
-        taken = next(candidate_keys(job_uuid, self._runs.dag_ids()), None)
+        taken = next(candidate_keys(job_uuid, self._runs.dag_ids(prefix_of=job_uuid)), None)
         if taken is not None:
             raise InvalidRequestError.of(
                 "job_uuid",

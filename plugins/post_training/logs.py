@@ -109,8 +109,8 @@ class LogService:
             attempt, before = attempt + 1, before + count
         return Cursor(attempt, offset - before, offset)
 
-    def step(self, job_uuid: str, access: Access, cursor: Cursor, limit: int) -> Step:
-        """Return what lies at the cursor now. The caller's rights are asked again each time.
+    def step(self, job_uuid: str, access: Access, cursor: Cursor) -> Step:
+        """Return what lies at the cursor now, at most a page. The caller's rights are asked again each time.
 
         :raises JobNotFoundError: as ``page``.
         :raises ForbiddenError: as ``page``.
@@ -119,7 +119,7 @@ class LogService:
         task = self._task(job_uuid, access)  # before its lines: an attempt that is over writes no more
         if task is not None:
             lines = islice(self._runs.log_lines(task.key, cursor.attempt), cursor.position, None)
-            taken, more = _take(lines, limit)
+            taken, more = _take(lines, MAX_PAGE_LINES)
             if taken:
                 return Step(taken, cursor.after(len(taken)), more)
             if cursor.attempt < task.attempt:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from post_training.airflow_runs import JobTask
+from post_training.errors import PostTrainingError
 from post_training.job_ids import TaskKey
 from post_training.reconcile import OF_MLFLOW, Evidence, Verdict, reconcile
 from post_training.schemas import record as names
@@ -59,8 +60,15 @@ class Mender:
         if verdict.mend is not None and run is not None:
             self._tracking().set_status(run.run_id, verdict.mend, error=failure(verdict, run))
         if verdict.stop and task is not None:
-            self._tasks.cancel(task.key, "post-training")
+            self._stop(task)
         return verdict
+
+    def _stop(self, task: JobTask) -> None:
+        """Stop the task of a job that is cancelled already; the next read tries again."""
+        try:
+            self._tasks.cancel(task.key, "post-training")
+        except PostTrainingError as error:
+            logger.warning("The task of the cancelled job %s could not be stopped: %s", task.job_uuid, error)
 
     def evidence(self, task: JobTask | None, run: JobRun | None) -> Evidence:
         """Gather what both know; Airflow's log of its users' actions is asked only where it matters."""
@@ -92,7 +100,11 @@ class Mender:
         for run in self._tracking().open_runs():
             if may_mend(run.tags.get(names.TAG_DAG_ID, "")):
                 counts.checked += 1
-                self._reconcile(run, counts)
+                try:
+                    self._reconcile(run, counts)
+                except PostTrainingError as error:  # one run must not hold up the others
+                    counts.failed += 1
+                    logger.warning("MLflow run %s could not be mended: %s", run.run_id, error)
         return counts
 
     def _reconcile(self, run: JobRun, counts: ReconcileJobsResponse) -> None:

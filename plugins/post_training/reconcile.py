@@ -16,7 +16,6 @@ OF_MLFLOW: dict[str, JobStatus] = {
 TO_MLFLOW = {status: name for name, status in OF_MLFLOW.items()}
 
 _WAITING = frozenset({None, "scheduled", "queued"})
-_BETWEEN_TRIES = frozenset({"up_for_retry", "up_for_reschedule", "restarting"})
 _WORKING = frozenset({"running", "deferred", "awaiting_input"})
 _ENDED = {
     "success": JobStatus.completed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError
 from post_training.job_ids import MAY_BE_AN_ID
 from post_training.schemas import record as names
-from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
+from post_training.schemas.jobs import Checkpoint, PostTrainingMetric, checkpoint_identifier
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+logger = logging.getLogger(__name__)
 
 MAX_PARAM_LENGTH = 6_000
 """MLflow cuts longer values in silence."""
@@ -77,7 +80,8 @@ class JobRun:
 
 
 class Tracking:
-    """Reads and writes the runs of jobs. Every method raises RecordUnavailableError when MLflow fails.
+    """Reads and writes the runs of jobs. Every method raises RecordUnavailableError when MLflow fails;
+    why is logged, since it names hosts.
 
     :param server: the tracking server.
     """
@@ -316,7 +320,8 @@ def answers(field: str | None = None) -> Iterator[None]:
         first_line = str(error).partition("\n")[0][:200]
         if field and isinstance(error, MlflowException) and error.error_code in _REFUSALS:
             raise InvalidRequestError.of(field, f"MLflow refuses it: {first_line}") from error
-        raise RecordUnavailableError(f"MLflow does not answer: {first_line}") from error
+        logger.warning("MLflow does not answer: %s", first_line)
+        raise RecordUnavailableError("MLflow does not answer") from error
 
 
 def _job_run(run: Run) -> JobRun:
@@ -339,7 +344,7 @@ def _is_checkpoint(model: LoggedModel) -> bool:
 def _checkpoint(model: LoggedModel, job_uuid: str) -> Checkpoint:
     metrics = PostTrainingMetric.model_validate_json(model.tags[names.TAG_CHECKPOINT])
     return Checkpoint(
-        identifier=f"{job_uuid}-{model.name}",
+        identifier=checkpoint_identifier(job_uuid, metrics.epoch),
         created_at=_time(model.creation_timestamp),
         epoch=metrics.epoch,
         post_training_job_id=job_uuid,

@@ -44,7 +44,9 @@ async def _pass_on(request: Request, call_next: RequestResponseEndpoint) -> Resp
 class Server:
     """The app beside another one, in one process, on a real port; behind middleware like Airflow's."""
 
-    def __init__(self, deployment: Deployment, capacity: Capacity) -> None:
+    def __init__(
+        self, deployment: Deployment, capacity: Capacity, pace: Pace = QUICK, send_seconds: float = 60.0
+    ) -> None:
         self.runs, self.tracking = deployment.runs, deployment.tracking
         root = FastAPI()
         root.get("/page")(lambda: "Airflow's own")
@@ -55,18 +57,19 @@ class Server:
             deployment.current_access,
             max_body_bytes=LIMIT,
             capacity=capacity,
-            pace=QUICK,
+            pace=pace,
+            send_seconds=send_seconds,
         )
         root.mount("/post-training", app)
         root.add_middleware(BaseHTTPMiddleware, dispatch=_pass_on)
         root.add_middleware(GZipMiddleware, minimum_size=10)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        config = uvicorn.Config(root, host="127.0.0.1", port=port, log_level="warning")
+            self.port = probe.getsockname()[1]
+        config = uvicorn.Config(root, host="127.0.0.1", port=self.port, log_level="warning")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Server:
         self._thread.start()

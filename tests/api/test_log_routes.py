@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from time import monotonic, sleep
 from typing import Any
 
@@ -12,7 +14,7 @@ from fastapi.testclient import TestClient
 
 from post_training.api.capacity import Capacity, Places, Threads
 from tests.api.conftest import Deployment
-from tests.api.server import KEY, PATHS, STREAM, Server, set_task
+from tests.api.server import KEY, PATHS, QUICK, STREAM, Server, set_task
 from tests.fakes import FakeAccess
 from tests.sse import lines_of
 
@@ -37,7 +39,7 @@ def job(deployment: Deployment) -> Deployment:
 @pytest.fixture
 def server(job: Deployment) -> Iterator[Server]:
     """One thread reads all logs, and three clients may follow."""
-    with Server(job, Capacity(Threads(2, 0.3), Threads(1, 0.3), Places(3))) as server:
+    with Server(job, Capacity(Threads(2, 0.3), Threads(1, 0.3), Places(3, 3))) as server:
         yield server
 
 
@@ -147,6 +149,60 @@ def test_the_limit_is_that_of_an_event(server: Server) -> None:
     assert [(event, at) for event, at, _ in found] == [("log", "2"), ("log", "3"), ("status", "")]
 
 
+def test_a_small_limit_makes_many_events_of_few_looks(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"line {number}" for number in range(3_000)]
+    server.runs.logs["job-1"] = [lines]
+    end(server)
+    reads = []
+    read = server.runs.log_lines
+    monkeypatch.setattr(server.runs, "log_lines", lambda *place: (reads.append(place), read(*place))[1])
+    with server.follow("&limit=1") as stream:
+        found = list(stream)
+    assert [at for _, at, _ in found] == [*(str(number) for number in range(1, 3_001)), ""]
+    assert lines_of(found) == lines
+    assert len(reads) < 20
+
+
+def test_one_users_clients_leave_places_to_others(job: Deployment) -> None:
+    capacity = Capacity(Threads(2, 0.3), Threads(1, 0.3), Places(3, of_one_user=1))
+    with Server(job, capacity) as server, server.follow() as stream:
+        next(stream)
+        for caller, status in (("admin", 503), ("viewer", 200)):
+            with server.http(caller) as http, http.stream("GET", PATHS[0], headers=STREAM) as answer:
+                assert answer.status_code == status
+
+
+def test_a_stream_that_has_lived_long_ends_without_a_status_and_goes_on(job: Deployment) -> None:
+    with Server(job, Capacity(), replace(QUICK, life=0.3)) as server:
+        began = monotonic()
+        with server.follow() as stream:
+            assert [(event, at) for event, at, _ in stream] == [("log", "3")]
+        assert 0.3 <= monotonic() - began < 5
+        end(job)
+        with server.follow(**{"Last-Event-ID": "3"}) as stream:
+            assert [event for event, _, _ in stream] == ["status"]
+
+
+def test_a_client_that_does_not_read_loses_its_place(job: Deployment) -> None:
+    job.runs.logs["job-1"] = [["x" * 100_000] * 200]  # more than the sockets' buffers hold
+    capacity = Capacity(Threads(2, 0.3), Threads(1, 0.3), Places(1, 1))
+    with Server(job, capacity, send_seconds=0.5) as server, socket.socket() as deaf, server.http() as http:
+        deaf.connect(("127.0.0.1", server.port))
+        lines = [f"GET /post-training{PATHS[0]}&limit=1 HTTP/1.1", "Host: a", "Authorization: Bearer admin"]
+        deaf.sendall("\r\n".join([*lines, f"Accept: {STREAM['Accept']}", "", ""]).encode())
+        assert deaf.recv(15) == b"HTTP/1.1 200 OK"
+        answers = []
+        deadline = monotonic() + 10
+        while answers[-1:] != [200]:
+            assert monotonic() < deadline
+            with http.stream("GET", PATHS[0], headers=STREAM) as answer:
+                answers.append(answer.status_code)
+            sleep(0.1)
+        assert answers[0] == 503
+
+
 def test_any_character_survives(server: Server) -> None:
     server.runs.logs["job-1"] = [["a\u2028b\u0085c\nd\re \U0001f600 \x0b\x1c"]]
     end(server)
@@ -220,4 +276,7 @@ def test_the_description_tells_of_both(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     operation = paths["/v1/post-training/jobs/{job_uuid}/logs"]["get"]
     assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
-    assert {parameter["name"] for parameter in operation["parameters"]} == {"job_uuid", "offset", "limit"}
+    described = {parameter["name"]: parameter for parameter in operation["parameters"]}
+    assert set(described) == {"job_uuid", "offset", "limit", "Last-Event-ID"}
+    assert (described["Last-Event-ID"]["in"], described["Last-Event-ID"]["required"]) == ("header", False)
+    assert described["Last-Event-ID"]["schema"]["minimum"] == 0

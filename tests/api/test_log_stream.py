@@ -87,7 +87,7 @@ def test_other_errors_end_the_following() -> None:
         followed([JobNotFoundError("job-1")], Pace())
 
 
-def test_between_full_pages_there_is_no_pause_and_after_others_there_is() -> None:
+def test_between_full_pages_that_are_found_quickly_there_is_no_pause_and_after_others_there_is() -> None:
     pages = [Step(["x"], Cursor(1, n, n), more=True) for n in range(1, 50)]
     done = Step([], Cursor(1, 49, 49), status=ended(JobStatus.failed))
     began = monotonic()
@@ -96,6 +96,36 @@ def test_between_full_pages_there_is_no_pause_and_after_others_there_is() -> Non
     began = monotonic()
     followed([Step(["x"], Cursor(1, 49, 49)), done], Pace(poll=0.5, linger=LINGER))
     assert monotonic() - began >= 0.5
+
+
+def test_after_a_slow_look_there_is_a_pause_before_more_too() -> None:
+    script = [Step(["x"], Cursor(1, 1, 1), more=True), Step([], Cursor(1, 1, 1), status=ended(at=NOW))]
+    pace = Pace(poll=0.05, rest=4, linger=LINGER)
+
+    async def collect(look_seconds: float) -> float:
+        looked: list[float] = []
+
+        async def look(_: Cursor) -> Step:
+            looked.append(monotonic())
+            await asyncio.sleep(look_seconds)
+            return script[min(len(looked), 2) - 1]
+
+        async for _ in follow(look, Cursor(), pace):
+            await asyncio.sleep(0.2)  # a client that takes its time makes no look slow
+        return looked[1] - looked[0] - 0.2 - look_seconds
+
+    assert asyncio.run(collect(0.1)) >= 4 * 0.1
+    assert asyncio.run(collect(0.0)) < 0.15
+    assert [Pace().pause_before_more(seconds) for seconds in (1.0, 1.5, 30.0)] == [0.0, 15.0, 60.0]
+
+
+def test_a_stream_has_an_end_also_where_its_job_has_none() -> None:
+    began = monotonic()
+    found, seen = followed([Step(["x"], Cursor(1, 1, 1)), Step([], Cursor(1, 1, 1))], Pace(poll=0.05, life=0.3))
+    assert 0.3 <= monotonic() - began < 2
+    assert [step.lines for step in found] == [["x"]]
+    assert len(seen) > 2
+    assert Pace().life == 3600
 
 
 @pytest.mark.parametrize(

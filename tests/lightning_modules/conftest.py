@@ -174,7 +174,7 @@ def server(mlflow_server: MLflowServer, monkeypatch: pytest.MonkeyPatch) -> Iter
     """The shared server, running again at the end whatever a test did to it; clients give up soon."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)  # for what no client offers
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     yield mlflow_server
     if not mlflow_server.running:

@@ -58,7 +58,7 @@ def state_files(client: MlflowClient, run_id: str) -> list[str]:
     return sorted(path.rpartition("/")[2] for path in paths)
 
 
-def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> None:
+def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> None:
     """Ask until it holds.
 
     :param timeout: seconds after which the test fails.

@@ -19,6 +19,10 @@ from lightning_modules.delivery import describe_source
         ("https://me:secret@host/x.jsonl?sig=secret", ("http", {"url": "https://host/x.jsonl"})),
         ("s3://bucket/x.jsonl", ("s3", {"uri": "s3://bucket/x.jsonl"})),
         (
+            "abfs://rows@account.dfs.core.windows.net/x.jsonl",
+            ("abfs", {"uri": "abfs://rows@account.dfs.core.windows.net/x.jsonl"}),
+        ),
+        (
             "huggingface://datasets/org/name?split=train&name=main&token=secret",
             ("hugging_face", {"path": "org/name", "split": "train", "config_name": "main"}),
         ),

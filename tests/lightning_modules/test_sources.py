@@ -149,6 +149,26 @@ def test_artifacts_have_the_same_limit(mlflow_server: MLflowServer, artifacts: l
         assert said == f"the data set {address} is larger than the limit of {len(JSONL) - 1} bytes"
 
 
+def test_artifacts_are_judged_before_they_are_downloaded(
+    mlflow_server: MLflowServer, artifacts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("it was downloaded")
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", refuse)
+    for address in artifacts:
+        assert "larger than the limit" in failure(address, mlflow_server.uri, Limits(max_bytes=1))[0]
+
+
+def test_a_folder_of_artifacts_is_no_data_set(mlflow_server: MLflowServer, tmp_path: Path) -> None:
+    client = MlflowClient(mlflow_server.uri)
+    run = client.create_run("0").info
+    (tmp_path / "part.jsonl").write_bytes(JSONL)
+    client.log_artifact(run.run_id, str(tmp_path / "part.jsonl"), "rows.jsonl")
+    source = f"runs:/{run.run_id}/rows.jsonl"
+    assert failure(source, mlflow_server.uri) == (f"the data set {source} is a folder, not a file", True)
+
+
 def test_a_store_on_this_disk_must_lie_under_a_root(mlflow_server: MLflowServer, tmp_path: Path) -> None:
     client = MlflowClient(mlflow_server.uri)
     run = client.create_run(client.create_experiment(tmp_path.name, str(tmp_path / "store"))).info

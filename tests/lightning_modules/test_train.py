@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lightning_modules.trained import TRAINED_FILE
 from post_training.job_lock import claim
 from post_training.schemas.record import TAG_WARNING
 from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerSpec
-from tests.lightning_modules.trainers import ROOT, result_of, start, write
+from tests.lightning_modules.trainers import ROOT, finish, result_of, start, wait_for, write
 
 
 @pytest.fixture(autouse=True)
@@ -57,14 +56,9 @@ def test_sigterm_stops_after_the_batch_without_a_result(make_spec: Any) -> None:
     spec = make_spec(training={"n_epochs": 100_000, "max_validation_steps": 0})
     process = start(spec)
     metrics = spec.work_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and "train_loss" in metrics.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(process, lambda: metrics.exists() and "train_loss" in metrics.read_text())
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=10)
-    assert process.returncode == 143, output
+    output = finish(process, code=143)
     assert "stopped by SIGTERM" in output
     assert "Traceback" not in output
     assert not (spec.work_dir / RESULT_FILE).exists()

@@ -6,12 +6,14 @@ import json
 import shutil
 import threading
 from contextlib import suppress
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+from post_training import job_lock
 from post_training.dataset_records import DatasetRecords
 from post_training.errors import InvalidRequestError
 from post_training.job_ids import TaskKey
@@ -26,7 +28,16 @@ from tests.operators.conftest import connect
 from tests.operators.workplace import KEY, RESULT, Workplace, attempt_id
 from tests.requests_of import QAT, sft_body
 
+
 FSDP = sft_body(training_config__efficiency_config={"fsdp_cpu_offload": True})["training_config"]
+
+
+def appears(file: Path) -> bool:
+    """Wait for a file; say whether it came."""
+    deadline = monotonic() + 60
+    while not file.exists() and monotonic() < deadline:
+        sleep(0.01)
+    return file.exists()
 
 
 def test_a_job_is_trained_and_recorded(workplace: Workplace) -> None:
@@ -101,11 +112,10 @@ def test_a_killed_task_stops_its_trainer_and_leaves_its_record_to_airflows_state
 ) -> None:
     workplace.trains("(spec.parent / 'ready').touch(); time.sleep(600)")
     operator = workplace.operator()
+    trained = []
 
     def kill_when_ready() -> None:
-        deadline = monotonic() + 30
-        while not (workplace.work_dir / "ready").exists() and monotonic() < deadline:
-            sleep(0.01)
+        trained.append(appears(workplace.work_dir / "ready"))
         operator.on_kill()
 
     killer = threading.Thread(target=kill_when_ready)
@@ -113,6 +123,7 @@ def test_a_killed_task_stops_its_trainer_and_leaves_its_record_to_airflows_state
     with pytest.raises(AirflowException, match="The job was stopped"):
         operator.execute(workplace.context())
     killer.join()
+    assert trained == [True]
     assert workplace.tracking.statuses == ["RUNNING"]
     assert "post_training.error" not in workplace.tracking.runs["run-1"].tags
 
@@ -206,12 +217,17 @@ def test_an_attempt_that_is_replaced_while_it_trains_writes_no_end(workplace: Wo
 def test_a_record_that_does_not_answer_is_waited_for(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_record, "PAUSE_SECONDS", 0.05)
-    tracking = workplace.tracking
-    tracking.down = True
-    back = threading.Timer(0.3, lambda: setattr(tracking, "down", False))
-    back.start()
+    monkeypatch.setattr(task_record, "PAUSE_SECONDS", 0.01)
+    tracking, outage = workplace.tracking, iter([True] * 3)
+    answer = tracking._answer
+
+    def recover() -> None:
+        tracking.down = next(outage, False)
+        answer()
+
+    monkeypatch.setattr(tracking, "_answer", recover)
     workplace.operator().execute(workplace.context())
+    assert next(outage, None) is None
     assert tracking.statuses == ["RUNNING", "FINISHED"]
 
 
@@ -227,9 +243,18 @@ def test_all_attempts_read_the_same_version_of_a_registered_data_set(
         )
 
 
-def test_two_attempts_in_one_folder_run_one_after_the_other(workplace: Workplace) -> None:
+def test_a_version_that_somebody_wrote_into_mlflow_is_only_read_from_mlflow(workplace: Workplace) -> None:
+    tags = identity_tags(KEY) | {"post_training.train_data": "/etc/rows.jsonl"}
+    workplace.tracking.create_run(name="", experiment=None, tags=tags, params={}, request={})
+    assert workplace.spec_of(workplace.operator()).train_data == str(workplace.data)
+
+
+def test_two_attempts_in_one_folder_run_one_after_the_other(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The older one's trainer is told by the claim of the newer one; here it looks at it itself."""
-    claim = workplace.work_dir.with_name("train.claim")
+    claim, waits = (workplace.work_dir.with_name(name) for name in ("train.claim", "waits"))
+    monkeypatch.setattr(job_lock, "sleep", lambda seconds: (waits.touch(), sleep(seconds)))
     workplace.trains(
         "attempt = json.loads(spec.read_text())['attempt_id']\n"
         "(spec.parent / 'ready').touch()\n"
@@ -237,10 +262,10 @@ def test_two_attempts_in_one_folder_run_one_after_the_other(workplace: Workplace
         "log = spec.parent.parent / 'order'\n"
         "if attempt.endswith('1'):\n"
         "    while claim.read_text() <= attempt: time.sleep(0.01)\n"
-        "    time.sleep(0.5)\n"
-        "    log.write_text('first ends,')\n"
+        f"    while not (Path({str(waits)!r}).exists() or log.exists()): time.sleep(0.01)\n"
+        "    log.open('a').write('first ends,')\n"
         "    sys.exit(143)\n"
-        "log.write_text(log.read_text() + 'second begins')\n"
+        "log.open('a').write('second begins,')\n"
         f"result = {RESULT!r}"
     )
 
@@ -250,13 +275,10 @@ def test_two_attempts_in_one_folder_run_one_after_the_other(workplace: Workplace
 
     first = threading.Thread(target=be_replaced)
     first.start()
-    deadline = monotonic() + 30
-    while not (workplace.work_dir / "ready").exists():
-        assert monotonic() < deadline
-        sleep(0.01)
+    assert appears(workplace.work_dir / "ready")
     workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
     first.join()
-    assert (workplace.work_dir.parent / "order").read_text() == "first ends,second begins"
+    assert (workplace.work_dir.parent / "order").read_text() == "first ends,second begins,"
     assert workplace.tracking.runs["run-1"].status == "FINISHED"
 
 

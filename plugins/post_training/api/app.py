@@ -14,7 +14,7 @@ from post_training import __version__
 from post_training.api.capacity import Capacity, threaded_routes
 from post_training.api.dataset_routes import dataset_routes
 from post_training.api.errors import add_error_handlers
-from post_training.api.limits import BodyLimit
+from post_training.api.limits import BodyLimit, SendTimeout
 from post_training.api.log_routes import log_routes
 from post_training.api.log_stream import Pace
 from post_training.api.query import check_query
@@ -33,6 +33,7 @@ def create_app(
     max_body_bytes: int,
     capacity: Capacity | None = None,
     pace: Pace | None = None,
+    send_seconds: float = 60.0,
 ) -> FastAPI:
     """Build the API.
 
@@ -40,6 +41,7 @@ def create_app(
     :param max_body_bytes: largest request body in bytes.
     :param capacity: how much it does at once.
     :param pace: how often those look who follow a log.
+    :param send_seconds: how long a client may not read its answer.
     """
     app = FastAPI(
         title="Post-training",
@@ -51,6 +53,7 @@ def create_app(
         redoc_url=None,
     )
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(SendTimeout, seconds=send_seconds)
     add_error_handlers(app)
     capacity = capacity or Capacity()
     route_class = threaded_routes(capacity.calls)

@@ -6,6 +6,7 @@ for a hung MLflow would block Airflow's pages too.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,25 +78,29 @@ class Places:
     """Counts what lasts long and needs no thread; used from the event loop alone.
 
     :param count: how many there may be at once.
+    :param of_one_user: how many of them may be one user's.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, of_one_user: int) -> None:
         self._count = count
-        self._taken = 0
+        self._of_one_user = of_one_user
+        self._taken: Counter[str] = Counter()
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def one(self, user_name: str) -> Iterator[None]:
         """Hold a place.
 
-        :raises BusyError: if all are taken.
+        :raises BusyError: if all are taken, or all that this user may have.
         """
-        if self._taken == self._count:
+        if self._taken.total() >= self._count:
             raise BusyError(f"{self._count} clients follow logs, which is as many as may")
-        self._taken += 1
+        if self._taken[user_name] >= self._of_one_user:
+            raise BusyError(f"{self._of_one_user} clients of {user_name} follow logs: that is one user's share")
+        self._taken[user_name] += 1
         try:
             yield
         finally:
-            self._taken -= 1
+            self._taken -= Counter([user_name])  # which drops a user who has none left
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,12 @@ class Capacity:
     """How much at once.
 
     :param calls: of the calls to MLflow and Airflow's database; MLflow stalls for a minute where more clients
-        call it at once than its pool has connections, 15 by default.
+        call it at once than its pool has connections, 15 by default. Published clients
+        give up after 60 s.
     :param log_readers: of the reading of logs, which takes processor time.
     :param followers: of the clients that follow a log.
     """
 
-    calls: Threads = field(default_factory=lambda: Threads(8, patience_seconds=60.0))
+    calls: Threads = field(default_factory=lambda: Threads(8, patience_seconds=45.0))
     log_readers: Threads = field(default_factory=lambda: Threads(2))
-    followers: Places = field(default_factory=lambda: Places(100))
+    followers: Places = field(default_factory=lambda: Places(100, of_one_user=20))

@@ -1,13 +1,18 @@
-"""Refuses request bodies over the limit before they are read into memory."""
+"""Bounds what one client may hold: bodies before they are read into memory, and answers it does not read."""
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 
+import anyio
+import anyio.lowlevel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from post_training.api.errors import error_response
 from post_training.errors import RequestTooLargeError
+
+logger = logging.getLogger(__name__)
 
 
 class _BodyTooLargeError(Exception):
@@ -59,3 +64,29 @@ class BodyLimit:
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = RequestTooLargeError(f"the request body may have {self._max_bytes} bytes")
         await error_response(error)(scope, receive, send)
+
+
+class SendTimeout:
+    """ASGI middleware that gives up a client which does not read its answer, and what the answer holds.
+
+    :param seconds: how long the client may take until it has read enough for the next part.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+
+        async def timely(message: Message) -> None:
+            with anyio.move_on_after(self._seconds) as sending:
+                await send(message)
+            if sending.cancelled_caught:
+                # An error would reach the app in groups, and some of it takes errors of sending for its own.
+                logger.info("The client has not read for %g s: %s", self._seconds, scope.get("path"))
+                serving.cancel()
+                await anyio.lowlevel.checkpoint()
+
+        with anyio.CancelScope() as serving:
+            await self._app(scope, receive, timely)

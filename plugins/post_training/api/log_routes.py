@@ -7,7 +7,7 @@ Both have the same paths; a caller that accepts ``text/event-stream`` gets the e
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query
@@ -36,16 +36,22 @@ Offset = Annotated[
 Limit = Annotated[
     int, Query(ge=1, le=MAX_PAGE_LINES, description="Largest number of lines in the answer, or in one event.")
 ]
-LastEventId = Annotated[
-    int | None,
-    Header(ge=0, le=2**31 - 1, description="Of a stream that was cut: it goes on there."),
-]
+LastEventId = Annotated[int | None, Header(ge=0, le=2**31 - 1)]
 
 _STREAM = {
     "description": "The page; with `Accept: text/event-stream`, the log as it grows over all attempts: `log` "
     "events with lines, their `id` the offset of the next line, and last a `status` event with the job's "
     "final status.",
     "content": {EVENT_STREAM: {"schema": {"type": "string"}}},
+}
+
+
+_RESUMES = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+    "description": "With `Accept: text/event-stream`: of a stream that was cut, which goes on there.",
 }
 
 
@@ -72,7 +78,8 @@ def log_routes(
         stream = _stream(logs, named, current_access, capacity, pace)
         streams.get(path, response_class=EventSourceResponse, include_in_schema=False)(stream)
         responses = {**documented(400, 401, 403, 404, 503), 200: _STREAM}
-        pages.get(path, responses=responses)(_page(logs, named, current_access))
+        page = _page(logs, named, current_access)
+        pages.get(path, responses=responses, openapi_extra={"parameters": [_RESUMES]})(page)
     streams.include_router(pages)
     return streams
 
@@ -114,7 +121,7 @@ def _stream(
         access: Any = Depends(current_access),
     ) -> AsyncIterator[Cursor]:
         """Hold a place and find the first line; what is refused is answered here, before the stream."""
-        with capacity.followers.one():
+        with capacity.followers.one(access.user_name):
             start = last_event_id if last_event_id is not None else offset
             yield await capacity.log_readers.run(logs.seek, job_uuid, access, start)
 
@@ -125,20 +132,25 @@ def _stream(
         access: Any = Depends(current_access),
     ) -> AsyncIterator[ServerSentEvent]:
         async def look(at: Cursor) -> Step:
-            return await capacity.log_readers.run(logs.step, job_uuid, access, at, limit)
+            return await capacity.log_readers.run(logs.step, job_uuid, access, at)
 
         try:
             async for step in follow(look, cursor, pace):
-                yield _event(job_uuid, step)
+                for event in _events(job_uuid, step, limit):
+                    yield event
         except PostTrainingError as error:  # who comes again gets it as an answer
             logger.info("The log of job %s is followed no more: %s", job_uuid, error)
 
     return follow_training_job_logs
 
 
-def _event(job_uuid: str, step: Step) -> ServerSentEvent:
+def _events(job_uuid: str, step: Step, limit: int) -> Iterator[ServerSentEvent]:
+    """Yield a step as events of at most ``limit`` lines; each one's id is the offset of the next line."""
     # As dicts: FastAPI would write models as UTF-8 and cut lines at U+2028 and U+0085, inside of a string.
     if step.status is not None:
-        return ServerSentEvent(event="status", data=step.status.model_dump(mode="json"))
-    lines = PostTrainingJobLogStream(job_uuid=job_uuid, log_lines=step.lines)
-    return ServerSentEvent(event="log", id=str(step.cursor.offset), data=lines.model_dump(mode="json"))
+        yield ServerSentEvent(event="status", data=step.status.model_dump(mode="json"))
+    first = step.cursor.offset - len(step.lines)
+    for begin in range(0, len(step.lines), limit):
+        end = min(begin + limit, len(step.lines))
+        lines = PostTrainingJobLogStream(job_uuid=job_uuid, log_lines=step.lines[begin:end])
+        yield ServerSentEvent(event="log", id=str(first + end), data=lines.model_dump(mode="json"))

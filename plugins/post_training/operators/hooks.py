@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from airflow.sdk import Connection
 
 
-TIMEOUT_SECONDS = 30.0
+TIMEOUT_SECONDS = 60.0
+RECONCILE_SECONDS = 230.0
 
 
 class MLflowHook(BaseHook):
@@ -194,7 +195,9 @@ class PostTrainingHook(BaseHook):
 
     def reconcile(self) -> ReconcileJobsResponse:
         """Let the deployment bring MLflow's open runs and Airflow's tasks to agree."""
-        return ReconcileJobsResponse.model_validate(self._call("POST", "reconcile"))
+        return ReconcileJobsResponse.model_validate(
+            self._call("POST", "reconcile", timeout=RECONCILE_SECONDS)
+        )
 
     def test_connection(self) -> tuple[bool, str]:
         """List the jobs; the button in the connection form."""

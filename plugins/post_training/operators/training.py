@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from post_training.dataset_records import DatasetRecords
-from post_training.datasets import PINNED, Resolver
 from post_training.errors import InvalidRequestError, PostTrainingError, SupersededError, TrainerError
 from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.job_lock import claim, locked, note_holder
@@ -24,12 +22,12 @@ from post_training.launch.process import TrainerProcess, bind_to_parent
 from post_training.operators.hooks import MLflowHook, PostTrainingHook
 from post_training.operators.links import MLflowRunLink
 from post_training.operators.request import build_request, with_runtime_defaults
+from post_training.operators.spec import write_spec
 from post_training.operators.task_record import TaskRecord
-from post_training.record import run_params
 from post_training.schemas import record as names
-from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTuneRequest
+from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest
-from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrackingTarget, TrainerResult, TrainerSpec
+from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerResult, TrainerSpec
 from post_training.settings import load_settings
 from post_training.tracking import JobRun, Tracking
 
@@ -185,40 +183,9 @@ class TrainingOperator(BaseOperator):
     def _write_spec(
         self, request: AnyTrainingRequest, run: JobRun, work_dir: Path, record: TaskRecord
     ) -> TrainerSpec:
-        """Resolve what the request names and write the trainer's instructions into the job's folder."""
-        resolver = Resolver(load_settings(), registered=DatasetRecords(lambda: self.tracking).uri)
         conn_id = self.post_training_conn_id or load_settings().post_training_conn_id
         request = with_runtime_defaults(request, PostTrainingHook(conn_id).runtime_defaults())
-        folder = resolver.checkpoint_dir(request) if isinstance(request, SupervisedFineTuneRequest) else None
-        self.tracking.add_params(run.run_id, run_params(request))
-        pins = self._pins(resolver, request, run)
-        spec = TrainerSpec(
-            request=request,
-            model=resolver.model(request),
-            model_roots=resolver.model_roots(),
-            train_data=pins.get(names.TAG_TRAIN_DATA) or resolver.train_data(request),
-            validation_data=pins.get(names.TAG_VALIDATION_DATA) or resolver.validation_data(request),
-            checkpoint_dir=folder,
-            work_dir=work_dir,
-            attempt=record.ti.try_number,
-            attempt_id=record.attempt_id,
-            keep_state_in_mlflow=load_settings().keep_state_in_mlflow,
-            max_data_bytes=load_settings().max_data_bytes,
-            tracking=TrackingTarget(tracking_uri=self.tracking.server.uri, run_id=run.run_id),
-        )
-        (work_dir / SPEC_FILE).write_text(spec.model_dump_json(indent=2), encoding="utf-8")
-        (work_dir / RESULT_FILE).unlink(missing_ok=True)
-        return spec
-
-    def _pins(self, resolver: Resolver, request: AnyTrainingRequest, run: JobRun) -> dict[str, str]:
-        """Return the versions that the job reads: those in its run, or the current ones, from here on."""
-        pinned = {tag: run.tags[tag] for tag in PINNED if tag in run.tags}
-        if pinned:
-            return pinned
-        current = resolver.pins(request)
-        if current:
-            self.tracking.set_tags(run.run_id, current)
-        return current
+        return write_spec(request, run, work_dir, record.ti, self.tracking)
 
     def _train(self, spec: TrainerSpec, record: TaskRecord, lock: int) -> TrainerResult:
         """Run the trainer to its end, its output in the task's log.

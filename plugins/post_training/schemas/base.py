@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +12,9 @@ from pydantic_core import PydanticCustomError
 
 Count = Annotated[int, Field(le=2**31 - 1)]
 """A number of things; larger ones fit neither databases nor messages."""
+
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+"""NUL in JSON text; behind an even number of backslashes the same characters are a text about it."""
 
 
 class StrictModel(BaseModel):
@@ -50,8 +55,8 @@ def load_json(text: str | bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"an object has the name {twice[:80]!r} twice")
     return value
 
@@ -87,7 +92,7 @@ def check_text(value: Any) -> Any:
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
         text.encode()
-        if "\\u0000" in text:
+        if _NUL.search(text):
             raise ValueError("it holds the character NUL")
     except (UnicodeEncodeError, RecursionError, ValueError) as error:
         raise PydanticCustomError(

@@ -16,6 +16,8 @@ from post_training.uris import DATA_SUFFIXES
 MAX_ID_LENGTH = 200
 MAX_METADATA_LENGTH = 5_000
 """Characters of its JSON; MLflow cuts longer tags in silence."""
+MAX_DEPTH = 64
+"""Lists and objects within one another; what is nested hundreds deep can be read but not always written."""
 
 _ENDINGS = "|".join(map(re.escape, DATA_SUFFIXES))
 _ID = rf"(?!.*({_ENDINGS})$)[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_ID_LENGTH - 1}}}"
@@ -53,15 +55,33 @@ def parse_reference(name: str) -> tuple[str, str | None] | None:
 
 
 def check_json(value: Any) -> Any:
-    """Refuse NaN and infinities, which JSON cannot say, and what no file or database can hold.
+    """Refuse NaN and infinities, which JSON cannot say, deep nesting, and what no file or database can hold.
 
     :raises PydanticCustomError: if there is one.
     """
+    depth = _depth(value)
+    if depth > MAX_DEPTH:
+        raise PydanticCustomError(
+            "json_value",
+            "may be nested {limit} levels deep, got {depth}",
+            {"limit": MAX_DEPTH, "depth": depth},
+        )
     try:
         json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise PydanticCustomError("json_value", "must be JSON: {reason}", {"reason": str(error)}) from None
     return check_text(value)
+
+
+def _depth(value: Any) -> int:
+    """Return how many lists and objects lie within one another; level by level, for recursion has an end."""
+    depth, level = 0, [value]
+    while level := [inner for inner in level if isinstance(inner, dict | list)]:
+        depth += 1
+        level = [
+            inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return depth
 
 
 def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +148,10 @@ class StoredSource(LenientModel):
     """Where the rows of a version are."""
 
     type: SourceType
-    uri: str = Field(description="What a trainer reads; for what was sent as rows or data: it is in MLflow.")
+    uri: str = Field(
+        description="What a trainer reads; for what was sent as rows or data: it is in MLflow. An https URL"
+        " is shown without its query, which may be a signature."
+    )
     rows: list[dict[str, Any]] | None = Field(
         default=None, description="The rows that were registered; null in a list, and for a URI."
     )

@@ -57,6 +57,11 @@ class Checkpoint(LenientModel):
     training_metrics: PostTrainingMetric | None = None
 
 
+def checkpoint_identifier(job_uuid: str, epoch: int) -> str:
+    """Name of a checkpoint: a job has one per epoch, and a job's id is unique."""
+    return f"{job_uuid}-epoch-{epoch}"
+
+
 class PostTrainingJob(LenientModel):
     """A job, by its id."""
 
@@ -97,6 +102,7 @@ class ReconcileJobsResponse(LenientModel):
     checked: int = Field(default=0, description="Open runs that were looked at.")
     mended: int = Field(default=0, description="Of them, those whose status was brought to the truth.")
     stopped: int = Field(default=0, description="Tasks of cancelled jobs that were still to be stopped.")
+    failed: int = Field(default=0, description="Runs for which MLflow or Airflow did not answer.")
     discarded: int = Field(default=0, description="Runs of submits that were cut off, now deleted.")
 
 

@@ -1,0 +1,59 @@
+"""What an attempt hands to its trainer: everything that the request names, resolved on this worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from post_training.dataset_records import DatasetRecords
+from post_training.datasets import Resolver
+from post_training.record import run_params
+from post_training.schemas.record import TAG_TRAIN_DATA, TAG_VALIDATION_DATA
+from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTuneRequest
+from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrackingTarget, TrainerSpec
+from post_training.settings import load_settings
+from post_training.tracking import JobRun, Tracking
+
+
+def write_spec(
+    request: AnyTrainingRequest, run: JobRun, work_dir: Path, ti: Any, tracking: Tracking
+) -> TrainerSpec:
+    """Write the trainer's instructions into the job's folder, and its params into the run.
+
+    :param ti: the running task instance.
+    :raises InvalidRequestError: if the request names what cannot be had.
+    :raises RecordUnavailableError: if MLflow does not answer.
+    """
+    settings = load_settings()
+    resolver = Resolver(settings, registered=DatasetRecords(lambda: tracking).uri)
+    folder = resolver.checkpoint_dir(request) if isinstance(request, SupervisedFineTuneRequest) else None
+    tracking.add_params(run.run_id, run_params(request))
+    pins = _pins(resolver, request, run, tracking)
+    spec = TrainerSpec(
+        request=request,
+        model=resolver.model(request),
+        model_roots=resolver.model_roots(),
+        train_data=pins.get(TAG_TRAIN_DATA) or resolver.train_data(request),
+        validation_data=pins.get(TAG_VALIDATION_DATA) or resolver.validation_data(request),
+        checkpoint_dir=folder,
+        work_dir=work_dir,
+        attempt=ti.try_number,
+        attempt_id=str(ti.id),
+        keep_state_in_mlflow=settings.keep_state_in_mlflow,
+        max_data_bytes=settings.max_data_bytes,
+        tracking=TrackingTarget(tracking_uri=tracking.server.uri, run_id=run.run_id),
+    )
+    (work_dir / SPEC_FILE).write_text(spec.model_dump_json(indent=2), encoding="utf-8")
+    (work_dir / RESULT_FILE).unlink(missing_ok=True)
+    return spec
+
+
+def _pins(resolver: Resolver, request: AnyTrainingRequest, run: JobRun, tracking: Tracking) -> dict[str, str]:
+    """Return the versions that the job reads: those in its run, or the current ones, from here on."""
+    pinned = resolver.checked_pins(run.tags)
+    if pinned:
+        return pinned
+    current = resolver.pins(request)
+    if current:
+        tracking.set_tags(run.run_id, current)
+    return current

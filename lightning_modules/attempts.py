@@ -32,10 +32,14 @@ class Inputs:
     text: str
 
     @classmethod
-    def of(cls, spec: TrainerSpec, digests: list[str]) -> Inputs:
-        """Describe a spec's, with the digests of the data that was read."""
+    def of(cls, spec: TrainerSpec, model: str, digests: list[str]) -> Inputs:
+        """Describe a spec's.
+
+        :param model: what the model's name stands for now: an alias may have moved.
+        :param digests: of the data that was read.
+        """
         request = spec.request.model_dump(mode="json", exclude={"job_uuid"})
-        content = {"request": request, "model": spec.model, "data": digests}
+        content = {"request": request, "model": [spec.model, model], "data": digests}
         return cls(json.dumps(content, sort_keys=True))
 
     @property

@@ -23,7 +23,7 @@ MAX_METRICS_PER_REQUEST = 1000
 MAX_DIGEST_CHARACTERS = 36
 MAX_DATASET_NAME_CHARACTERS = 500
 # A proxy without a server behind it answers 404 too; that is ENDPOINT_NOT_FOUND, and not final.
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
 
 
 class MLflowDelivery:
@@ -75,7 +75,7 @@ class MLflowDelivery:
             self._fence.check()
             self._senders[kind](events)
         except MlflowException as error:
-            if error.error_code in _REFUSALS:
+            if error.error_code in REFUSALS:
                 raise RefusedError(str(error)) from error
             raise
 

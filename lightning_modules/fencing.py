@@ -1,4 +1,4 @@
-"""Whether this attempt is still the job's newest: one that is not stops writing and ends."""
+"""Whether this attempt is still wanted: one that was cancelled or replaced stops writing and ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from time import monotonic
 from mlflow import MlflowClient
 
 from post_training.errors import SupersededError
-from post_training.schemas.record import TAG_ATTEMPT_ID
+from post_training.schemas.record import TAG_ATTEMPT_ID, TAG_CANCELLED_ATTEMPT
 
 _log = logging.getLogger(__name__)
 
@@ -36,16 +36,22 @@ class RunFence:
     def check(self, *, now: bool = False) -> None:
         """Look, unless that was done a moment ago.
 
+        A run that an older attempt has claimed last is claimed back.
+
         :param now: look in any case, before something is written that readers rely on.
-        :raises SupersededError: if a newer attempt has taken over.
+        :raises SupersededError: if a newer attempt has taken over, or this one was cancelled.
         :raises Exception: whatever MLflow's client raises; nothing is known then.
         """
         if not self._attempt_id:
             return
         recent = self._looked_at is not None and self._clock() - self._looked_at < CHECK_SECONDS
         if not self.superseded and (now or not recent):
-            newest = self._client.get_run(self._run_id).data.tags.get(TAG_ATTEMPT_ID, "")
+            tags = self._client.get_run(self._run_id).data.tags
             self._looked_at = self._clock()
-            self.superseded = newest > self._attempt_id
+            newest = tags.get(TAG_ATTEMPT_ID, "")
+            cancelled = tags.get(TAG_CANCELLED_ATTEMPT) == self._attempt_id
+            self.superseded = cancelled or newest > self._attempt_id
+            if newest < self._attempt_id:  # an older attempt's slow claim came after this one's
+                self._client.set_tag(self._run_id, TAG_ATTEMPT_ID, self._attempt_id)
         if self.superseded:
-            raise SupersededError("A newer attempt at this job runs.")
+            raise SupersededError("This attempt was cancelled, or a newer one runs.")

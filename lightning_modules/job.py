@@ -124,7 +124,7 @@ def prepare_job(
     if length < setting.runtime.max_seq_length:
         notices.add(f"runtime.max_seq_length is {length}, as many positions as the model has")
     data, digests = build_data(setting, tokenizer, config, length, record, notices)
-    inputs = Inputs.of(spec, digests)
+    inputs = Inputs.of(spec, base.name, digests)
     begin(spec, inputs, record, should_stop)
     model = build_model(setting, base, config, length)
     module = build_module(setting, model, data, record, should_stop)
@@ -144,7 +144,7 @@ def prepare_job(
     for notice in setting.algorithm.method.notices(spec.request):
         notices.add(notice)
     if setting.logger.sample_prompts:
-        samples = SamplePrompts(setting.logger.sample_prompts, tokenizer, record, spec.work_dir)
+        samples = SamplePrompts(setting.logger.sample_prompts, tokenizer, record)
         callbacks = [*callbacks, samples]
     trainer = build_trainer(setting, [*callbacks, checkpoints])
     return Job(setting, data, module, checkpoints, trainer)

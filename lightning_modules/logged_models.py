@@ -35,7 +35,8 @@ class _Upload:
     """A model whose files are being uploaded, and those that are there."""
 
     model_id: str
-    done: set[Path] = field(default_factory=set)
+    done: set[tuple[Path, int]] = field(default_factory=set)
+    """Each with the time of its last change: a retry may export an epoch anew."""
 
 
 class LoggedModels:
@@ -152,10 +153,11 @@ class LoggedModels:
     ) -> LoggedModel:
         upload = self._uploads[epoch]
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            if file not in upload.done:
+            version = (file, file.stat().st_mtime_ns)
+            if version not in upload.done:
                 below = file.parent.relative_to(folder).as_posix()
                 self._client.log_model_artifact(model_id, str(file), None if below == "." else below)
-                upload.done.add(file)
+                upload.done.add(version)
         self._log_points(model_id, step, points)
         return self._client.finalize_logged_model(model_id, "READY")
 

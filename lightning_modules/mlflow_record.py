@@ -95,8 +95,11 @@ class MLflowRecord(LocalRecord):
         self._tables = Spool(spool.folder / TABLES_SPOOL_FILE, run_id)
         self._uploads = Spool(spool.folder / UPLOADS_SPOOL_FILE, run_id)
         self._upload_delivery = UploadDelivery(self._fence, self._models, self._states, spool)
-        self._uploader = Sender(self._uploads, self._upload_delivery)
-        self._senders = [Sender(spool, self._delivery), Sender(self._tables, self._delivery), self._uploader]
+        self._senders = [
+            Sender(spool, self._delivery),
+            Sender(self._tables, self._delivery),
+            Sender(self._uploads, self._upload_delivery),
+        ]
         self._left = {each: each.size for each in (spool, self._tables, self._uploads)}
         self._started = False
         if not self._retried:  # a retry may find that what waits is of another training
@@ -107,8 +110,7 @@ class MLflowRecord(LocalRecord):
 
         They may have trained something else, and one on another machine the same as this one since.
 
-        :raises RecordUnavailableError: if nothing is known here of the attempts before, and MLflow does not
-            say what they recorded.
+        :raises RecordUnavailableError: if MLflow does not say what earlier attempts recorded.
         """
         recorded = self._ask(give_up) if self._retried else Recorded()
         if not continues:
@@ -127,20 +129,12 @@ class MLflowRecord(LocalRecord):
         self._start()
 
     def _ask(self, give_up: Callable[[], bool]) -> Recorded:
-        """Ask MLflow what the run holds: the attempt before may have run on another machine.
-
-        Nothing, with a warning, if it does not answer and an earlier attempt ran on this one.
-        """
-        patience = 0.0 if self._left[self._spool] else self._patience
+        """Ask MLflow what the run holds: the attempt before may have run on another machine."""
+        deadline = monotonic() + self._patience
         try:
-            return self._persist(
-                lambda: what_is_recorded(self._client, self._run_id), monotonic() + patience, give_up
-            )
+            return self._persist(lambda: what_is_recorded(self._client, self._run_id), deadline, give_up)
         except Exception as error:
-            if patience:
-                raise RecordUnavailableError(f"MLflow does not say what is recorded: {error}") from error
-            _log.warning("MLflow did not say what is recorded; points may repeat: %s", error)
-            return Recorded()
+            raise RecordUnavailableError(f"MLflow does not say what is recorded: {error}") from error
 
     def _start(self) -> None:
         if not self._started:
@@ -171,10 +165,10 @@ class MLflowRecord(LocalRecord):
         :raises RecordUnavailableError: if some have not, after an outage as long as this record's patience.
         """
         self._start()
-        if not self._uploader.drained(self._patience, give_up):
+        if not all(sender.drained(self._patience, give_up) for sender in self._senders):
             raise RecordUnavailableError(
-                f"The training is finished, and MLflow did not take its checkpoints in {self._patience:g} s:"
-                " another attempt uploads them without training again."
+                f"The training is finished, and MLflow did not take its record in {self._patience:g} s:"
+                " another attempt sends the rest without training again."
             )
         ready = self._persist(self._models.ready, monotonic() + self._patience, give_up)
         missing = sorted(epoch for epoch in uploaded if epoch not in ready)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning.pytorch as pl
@@ -12,7 +11,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_modules.attention import BY_SEQUENCE
-from lightning_modules.tables import read_table
 from post_training.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -46,7 +44,6 @@ class SamplePrompts(pl.Callback):
     evaluation mode that Lightning leaves only after this hook.
 
     :param prompts: each the one user turn of a conversation.
-    :param work_dir: the job's folder, from which earlier attempts' answers are taken up.
     """
 
     def __init__(
@@ -54,12 +51,11 @@ class SamplePrompts(pl.Callback):
         prompts: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
         record: JobRecord,
-        work_dir: Path,
     ) -> None:
         self._prompts = prompts
         self._tokenizer = tokenizer
         self._record = record
-        self._work_dir = work_dir
+        self._rows: list[list[Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse before training what could not be answered.
@@ -79,18 +75,27 @@ class SamplePrompts(pl.Callback):
                 )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Answer, and log the table; rows of this step and of later ones are an attempt's that was cut off.
+        """Answer, and log the table.
 
         :raises StopRequestedError: between two prompts, if the process is to stop.
         """
         module = _answering(pl_module)
         step = module.optimizer_steps
-        rows = [row for row in read_table(self._work_dir, SAMPLES_TABLE) if row[0] < step]
+        rows = list(self._rows)
         with trainer.precision_plugin.val_step_context():  # of the weights' types, as in validation
             for prompt in self._prompts:
                 module.stop_if_asked()
                 rows.append([step, prompt, answer(module.language_model, self._tokenizer, prompt)])
+        self._rows = rows
         self._record.log_table(SAMPLES_TABLE, COLUMNS, rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the answers so far; Lightning saves them."""
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the answers of the attempt before."""
+        self._rows = state_dict["rows"]
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Iterable, Iterator
@@ -64,9 +65,13 @@ class Spool:
 
         :raises OSError: when the disk refuses; the record must not lose points in silence.
         """
-        lines = "".join(f"{json.dumps(event, separators=(',', ':'))}\n" for event in events)
+        lines = "".join(f"{json.dumps(event, separators=(',', ':'))}\n" for event in events).encode()
         with self._lock, self._file.open("ab", buffering=0) as out:
-            out.write(lines.encode())
+            before = out.tell()
+            written = out.write(lines)
+            if written < len(lines):  # as much as a full disk had room for
+                out.truncate(before)
+                raise OSError(errno.ENOSPC, "the disk has no room for the record", str(self._file))
 
     def pending(self, limit: int) -> list[SpooledEvent]:
         """List up to ``limit`` events that were not sent yet, oldest first."""

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 TABLES = "tables"
 """Folder of the tables in the job's folder."""
@@ -25,16 +24,6 @@ def write_table(work_dir: Path, name: str, columns: Sequence[str], rows: Sequenc
     draft = file.with_suffix(".tmp")
     draft.write_text(json.dumps({"columns": list(columns), "data": data}, default=str))
     draft.replace(file)
-
-
-def read_table(work_dir: Path, name: str) -> list[list[Any]]:
-    """Return the rows of a table that an attempt at the job wrote; none if it was not, or not whole."""
-    try:
-        table = json.loads((work_dir / TABLES / name).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # a machine that goes down can leave an empty file
-        return []
-    rows: list[list[Any]] = table["data"]
-    return rows
 
 
 def _is_not_finite(value: object) -> bool:

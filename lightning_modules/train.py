@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from lightning_modules.trained import Trained, read_trained, write_trained
+from lightning_modules.trained import Trained, job_of, read_trained, write_trained
 from post_training.errors import (
     DataError,
     DivergenceError,
@@ -111,7 +111,8 @@ class Attempt:
 
     def stopped(self) -> int:
         """Say why it stops, and return the exit code."""
-        print("a newer attempt runs" if self.superseded() else "stopped by SIGTERM", file=sys.stderr)
+        reason = "stopped by SIGTERM" if self.stop.is_set() else "cancelled, or a newer attempt runs"
+        print(reason, file=sys.stderr)
         return EXIT_STOPPED
 
 
@@ -122,7 +123,7 @@ def _train(spec: TrainerSpec, attempt: Attempt) -> TrainerResult:
 
     record = attempt.record = open_record(spec)
     try:
-        trained = read_trained(spec.work_dir)
+        trained = read_trained(spec)
         if trained is None:
             trained = _fit(spec, record, attempt)
             write_trained(spec.work_dir, trained)
@@ -147,6 +148,7 @@ def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt) -> Trained:
     finally:
         record.set_tag(TAG_RESOURCES, json.dumps(resources.summary()))
     return Trained(
+        job=job_of(spec),
         checkpoints=finished.checkpoints,
         uploaded=finished.uploaded,
         metrics=finished.metrics,

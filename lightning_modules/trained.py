@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,35 @@ from pydantic import Field, ValidationError
 
 from post_training.schemas.base import LenientModel
 from post_training.schemas.jobs import Checkpoint, FiniteOrNull
+from post_training.schemas.trainer import TrainerSpec
 
 TRAINED_FILE = "trained.json"
+OF_AN_ATTEMPT = {"attempt", "attempt_id", "keep_state_in_mlflow", "max_data_bytes"}
+"""What in a spec may differ between two attempts at the same."""
 
 
 class Trained(LenientModel):
     """What the fit has left, apart from the files of its checkpoints."""
 
+    job: str = Field(description="Digest of what was asked for, and of the run that it was recorded in.")
     checkpoints: list[Checkpoint]
     uploaded: list[int] = Field(description="Epochs of the checkpoints that were handed to the record.")
     metrics: dict[str, FiniteOrNull] = Field(description="Last value of each metric.")
     resources: dict[str, Any] = Field(description="What the fit used.")
 
 
-def read_trained(work_dir: Path) -> Trained | None:
-    """Return what an earlier attempt has trained to its end, or None if that is not there whole."""
+def job_of(spec: TrainerSpec) -> str:
+    """Return the digest by which all attempts at one training, in one run, know each other."""
+    return hashlib.sha256(spec.model_dump_json(exclude=OF_AN_ATTEMPT).encode()).hexdigest()
+
+
+def read_trained(spec: TrainerSpec) -> Trained | None:
+    """Return what an earlier attempt at the same has trained to its end; None if that is not there whole."""
     try:
-        return Trained.model_validate_json((work_dir / TRAINED_FILE).read_bytes())
+        trained = Trained.model_validate_json((spec.work_dir / TRAINED_FILE).read_bytes())
     except (FileNotFoundError, ValidationError):  # a machine that goes down can leave an empty file
         return None
+    return trained if trained.job == job_of(spec) else None
 
 
 def write_trained(work_dir: Path, trained: Trained) -> None:

@@ -9,8 +9,12 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
+from mlflow.exceptions import MlflowException
+
+from lightning_modules.delivery import REFUSALS
 from lightning_modules.fencing import RunFence
 from lightning_modules.logged_models import LoggedModels, Point
+from lightning_modules.sender import RefusedError
 from lightning_modules.spool import Event, Spool
 from lightning_modules.stored_state import StateStore, sha256_of
 from post_training.schemas.jobs import PostTrainingMetric
@@ -54,11 +58,17 @@ class UploadDelivery:
         """Send events of one kind.
 
         :raises SupersededError: if a newer attempt has taken over.
+        :raises RefusedError: if MLflow calls one invalid, or the run unknown; ``settled`` finds it missing.
         :raises Exception: whatever a later try may overcome.
         """
         for event in events:
-            self._fence.check(now=True)
-            self._senders[kind](event)
+            try:
+                self._fence.check(now=True)
+                self._senders[kind](event)
+            except MlflowException as error:
+                if error.error_code in REFUSALS:
+                    raise RefusedError(str(error)) from error
+                raise
 
     def _checkpoint(self, event: Event) -> None:
         folder = Path(event["folder"])

@@ -145,9 +145,9 @@ class FakeTracking:
         self._answer()
         self.forgotten.append(run_id)
 
-    def open_runs(self) -> list[JobRun]:
+    def unsettled_runs(self, killed_since: datetime) -> list[JobRun]:
         self._answer()
-        return [run for run in self.runs.values() if run.status in ("SCHEDULED", "RUNNING")]
+        return [run for run in self.runs.values() if run.status in ("SCHEDULED", "RUNNING", "KILLED")]
 
     def add_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         self._answer()

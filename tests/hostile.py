@@ -10,12 +10,22 @@ from hypothesis import strategies as st
 
 from tests.requests_of import changed
 
+
+def nested(levels: int) -> Any:
+    """Return lists within one another."""
+    value: Any = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
 VALUES: list[Any] = [
     None,
     True,
     "",
     " ",
     "\0",
+    "\\u0000",
     "\ud800",
     "'; DROP TABLE dag_run; --",
     "{{ 7 * 7 }}",
@@ -38,6 +48,12 @@ VALUES: list[Any] = [
     {"__proto__": {"a": 1}},
     '{"type": "LoRA", "type": "QAT"}',
 ]
+
+DATASETS: dict[str, dict[str, Any]] = {
+    "deep metadata": {"metadata": {"a": nested(300)}, "source": {"type": "rows", "rows": [{"a": 1}]}},
+    "deep rows": {"metadata": {}, "source": {"type": "rows", "rows": [{"a": nested(300)}]}},
+}
+"""Parts of a registration that can be read and not be shown again."""
 
 JOB_IDS = [
     "%2F",
@@ -67,7 +83,12 @@ def raw_bodies(body: dict[str, Any], depth: int) -> dict[str, tuple[bytes, dict[
     text = json.dumps(body)
     said_twice = text.replace('"job_uuid":', '"job_uuid": "other", "job_uuid":', 1)
     inner = json.dumps(json.dumps(body["training_config"]).replace("{", '{"n_epochs": 9, ', 1))
+    names = [f'"n{number:04}": 0' for number in range(1_000)]
     cases = {
+        "a name twice, late": (
+            f"{{{', '.join([*names, names[-1]])}}}".encode(),
+            "the name 'n0999' twice",
+        ),
         "a name twice": (said_twice.encode(), "the name 'job_uuid' twice"),
         "a name twice inside": (text.replace('"n_epochs"', '"n_epochs": 9, "n_epochs"', 1).encode(), "twice"),
         "a name twice in a text": (
@@ -126,15 +147,19 @@ def paths(body: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def near(body: dict[str, Any], ids: list[str]) -> st.SearchStrategy[dict[str, Any]]:
-    """Return bodies with up to two fields replaced by hostile values, under few ids, so that some meet."""
+def near(body: dict[str, Any], ids: list[str], name: str = "job_uuid") -> st.SearchStrategy[dict[str, Any]]:
+    """Return bodies with up to two fields replaced by hostile values, under few ids, so that some meet.
+
+    :param name: the id's field.
+    """
     change = st.tuples(st.sampled_from(paths(body)), st.sampled_from([*VALUES, ...]))
     changes = st.lists(change, max_size=2, unique_by=lambda pair: pair[0])
-    return st.builds(_with, st.just(body), st.sampled_from(ids), changes)
+    named = st.sampled_from([{**body, name: value} for value in ids])
+    return st.builds(_with, named, changes)
 
 
-def _with(body: dict[str, Any], job_uuid: str, changes: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = {**body, "job_uuid": job_uuid}
+def _with(body: dict[str, Any], changes: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = body
     for path, value in sorted(changes, reverse=True):  # what lies deeper first
         result = changed(result, **{path: value})
     return result

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from post_training.errors import InvalidRequestError, RecordUnavailableError
+from post_training.errors import InvalidRequestError, JobConflictError, RecordUnavailableError
 from post_training.job_ids import TaskKey
 from post_training.schemas.flat import flatten
 from post_training.schemas.requests import SupervisedFineTuneRequest
@@ -139,35 +139,29 @@ def test_a_cancel_is_in_airflows_audit_log_with_its_author(runs: Any) -> None:
     runs.cancel(runs.find("audited").key, "somebody")
     assert runs.was_stopped(runs.find("audited"))
     with create_session() as session:
-        (entry,) = session.query(Log).filter_by(run_id="audited", event="cancel_training_job")
+        (entry,) = session.query(Log).filter_by(run_id="audited", event="stop_training_job")
         assert (entry.owner, entry.task_id) == ("somebody", "train")
 
 
-@pytest.mark.parametrize(
-    ("event", "task_id", "extra", "stopped"),
-    [
-        ("patch_dag_run", None, {"state": "failed", "method": "PATCH"}, True),
-        ("patch_dag_run", None, {"state": "queued"}, False),
-        ("patch_task_instance", "train", {"new_state": "success", "map_index": -1}, True),
-        ("patch_task_instance", "train", {"new_state": "failed", "map_index": 3}, False),
-        ("patch_task_instance", "other", {"new_state": "failed"}, False),
-        ("patch_task_instance", "train", {"note": "hello"}, False),
-        ("clear_dag_run", None, {"state": "failed"}, False),
-    ],
-)
-def test_what_users_do_in_airflows_pages_is_known(
-    runs: Any, event: str, task_id: str | None, extra: dict[str, Any], stopped: bool
-) -> None:
-    from airflow.models.log import Log
+def test_an_attempt_that_was_stopped_in_airflows_pages_is_known(runs: Any) -> None:
+    runs.trigger("supervised_fine_tune", "by-hand", CONF, None)
+    task = runs.find("by-hand")
+    runs.note_stop(task.key, "00000000-0000-7000-8000-000000000000")
+    assert not runs.was_stopped(task), "that was an attempt before"
+    runs.note_stop(task.key, task.attempt_id)
+    assert runs.was_stopped(task)
+
+
+def test_a_job_that_has_ended_meanwhile_is_not_stopped(runs: Any) -> None:
+    from airflow.models.taskinstance import TaskInstance
     from airflow.utils.session import create_session
 
-    run_id = f"by-hand-{event}-{task_id}-{len(str(extra))}"
-    runs.trigger("supervised_fine_tune", run_id, CONF, None)
+    runs.trigger("supervised_fine_tune", "done", CONF, None)
     with create_session() as session:
-        session.add(
-            Log(event, dag_id="supervised_fine_tune", run_id=run_id, task_id=task_id, extra=json.dumps(extra))
-        )
-    assert runs.was_stopped(runs.find(run_id)) is stopped
+        session.query(TaskInstance).filter_by(run_id="done").update({"state": "success"})
+    with pytest.raises(JobConflictError, match="'done' has ended"):
+        runs.cancel(runs.find("done").key, "somebody")
+    assert not runs.was_stopped(runs.find("done"))
 
 
 def test_a_cleared_job_is_another_attempt_and_no_longer_stopped(runs: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,12 @@ def test_what_a_data_uri_holds_is_kept_as_a_file(place: Place, uri: str, name: s
 def test_a_uri_is_kept_as_it_is_and_checked_at_each_use(place: Place, tmp_path: Path) -> None:
     for uri in ("https://example.org/rows.jsonl?signature=a", f"file:{tmp_path}/data/train.jsonl"):
         dataset = place.uri(uri)
-        assert (dataset.source.type, dataset.source.uri, dataset.source.rows) == ("uri", uri, None)
+        shown = uri.partition("?")[0]  # the query may be a signature, which no viewer needs
+        assert (dataset.source.type, dataset.source.uri, dataset.source.rows) == ("uri", shown, None)
+        assert place.records.uri("math") == uri
         assert dataset.version == hashlib.sha256(uri.encode()).hexdigest()
         assert place.service.get("math", FakeAccess()) == dataset
+        assert place.service.list(FakeAccess()).data == [dataset]
     assert place.resolver.dataset(FIELD, "math") == f"{tmp_path}/data/train.jsonl"
     (tmp_path / "data" / "train.jsonl").unlink()
     with pytest.raises(InvalidRequestError, match=f"{FIELD}: no such file"):
@@ -157,6 +161,14 @@ def test_the_same_again_makes_nothing_and_another_content_is_a_new_version(place
     assert place.rows(metadata={"a": 1}).metadata == {"a": 1}
     assert place.rows(metadata={"a": 1}, purpose="eval/question-answer").purpose == "eval/question-answer"
     assert len(place.runs()) == 5
+
+
+def test_the_same_at_once_is_stored_once(place: Place) -> None:
+    place.rows(dataset_id="other")  # the experiment is there
+    with ThreadPoolExecutor(6) as pool:
+        registered = list(pool.map(lambda _: place.rows(), range(6)))
+    assert len(place.runs()) == 2
+    assert len({dataset.provider_resource_id for dataset in registered}) == 1
 
 
 def test_a_digest_names_a_version(place: Place) -> None:
@@ -198,15 +210,33 @@ def test_the_list_has_every_page(place: Place, monkeypatch: pytest.MonkeyPatch) 
     assert listed == [f"set-{number}" for number in (4, 3, 2, 1, 0)]
 
 
-def test_a_jobs_run_cannot_pose_as_a_version(place: Place) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, None) for name in ("digest", "purpose", "type", "metadata", "uri")),
+        ("purpose", "fun"),
+        ("type", "table"),
+        ("metadata", "{"),
+        ("metadata", "[]"),
+        ("metadata", '{"a": NaN}'),
+        ("metadata", '{"a": ' + "[" * 64 + "]" * 64 + "}"),
+        ("metadata", '{"a": ' + "[" * 2000 + "]" * 2000 + "}"),
+    ],
+)
+def test_what_others_write_with_our_tags_is_left_out_and_logged(
+    place: Place, caplog: pytest.LogCaptureFixture, name: str, value: str | None
+) -> None:
     dataset = place.rows()
-    experiment_id = place.client.get_run(dataset.provider_resource_id).info.experiment_id
-    tags = {TAG_ID: "math", "post_training.dataset_digest": "0" * 64, "post_training.job_uuid": "job-1"}
-    posing = place.client.create_run(experiment_id, tags=tags)
+    run = place.client.get_run(dataset.provider_resource_id)
+    ours = {tag: text for tag, text in run.data.tags.items() if tag.startswith("post_training.")}
+    ours[f"post_training.dataset_{name}"] = value
+    tags = {tag: text for tag, text in ours.items() if text is not None}
+    posing = place.client.create_run(run.info.experiment_id, tags=tags).info.run_id
     assert place.service.get("math", FakeAccess()) == dataset
-    assert place.service.list(FakeAccess()).data[0].version == dataset.version
+    assert [entry.version for entry in place.service.list(FakeAccess()).data] == [dataset.version]
+    assert f"The run {posing} is no version of a data set" in caplog.text
     place.service.delete("math", FakeAccess())
-    assert place.runs() == [posing.info.run_id]
+    assert place.runs() == [posing]
 
 
 def test_a_delete_that_breaks_off_leaves_the_current_version(
@@ -259,7 +289,7 @@ def test_what_is_no_id_is_not_found(place: Place, name: str) -> None:
 
 @pytest.mark.parametrize("broken", ["log_artifact", "set_terminated", "set_tag"])
 def test_a_version_is_complete_or_not_there(
-    place: Place, monkeypatch: pytest.MonkeyPatch, broken: str
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
     """MLflow fails at each step of storing a version, and cannot even delete what is left."""
 
@@ -272,12 +302,13 @@ def test_a_version_is_complete_or_not_there(
     first = place.rows()
     with monkeypatch.context() as patch:
         patch.setattr(place.client, broken, failing(broken))
-        with pytest.raises(RecordUnavailableError, match=f"{broken} failed"):
+        with pytest.raises(RecordUnavailableError, match="MLflow does not answer"):
             place.rows({"a": 1})
         assert place.runs() == [first.provider_resource_id]
         patch.setattr(place.client, "delete_run", failing("delete_run"))
-        with pytest.raises(RecordUnavailableError, match=f"{broken} failed"):
+        with pytest.raises(RecordUnavailableError, match="MLflow does not answer"):
             place.rows({"a": 1})
+    assert caplog.text.count(f"{broken} failed") == 2
     assert len(place.runs()) == 2
     assert place.service.get("math", FakeAccess()) == first
     assert [dataset.version for dataset in place.service.list(FakeAccess()).data] == [first.version]
@@ -298,13 +329,16 @@ def test_the_id_is_written_last(place: Place, monkeypatch: pytest.MonkeyPatch) -
     assert TAG_ID not in str(calls[:-1])
 
 
-def test_an_experiment_that_was_deleted_is_a_record_that_does_not_answer(place: Place) -> None:
+def test_an_experiment_that_was_deleted_is_a_record_that_does_not_answer(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     place.rows()
     experiment = place.client.get_experiment_by_name(f"{place.tracking.server.experiment}-datasets")
     assert experiment is not None
     place.client.delete_experiment(experiment.experiment_id)
-    with pytest.raises(RecordUnavailableError, match="must be in the 'active' state"):
+    with pytest.raises(RecordUnavailableError, match="MLflow does not answer"):
         place.rows({"a": 1})
+    assert "must be in the 'active' state" in caplog.text
 
 
 def test_without_mlflow_every_call_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 from time import sleep
 from typing import Any
 
@@ -247,6 +248,39 @@ def test_a_cancel_that_stopped_half_way_may_be_asked_for_again(
     assert (runs.tasks["job-1"].state, tracking.runs["run-1"].status) == ("failed", "KILLED")
 
 
+def test_without_mlflow_a_job_is_cancelled_in_airflow(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    submitted(runs, tracking, service, "running", "RUNNING")
+    tracking.down = True
+    with pytest.raises(ForbiddenError):
+        service.cancel("job-1", FakeAccess(cancel=False))
+    with pytest.raises(RecordUnavailableError):
+        service.cancel("job-1", FakeAccess(read=False))
+    service.cancel("job-1", FakeAccess())
+    assert runs.tasks["job-1"].state == "failed"
+    tracking.down = False
+    assert service.status("job-1", FakeAccess()).status is JobStatus.cancelled
+    assert tracking.runs["run-1"].status == "KILLED"
+
+
+def test_a_job_that_is_completed_in_the_very_moment_of_its_cancel_stays_completed(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    submitted(runs, tracking, service, "running", "RUNNING")
+    write = tracking.set_tags
+
+    def finish_first(run_id: str, tags: Any) -> None:
+        if tracking.runs[run_id].status == "RUNNING":
+            tracking.set_status(run_id, "FINISHED")
+        write(run_id, tags)
+
+    tracking.set_tags = finish_first  # type: ignore[method-assign]
+    with pytest.raises(JobConflictError, match="has ended: completed"):
+        service.cancel("job-1", FakeAccess())
+    assert (runs.tasks["job-1"].state, tracking.runs["run-1"].status) == ("running", "FINISHED")
+
+
 def test_a_job_that_finishes_cannot_be_cancelled_any_more(
     service: JobService, runs: FakeRuns, tracking: FakeTracking
 ) -> None:
@@ -267,15 +301,19 @@ def test_a_job_without_a_record_is_cancelled_too(service: JobService, runs: Fake
 def test_identical_submits_at_once_make_one_run(
     service: JobService, runs: FakeRuns, tracking: FakeTracking
 ) -> None:
-    made = tracking.create_run
+    made, together = tracking.create_run, Barrier(8)
 
     def slowly(**arguments: Any) -> Any:
         sleep(0.05)
         return made(**arguments)
 
+    def submit(_: int) -> Any:
+        together.wait(30)
+        return service.submit(request(), FakeAccess())
+
     tracking.create_run = slowly  # type: ignore[method-assign]
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: service.submit(request(), FakeAccess()), range(16)))
+        answers = list(pool.map(submit, range(16)))
     assert {answer.job_uuid for answer in answers} == {"job-1"}
     assert (list(tracking.runs), runs.triggered) == (["run-1"], ["job-1"])
 

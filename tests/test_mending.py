@@ -104,6 +104,29 @@ def test_all_open_runs_are_mended_at_once() -> None:
     assert job.reconcile() == ReconcileJobsResponse()
 
 
+def test_the_task_of_a_job_whose_cancel_was_cut_off_is_stopped_for_all() -> None:
+    job = Job("running", "KILLED", **{"post_training.cancelled_attempt": "attempt-1"})
+    assert job.reconcile() == ReconcileJobsResponse(checked=1, stopped=1)
+    assert job.runs.tasks["job-1"].state == "failed"
+
+
+def test_a_record_that_has_changed_since_it_was_read_is_not_overwritten() -> None:
+    job = Job("failed", "RUNNING")
+    seen = job.tracking.runs["run-1"]
+    job.tracking.set_status("run-1", "FINISHED")
+    job.mender.mended(job.runs.find("job-1"), seen)
+    assert job.status == "FINISHED"
+
+
+def test_a_task_that_was_cleared_since_it_was_read_keeps_its_record() -> None:
+    job = Job("failed", "RUNNING")
+    seen = job.runs.find("job-1")
+    assert seen is not None
+    job.runs.add(replace(seen, state=None, attempt_id="attempt-2", ended_at=None))
+    job.mender.mended(seen, job.tracking.runs["run-1"])
+    assert job.status == "RUNNING"
+
+
 def test_a_run_that_cannot_be_mended_holds_up_no_other() -> None:
     job = Job("running", "KILLED", **{"post_training.cancelled_attempt": "attempt-1"})
     job.tracking.runs["run-1"] = replace(job.tracking.runs["run-1"], status="RUNNING")

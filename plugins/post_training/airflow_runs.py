@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from airflow.api.common.trigger_dag import trigger_dag
@@ -26,14 +26,19 @@ from airflow.models.taskinstancehistory import TaskInstanceHistory
 from airflow.utils.log.file_task_handler import StructuredLogMessage
 from airflow.utils.log.log_reader import TaskLogReader
 from airflow.utils.session import create_session
-from airflow.utils.state import TaskInstanceState
+from airflow.utils.state import State, TaskInstanceState
 from airflow.utils.types import DagRunTriggeredByType
-from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, and_, select, tuple_
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
-from post_training.errors import InvalidRequestError, JobNotFoundError, RecordUnavailableError
+from post_training.errors import (
+    InvalidRequestError,
+    JobConflictError,
+    JobNotFoundError,
+    RecordUnavailableError,
+)
 from post_training.job_ids import (
     MAY_BE_AN_ID,
     REQUEST_DAGS,
@@ -45,9 +50,9 @@ from post_training.job_ids import (
 
 logger = logging.getLogger(__name__)
 
-CANCEL_EVENT = "cancel_training_job"
-STATE_EVENTS = (CANCEL_EVENT, "patch_dag_run", "patch_task_instance", "patch_task_instance_by_map_index")
-"""What Airflow's audit log calls the setting of a state by hand: the routes' names."""
+STOP_EVENT = "stop_training_job"
+"""In Airflow's audit log: somebody ended an attempt at a job. Airflow's own entries do not say which attempt
+they meant, and it has none of changes in bulk."""
 
 
 class RunExistsError(Exception):
@@ -157,23 +162,17 @@ class AirflowRuns:
 
         :param user_name: who asked for it, for Airflow's audit log.
         :raises JobNotFoundError: if the run is gone.
+        :raises JobConflictError: if the task has ended.
         """
         with _database(), create_session() as session:
             run = _dag_run(session, key)
+            task = session.scalar(select(TaskInstance).where(_is(TaskInstance, key)))
+            if task is not None and task.state in State.finished:
+                raise JobConflictError(f"job {job_uuid_of(key)!r} has ended")
             dag = DBDagBag().get_dag_for_run(run, session=session)
             if dag is None:
                 raise RecordUnavailableError(f"Airflow cannot read the DAG {key.dag_id!r}")
-            session.add(
-                Log(
-                    event=CANCEL_EVENT,
-                    owner=user_name,
-                    dag_id=key.dag_id,
-                    run_id=key.run_id,
-                    task_id=key.task_id,
-                    map_index=key.map_index,
-                    extra=json.dumps({"new_state": TaskInstanceState.FAILED.value}),
-                )
-            )
+            session.add(_stop_entry(key, str(task.id) if task is not None else "", user_name))
             if key.dag_id in REQUEST_DAGS:
                 patch_dag_run_state(dag=dag, dag_run=run, state=DagRunMutableStates.FAILED, session=session)
                 return
@@ -185,21 +184,23 @@ class AirflowRuns:
                 session=session,
             )
 
+    def note_stop(self, key: TaskKey, attempt_id: str) -> None:
+        """Write into Airflow's audit log that somebody ended this attempt in Airflow's own pages."""
+        with _database(), create_session() as session:
+            session.add(_stop_entry(key, attempt_id, "airflow"))
+
     def was_stopped(self, task: JobTask) -> bool:
-        """Whether somebody set the state of the task or its run by hand since its newest attempt began."""
+        """Whether somebody ended the task's newest attempt, through us or in Airflow's own pages."""
         key = task.key
-        before = select(func.max(TaskInstanceHistory.end_date)).where(_is(TaskInstanceHistory, key))
-        query = (
-            select(Log.dttm, Log.extra)
-            .where(Log.dag_id == key.dag_id, Log.run_id == key.run_id, Log.event.in_(STATE_EVENTS))
-            .where(or_(Log.task_id.is_(None), Log.task_id == key.task_id))
+        query = select(Log.extra).where(
+            Log.dag_id == key.dag_id,
+            Log.run_id == key.run_id,
+            Log.task_id == key.task_id,
+            Log.event == STOP_EVENT,
         )
         with _database(), create_session() as session:
-            ended_before = session.scalar(before)
-            since = [at for at in (task.scheduled_at, ended_before) if at is not None]
-            rows = session.execute(query).all()
-        newest = max(since, default=datetime.min.replace(tzinfo=UTC))
-        return any(_sets_an_end(extra, key) for at, extra in rows if at is not None and at >= newest)
+            entries = session.scalars(query).all()
+        return any(json.loads(extra or "{}").get("attempt_id") == task.attempt_id for extra in entries)
 
     def log_lines(self, key: TaskKey, attempt: int) -> Iterator[str]:
         """Yield the lines that one attempt of the task has logged so far; none where there is no log (yet).
@@ -265,15 +266,16 @@ def _is(table: Any, key: TaskKey) -> ColumnElement[bool]:
     )
 
 
-def _sets_an_end(extra: str | None, key: TaskKey) -> bool:
-    """Whether an entry of the audit log says that the task was set to a state in which it does not run."""
-    try:
-        said = json.loads(extra or "{}")
-    except json.JSONDecodeError:
-        return False
-    if str(said.get("map_index", key.map_index)) != str(key.map_index):
-        return False
-    return {said.get("new_state"), said.get("state")} & {"failed", "success", "skipped"} != set()
+def _stop_entry(key: TaskKey, attempt_id: str, user_name: str) -> Log:
+    return Log(
+        event=STOP_EVENT,
+        owner=user_name,
+        dag_id=key.dag_id,
+        run_id=key.run_id,
+        task_id=key.task_id,
+        map_index=key.map_index,
+        extra=json.dumps({"attempt_id": attempt_id}),
+    )
 
 
 def _attempt(session: Session, key: TaskKey, attempt: int) -> TaskInstance | TaskInstanceHistory | None:

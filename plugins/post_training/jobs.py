@@ -189,17 +189,35 @@ class JobService:
         :raises ForbiddenError: if the caller may see but not stop it.
         :raises JobConflictError: if it has ended.
         """
-        task, run = self.locate(job_uuid, access)
+        try:
+            task, run = self.locate(job_uuid, access)
+        except RecordUnavailableError:  # Airflow alone can stop a task; its audit log mends the record later
+            task, run = self._runs.find(job_uuid), None
+            if task is None or not access.may_read(task.key.dag_id):
+                raise
         if task is not None and not access.may_cancel(task.key.dag_id):
             raise ForbiddenError(f"{access.user_name} may not stop runs of the DAG {task.key.dag_id!r}")
         status = self._mender.mended(task, run).status
         ended = status.ended and status is not JobStatus.cancelled
         if task is None or ended or not self._mender.evidence(task, run).task_lives:
-            raise JobConflictError(f"job {job_uuid!r} has ended: {status.value}")
-        if run is not None:  # first: from here on the job is cancelled, whatever fails
-            self._tracking().set_tags(run.run_id, {names.TAG_CANCELLED_ATTEMPT: task.attempt_id})
-            self._tracking().set_status(run.run_id, "KILLED")
+            how = f": {status.value}" if status.ended else ""
+            raise JobConflictError(f"job {job_uuid!r} has ended{how}")
+        if run is not None:
+            self._kill(run, task)
         self._runs.cancel(task.key, access.user_name)
+
+    def _kill(self, run: JobRun, task: JobTask) -> None:
+        """Write that the job is cancelled: from here on it is, whatever fails.
+
+        :raises JobConflictError: if it has been completed in this moment.
+        """
+        tracking = self._tracking()
+        tracking.set_tags(run.run_id, {names.TAG_CANCELLED_ATTEMPT: task.attempt_id})
+        now = tracking.get(run.run_id)
+        if now is not None and now.status == "FINISHED" and run.status != "FINISHED":
+            tracking.set_tags(run.run_id, {names.TAG_CANCELLED_ATTEMPT: ""})
+            raise JobConflictError(f"job {task.job_uuid!r} has ended: completed")
+        tracking.set_status(run.run_id, "KILLED")
 
     def reconcile(self, access: Access) -> ReconcileJobsResponse:
         """Bring MLflow's open runs and Airflow's tasks to agree, as far as the caller may change them.

@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from post_training.airflow_runs import JobTask
-from post_training.errors import PostTrainingError
 from post_training.job_ids import TaskKey
 from post_training.reconcile import OF_MLFLOW, Evidence, Verdict, reconcile
 from post_training.schemas import record as names
@@ -20,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 SUBMIT_TIME = timedelta(minutes=10)
 """A run without a task that is younger may be one whose submit is under way."""
+
+KILLED_TIME = timedelta(hours=1)
+"""For so long the task of a cancelled job is looked for: its cancel may have been cut off half way."""
 
 END_TIME = timedelta(seconds=30)
 """Airflow fails a task before its process knows; the process has up to two heartbeats to end."""
@@ -58,16 +60,24 @@ class Mender:
         if verdict.mend is not None and task is not None and not evidence.cancelled and _ended_just_now(task):
             return Verdict(JobStatus.in_progress)
         if verdict.mend is not None and run is not None:
-            self._tracking().set_status(run.run_id, verdict.mend, error=failure(verdict, run))
+            self._mend(task, run, verdict)
         if verdict.stop and task is not None:
             self._stop(task)
         return verdict
+
+    def _mend(self, task: JobTask | None, run: JobRun, verdict: Verdict) -> None:
+        """Write the record's status, unless one of the two has changed since they were looked at."""
+        now = self._tracking().get(run.run_id)
+        same_task = task is None or _identity(self._tasks.find(task.job_uuid)) == _identity(task)
+        if now is not None and now.status == run.status and same_task:
+            assert verdict.mend is not None  # noqa: S101
+            self._tracking().set_status(run.run_id, verdict.mend, error=failure(verdict, now))
 
     def _stop(self, task: JobTask) -> None:
         """Stop the task of a job that is cancelled already; the next read tries again."""
         try:
             self._tasks.cancel(task.key, "post-training")
-        except PostTrainingError as error:
+        except Exception as error:
             logger.warning("The task of the cancelled job %s could not be stopped: %s", task.job_uuid, error)
 
     def evidence(self, task: JobTask | None, run: JobRun | None) -> Evidence:
@@ -97,12 +107,12 @@ class Mender:
         :raises RecordUnavailableError: if MLflow or Airflow does not answer.
         """
         counts = ReconcileJobsResponse()
-        for run in self._tracking().open_runs():
+        for run in self._tracking().unsettled_runs(datetime.now(UTC) - KILLED_TIME):
             if may_mend(run.tags.get(names.TAG_DAG_ID, "")):
                 counts.checked += 1
                 try:
                     self._reconcile(run, counts)
-                except PostTrainingError as error:  # one run must not hold up the others
+                except Exception as error:  # one run must not hold up the others, whatever ails it
                     counts.failed += 1
                     logger.warning("MLflow run %s could not be mended: %s", run.run_id, error)
         return counts
@@ -119,6 +129,10 @@ class Mender:
         counts.stopped += verdict.stop
         if verdict.mend is not None:
             logger.info("MLflow run %s was %s and is %s", run.run_id, run.status, verdict.mend)
+
+
+def _identity(task: JobTask | None) -> tuple[str, str | None] | None:
+    return (task.attempt_id, task.state) if task is not None else None
 
 
 def failure(verdict: Verdict, run: JobRun | None) -> str | None:

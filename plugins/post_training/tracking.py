@@ -38,6 +38,13 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST"})
 """MLflow's words for what asking again would not change."""
 
+CLIENT_SETTINGS = {
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # MLflow's own defaults repeat a failed call for minutes; and what was answered too late is done twice.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+}
+
 OPEN = ("SCHEDULED", "RUNNING")
 TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
 
@@ -93,7 +100,8 @@ class Tracking:
     def client(self) -> MlflowClient:
         """MLflow's own client, logged in; its calls belong inside :func:`answers`."""
         os.environ.update(self.server.environment())
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        for name, value in CLIENT_SETTINGS.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=self.server.uri)
@@ -204,13 +212,16 @@ class Tracking:
             self._artifacts(run).delete_artifacts(names.ARTIFACT_RESUME)  # type: ignore[no-untyped-call]
             self.client.delete_tag(run_id, names.TAG_RESUME_STATE)
 
-    def open_runs(self) -> list[JobRun]:
-        """Return every run of a job, or of one that was to be, that has not ended."""
+    def unsettled_runs(self, killed_since: datetime) -> list[JobRun]:
+        """Return every run of a job, or of one that was to be, that has not ended, or was killed since then.
+
+        The task of a killed one may still be there to be stopped.
+        """
+        killed = f"status = 'KILLED' AND attributes.end_time >= {int(killed_since.timestamp() * 1000)}"
+        filters = [*(f"status = '{status}'" for status in OPEN), killed]
         with answers():
             experiments = [e.experiment_id for e in self.client.search_experiments()]
-            runs = [
-                _job_run(run) for status in OPEN for run in self._runs(experiments, f"status = '{status}'")
-            ]
+            runs = [_job_run(run) for wanted in filters for run in self._runs(experiments, wanted)]
         return [run for run in runs if names.TAG_METHOD in run.tags]
 
     def find(self, job_uuid: str) -> JobRun | None:

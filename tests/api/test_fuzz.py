@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.api.conftest import Deployment
-from tests.hostile import near
+from tests.hostile import DATASETS, near
 from tests.requests_of import OPTIMIZER, dpo_body, rlhf_body, sft_body
 
 CHECKS = [
@@ -36,6 +36,11 @@ CHECKS = [
     response_schema_conformance,
 ]
 IDS = ["job-1", "job-2", "job-3"]
+DATASET = {
+    "purpose": "post-training/messages",
+    "source": {"rows": [{"question": "2+2?", "answer": "4"}]},
+    "metadata": {"by": "hand"},
+}
 SUBMITS = {
     "supervised-fine-tune": [sft_body(training_config__optimizer_config=OPTIMIZER)],
     "preference-optimize": [dpo_body(), rlhf_body()],
@@ -127,3 +132,25 @@ def test_a_submit_takes_effect_or_is_refused(deployment: Deployment, route: str)
     submit()
     assert set(answers) == {200, 400, 409}, answers
     assert_nothing_half_made(deployment, accepted)
+
+
+def test_what_is_registered_can_be_read(deployment: Deployment) -> None:
+    """Bodies near a valid one are refused, or shown again by every route."""
+    client, answers = deployment.client(), Counter[int]()
+    bodies = [DATASET, *(DATASET | deep for deep in DATASETS.values())]
+
+    @bounded(300)
+    @given(body=st.one_of(*(near(body, IDS, name="dataset_id") for body in bodies)))
+    def register(body: dict[str, Any]) -> None:
+        answer = client.post(
+            "/v1/datasets", content=json.dumps(body), headers={"Content-Type": "application/json"}
+        )
+        answers[answer.status_code] += 1
+        assert answer.status_code in (200, 400), answer.text
+        if answer.status_code == 200:
+            registered = answer.json()
+            assert client.get(f"/v1/datasets/{registered['identifier']}").json() == registered
+            assert client.get("/v1/datasets").status_code == 200
+
+    register()
+    assert set(answers) == {200, 400}, answers

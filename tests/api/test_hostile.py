@@ -6,7 +6,7 @@ import pytest
 
 from post_training.api.json_body import JsonRoute
 from tests.api.conftest import LIMIT, PREFIXES, Deployment
-from tests.hostile import JOB_IDS, raw_bodies
+from tests.hostile import DATASETS, JOB_IDS, raw_bodies
 from tests.requests_of import sft_body
 
 SUBMIT = "/v1/post-training/supervised-fine-tune"
@@ -36,6 +36,17 @@ def test_the_other_bodies_are_read_in_the_same_way(deployment: Deployment, path:
     answer = deployment.client().post(path, content=content, headers=headers)
     assert answer.status_code == 400, answer.text
     assert answer.json()["detail"]["errors"]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_data_set_that_could_not_be_shown_is_not_registered(deployment: Deployment, name: str) -> None:
+    client = deployment.client()
+    body = {"purpose": "post-training/messages", "dataset_id": "math", **DATASETS[name]}
+    answer = client.post("/v1/datasets", json=body)
+    assert answer.status_code == 400, answer.text
+    (error,) = answer.json()["detail"]["errors"]
+    assert error["msg"].startswith("may be nested 64 levels deep")
+    assert client.get("/v1/datasets").json() == {"data": []}
 
 
 def test_every_route_reads_strict_json(deployment: Deployment) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
@@ -67,6 +69,12 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> None:
     while not condition():
         assert monotonic() < deadline
         sleep(0.05)
+
+
+def read_table(work_dir: Path, name: str) -> list[list[Any]]:
+    """The rows of a table that a job has in its folder."""
+    rows: list[list[Any]] = json.loads((work_dir / "tables" / name).read_text())["data"]
+    return rows
 
 
 def begun(spec: TrainerSpec, inputs: str = "x", *, continues: bool = True) -> JobRecord:

@@ -13,7 +13,7 @@ from lightning_modules.checkpoint import EXPORTS, RESUME_FILE, STEP_FILE
 
 def test_a_state_of_the_same_training_goes_on(make_spec: Any) -> None:
     spec = make_spec()
-    inputs = Inputs.of(spec, ["a"])
+    inputs = Inputs.of(spec, "base", ["a"])
     assert continues(spec, inputs)
     keep_inputs(spec, inputs)
     (spec.work_dir / RESUME_FILE).write_text("state")
@@ -27,9 +27,9 @@ def test_a_state_of_the_same_training_goes_on(make_spec: Any) -> None:
 def test_a_state_of_another_training_is_removed(
     make_spec: Any, changes: dict[str, Any], digests: list[str], tmp_path: Path
 ) -> None:
-    keep_inputs(make_spec(), Inputs.of(make_spec(), ["a"]))
+    keep_inputs(make_spec(), Inputs.of(make_spec(), "base", ["a"]))
     spec = make_spec(**changes, checkpoint_dir=tmp_path / "copies")
-    inputs = Inputs.of(spec, digests)
+    inputs = Inputs.of(spec, "base", digests)
     states = [spec.work_dir / file for file in (RESUME_FILE, STEP_FILE)]
     for file in states:
         file.write_text("3")
@@ -44,18 +44,19 @@ def test_a_state_of_another_training_is_removed(
 
 
 def test_a_digest_is_that_of_all_inputs_and_of_no_attempt(make_spec: Any, tmp_path: Path) -> None:
-    digest = Inputs.of(make_spec(), ["a"]).digest
+    digest = Inputs.of(make_spec(), "base", ["a"]).digest
     assert len(digest) == 64
     same = make_spec(
         attempt=3, attempt_id="0199-b", work_dir=tmp_path / "elsewhere", train_data="/copy.jsonl"
     )
-    assert Inputs.of(same, ["a"]).digest == digest
+    assert Inputs.of(same, "base", ["a"]).digest == digest
     others = [
-        Inputs.of(make_spec(), ["b"]),
-        Inputs.of(make_spec(model="/other"), ["a"]),
-        Inputs.of(make_spec(runtime={"seed": 8}), ["a"]),
+        Inputs.of(make_spec(), "base", ["b"]),
+        Inputs.of(make_spec(model="/other"), "base", ["a"]),
+        Inputs.of(make_spec(runtime={"seed": 8}), "base", ["a"]),
+        Inputs.of(make_spec(), "models:/base/2", ["a"]),
     ]
-    assert len({digest, *(other.digest for other in others)}) == 4
+    assert len({digest, *(other.digest for other in others)}) == 5
 
 
 class Asked:
@@ -88,12 +89,12 @@ def test_the_record_is_asked_for_what_is_newer_than_the_folder_s(
     for file, text in ((RESUME_FILE, state), (STEP_FILE, step)):
         if text is not None:
             (spec.work_dir / file).write_text(text)
-    fetch_newest_state(spec, Inputs.of(spec, ["a"]), record, lambda: False)  # type: ignore[arg-type]
+    fetch_newest_state(spec, Inputs.of(spec, "base", ["a"]), record, lambda: False)  # type: ignore[arg-type]
     assert record.steps == [asked]
     assert (spec.work_dir / STEP_FILE).read_text() == left
 
 
 def test_a_first_attempt_asks_for_no_state(make_spec: Any) -> None:
     spec, record = make_spec(), Asked()
-    fetch_newest_state(spec, Inputs.of(spec, ["a"]), record, lambda: False)  # type: ignore[arg-type]
+    fetch_newest_state(spec, Inputs.of(spec, "base", ["a"]), record, lambda: False)  # type: ignore[arg-type]
     assert record.steps == []

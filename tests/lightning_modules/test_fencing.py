@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from lightning_modules.fencing import CHECK_SECONDS, RunFence
 from lightning_modules.record import open_record
 from post_training.errors import RecordUnavailableError, SupersededError
-from post_training.schemas.record import TAG_ATTEMPT_ID
+from post_training.schemas.record import TAG_ATTEMPT_ID, TAG_CANCELLED_ATTEMPT
 from post_training.schemas.trainer import TrainerSpec
 from tests.lightning_modules.recorded import (
     EPOCH_0,
@@ -56,8 +56,27 @@ def test_the_newest_attempt_and_one_that_has_no_id_go_on(
     client.set_tag(run_id, TAG_ATTEMPT_ID, NEWER)
     fence_of(NEWER).check(now=True)
     fence_of("").check(now=True)
-    with pytest.raises(SupersededError, match="A newer attempt at this job runs"):
+    with pytest.raises(SupersededError, match="a newer one runs"):
         fence_of(OLDER).check()
+
+
+def test_a_cancelled_attempt_ends_and_a_later_one_does_not(
+    client: MlflowClient, run_id: str, fence_of: Any
+) -> None:
+    client.set_tag(run_id, TAG_CANCELLED_ATTEMPT, OLDER)
+    with pytest.raises(SupersededError, match="This attempt was cancelled"):
+        fence_of(OLDER).check()
+    fence_of(NEWER).check()
+
+
+def test_a_run_that_an_older_attempt_claimed_last_is_claimed_back(
+    client: MlflowClient, run_id: str, fence_of: Any
+) -> None:
+    client.set_tag(run_id, TAG_ATTEMPT_ID, OLDER)  # its slow claim came after the newer one's
+    fence_of(NEWER).check()
+    assert client.get_run(run_id).data.tags[TAG_ATTEMPT_ID] == NEWER
+    with pytest.raises(SupersededError):
+        fence_of(OLDER).check(now=True)
 
 
 def test_the_run_is_looked_at_now_and_then_and_before_what_readers_rely_on(
@@ -136,7 +155,7 @@ def test_a_superseded_record_writes_nothing_of_any_kind(
     assert models(client, run_id) == []
     assert (stored_state(client, run_id), state_files(client, run_id)) == (None, [])
     assert list(client.list_artifacts(run_id)) == []
-    assert "A newer attempt at this job runs. Nothing more is recorded." in caplog.text
+    assert "This attempt was cancelled, or a newer one runs. Nothing more is recorded." in caplog.text
     assert "was not sent in" not in caplog.text
 
 

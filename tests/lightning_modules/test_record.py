@@ -24,12 +24,20 @@ from lightning_modules.record import (
     open_record,
 )
 from lightning_modules.spool import Spool
-from lightning_modules.tables import read_table
 from lightning_modules.uploads import checkpoint_event
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.record import TAG_CHECKPOINT_COPY_PREFIX
 from post_training.schemas.trainer import TrainerSpec
-from tests.lightning_modules.recorded import EPOCH_0, begun, models, of_epoch, points, retried, wait_until
+from tests.lightning_modules.recorded import (
+    EPOCH_0,
+    begun,
+    models,
+    of_epoch,
+    points,
+    read_table,
+    retried,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from tests.conftest import MLflowServer
@@ -339,14 +347,6 @@ def test_a_broken_artifact_store_holds_up_tables_alone(
     blocked.unlink()
     record.close()
     assert table_of(client, run_id, "samples.json") == {"step": [0], "answer": ["no"]}
-
-
-@pytest.mark.parametrize("content", [None, "", '{"columns": ["a"], "da'])
-def test_a_table_that_was_not_written_whole_has_no_rows(content: str | None, tmp_path: Path) -> None:
-    (tmp_path / "tables").mkdir()
-    if content is not None:
-        (tmp_path / "tables" / "t.json").write_text(content)
-    assert read_table(tmp_path, "t.json") == []
 
 
 def test_a_checkpoint_without_files_is_an_error(tmp_path: Path, spec: TrainerSpec) -> None:

@@ -26,11 +26,11 @@ from transformers import (
 
 from lightning_modules.attention import BY_SEQUENCE, use_by_sequence
 from lightning_modules.module import StopRequestedError
-from lightning_modules.record import LocalRecord, write_table
+from lightning_modules.record import LocalRecord
 from lightning_modules.samples import MAX_NEW_TOKENS, SamplePrompts, answer, prompt_ids
 from lightning_modules.spool import Spool
-from lightning_modules.tables import read_table
 from post_training.errors import InvalidRequestError
+from tests.lightning_modules.recorded import read_table
 from tests.lightning_modules.tiny import LORA, TINY
 
 PROMPTS = ["how many apples are in", "the red basket of my friend"]
@@ -211,19 +211,21 @@ def validate(module: Module, callback: SamplePrompts, precision: Any = "32-true"
 
 @pytest.fixture
 def samples(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., SamplePrompts]:
-    """Make the callback for a job whose folder is the test's."""
+    """Make the callback of a job whose folder is the test's."""
     record = LocalRecord(Spool(tmp_path / "metrics.jsonl", None), "job")
-    return lambda prompts, tokenizer=tokenizer: SamplePrompts(prompts, tokenizer, record, tmp_path)
+    return lambda prompts, tokenizer=tokenizer: SamplePrompts(prompts, tokenizer, record)
 
 
-def test_rows_of_this_step_and_later_ones_are_replaced(
+def test_the_answers_of_the_attempt_before_come_with_its_state_from_any_machine(
     samples: Any, model: Model, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    old = [[0, "p", "a"], [2, "p", "b"], [3, "p", "c"], [5, "p", "d"]]
-    write_table(tmp_path, "samples.json", ("step", "prompt", "answer"), old)
-    validate(Module(model), samples(PROMPTS))
+    before = samples(PROMPTS)
+    before.load_state_dict({"rows": [[0, "p", "a"], [2, "p", "b"]]})
+    callback = samples(PROMPTS)
+    callback.load_state_dict(before.state_dict())
+    validate(Module(model), callback)
     new = [[3, prompt, expected(model, tokenizer, prompt)] for prompt in PROMPTS]
-    assert read_table(tmp_path, "samples.json") == [*old[:2], *new]
+    assert read_table(tmp_path, "samples.json") == [[0, "p", "a"], [2, "p", "b"], *new]
 
 
 def test_every_module_is_left_in_its_own_mode(samples: Any, model: Model) -> None:
@@ -246,7 +248,7 @@ def test_a_stop_is_heeded_between_two_prompts(samples: Any, model: Model, tmp_pa
     with pytest.raises(StopRequestedError):
         validate(module, samples([*PROMPTS, "not asked"]))
     assert module.asked == 2
-    assert read_table(tmp_path, "samples.json") == []
+    assert not (tmp_path / "tables").exists()
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_its_number(samples: Any, model: Model) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,26 @@ def test_steps_of_another_training_are_not_the_last_ones(file: Path) -> None:
     spool = Spool(file, "run")
     spool.append([metrics(9), {"kind": "restart"}, metrics(3)])
     assert spool.last_steps() == {"loss": 3}
+
+
+def test_a_disk_that_has_room_for_half_a_line_leaves_none_of_it(tmp_path: Path) -> None:
+    """A limit on the file's size cuts a write short, as a full disk does; another process, since it stays."""
+    program = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from lightning_modules.spool import Spool\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "spool = Spool(Path(sys.argv[1]), 'run')\n"
+        "spool.append([{'kind': 'tag', 'key': 'a', 'value': '1'}])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (spool.size + 10, spool.size + 10))\n"
+        "try:\n"
+        "    spool.append([{'kind': 'tag', 'key': 'b', 'value': '2'}])\n"
+        "except OSError as error:\n"
+        "    print(error.errno)\n"
+    )
+    file = tmp_path / "metrics.jsonl"
+    command = [sys.executable, "-c", program, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(errno.ENOSPC)
+    assert [spooled.event["key"] for spooled in Spool(file, "run").pending(10)] == ["a"]
+    assert file.read_bytes().endswith(b"}\n")

@@ -93,7 +93,7 @@ def test_an_end_that_waited_in_vain_leaves_the_uploads_to_a_later_attempt(
     record = impatient(spec)
     logged = record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
     started = monotonic()
-    with pytest.raises(RecordUnavailableError, match="did not take its checkpoints in 2 s: another attempt"):
+    with pytest.raises(RecordUnavailableError, match="did not take its record in 2 s: another attempt"):
         record.settled([logged], [0], never)
     assert 2.0 <= monotonic() - started < 60.0
     answers = iter([True])

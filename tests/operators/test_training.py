@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -27,7 +28,6 @@ from post_training.schemas.trainer import TrainerSpec
 from tests.operators.conftest import connect
 from tests.operators.workplace import KEY, RESULT, Workplace, attempt_id
 from tests.requests_of import QAT, sft_body
-
 
 FSDP = sft_body(training_config__efficiency_config={"fsdp_cpu_offload": True})["training_config"]
 
@@ -184,7 +184,8 @@ def test_a_retry_of_a_job_that_was_done_trains_nothing(workplace: Workplace) -> 
     again = workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
     assert again["mlflow_run_id"] == first["mlflow_run_id"]
     assert workplace.tracking.statuses == ["RUNNING", "FINISHED"]
-    assert workplace.tracking.forgotten == ["run-1"]
+    assert set(workplace.tracking.forgotten) == {"run-1"}
+    assert not workplace.work_dir.exists()
 
 
 def test_an_attempt_that_a_newer_one_has_replaced_does_not_begin(workplace: Workplace) -> None:
@@ -207,11 +208,72 @@ def test_an_attempt_that_is_replaced_while_it_trains_writes_no_end(workplace: Wo
     def replaced(spec: TrainerSpec, *rest: Any) -> Any:
         result = train(spec, *rest)
         tracking.set_tags("run-1", {"post_training.attempt_id": attempt_id(2)})
+        workplace.work_dir.with_name("train.claim").write_text(attempt_id(2))
         return result
 
     operator._train = replaced  # type: ignore[method-assign]
     operator.execute(workplace.context(max_tries=3))
     assert tracking.statuses == ["RUNNING"]
+    assert tracking.forgotten == []
+    assert workplace.work_dir.exists(), "the newer attempt goes on from it"
+
+
+def test_an_attempt_that_was_cancelled_is_not_tried_again(workplace: Workplace) -> None:
+    """The cancel reached MLflow and not Airflow; the trainer saw it there and ended."""
+    operator, tracking = workplace.operator(), workplace.tracking
+    workplace.trains("sys.exit(143)")
+    train = operator._train
+
+    def cancelled(*arguments: Any) -> Any:
+        tracking.set_tags("run-1", CANCELLED)
+        tracking.set_status("run-1", "KILLED")
+        return train(*arguments)
+
+    operator._train = cancelled  # type: ignore[method-assign]
+    with pytest.raises(AirflowFailException):
+        operator.execute(workplace.context(max_tries=3))
+    assert tracking.runs["run-1"].status == "KILLED"
+
+
+def test_a_killed_record_of_an_earlier_attempt_does_not_stick(workplace: Workplace) -> None:
+    """It was written late, when the job had been cleared and trained already."""
+    operator, tracking = workplace.operator(), workplace.tracking
+    train = operator._train
+
+    def killed_late(*arguments: Any) -> Any:
+        tracking.set_tags("run-1", CANCELLED)
+        tracking.set_status("run-1", "KILLED")
+        return train(*arguments)
+
+    operator._train = killed_late  # type: ignore[method-assign]
+    operator.execute(workplace.context(attempt=2, max_tries=3))
+    assert tracking.runs["run-1"].status == "FINISHED"
+
+
+def test_a_folder_that_was_another_runs_is_emptied(workplace: Workplace) -> None:
+    """The DAG run was deleted and submitted again, with another request and another MLflow run."""
+    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
+    with pytest.raises(AirflowException):
+        workplace.operator().execute(workplace.context(max_tries=3))
+    workplace.tracking.runs.clear()
+    workplace.tracking.create_run(name="", experiment=None, tags=identity_tags(KEY), params={}, request={})
+    workplace.tracking.runs["run-9"] = replace(workplace.tracking.runs.pop("run-1"), run_id="run-9")
+    workplace.trains("sys.exit(5 if (spec.parent / 'state').exists() else 6)")
+    with pytest.raises(AirflowException, match="exit code 6"):
+        workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+
+
+@pytest.mark.parametrize(("conf", "error"), [({"mlflow_run_id": "run-1"}, AirflowException), ({}, None)])
+def test_what_is_not_there_any_more_is_looked_for_again(
+    workplace: Workplace, conf: dict[str, Any], error: type[Exception] | None
+) -> None:
+    """It was there at submit: a disk may be away. What a form names was never looked for."""
+    workplace.tracking.create_run(name="", experiment=None, tags=identity_tags(KEY), params={}, request={})
+    workplace.data.unlink()
+    with pytest.raises(AirflowException, match="no such file") as caught:
+        workplace.operator().execute(workplace.context(conf=conf, max_tries=3))
+    assert isinstance(caught.value, AirflowFailException) is (error is None)
+    assert workplace.tracking.runs["run-1"].status == ("RUNNING" if error else "FAILED")
 
 
 def test_a_record_that_does_not_answer_is_waited_for(
@@ -314,7 +376,7 @@ def test_a_job_cancelled_while_it_was_starting_does_not_begin(workplace: Workpla
     tags = {**identity_tags(KEY), **CANCELLED}
     workplace.tracking.create_run(name="", experiment=None, tags=tags, params={}, request={})
     workplace.tracking.set_status("run-1", "KILLED")
-    with pytest.raises(AirflowException, match="cancelled before it began"):
+    with pytest.raises(AirflowFailException, match="cancelled before it began"):
         workplace.operator().execute(workplace.context())
     assert workplace.tracking.runs["run-1"].status == "KILLED"
 

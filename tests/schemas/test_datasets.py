@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import jsonschema
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from post_training.schemas.datasets import DatasetPurpose, RegisterDatasetRequest, parse_reference
 from post_training.uris import DATA_SUFFIXES
+from tests.hostile import nested
 
 BODY: dict[str, Any] = {
     "purpose": "post-training/messages",
@@ -102,6 +104,8 @@ def test_what_is_refused_is_described_too(
         ({"metadata": {"a": float("-inf")}}, ("metadata",), "json_value"),
         ({"metadata": {"a": "\0"}}, ("metadata",), "string_unicode"),
         ({"metadata": {"a": "x" * 5000}}, ("metadata",), "too_long"),
+        ({"metadata": {"a": nested(64)}}, ("metadata",), "json_value"),
+        ({"source": {"rows": [{"a": nested(63)}]}}, ("source", "rows"), "json_value"),
     ],
 )
 def test_what_json_schema_cannot_say_is_refused(
@@ -112,11 +116,14 @@ def test_what_json_schema_cannot_say_is_refused(
     assert [(error["loc"], error["type"]) for error in caught.value.errors()] == [(loc, kind)]
 
 
-def test_rows_of_a_thousand_brackets_are_refused() -> None:
-    deep: Any = 1
-    for _ in range(5000):
-        deep = [deep]
-    assert not is_accepted(BODY | {"source": {"rows": [{"a": deep}]}})
+def test_nesting_has_a_limit_that_the_refusal_names() -> None:
+    deepest = {"source": {"rows": [{"a": nested(62)}]}, "metadata": {"a": nested(62), "b": {"c": nested(62)}}}
+    request = RegisterDatasetRequest.model_validate(BODY | deepest)
+    assert json.loads(request.model_dump_json())["source"]["rows"] == [{"a": nested(62)}]
+    rows = [{"b": 1}, {"a": nested(4999)}]
+    for field in ({"metadata": {"a": nested(5000)}}, {"source": {"rows": rows}}):
+        with pytest.raises(ValidationError, match="may be nested 64 levels deep, got 5001"):
+            RegisterDatasetRequest.model_validate(BODY | field)
 
 
 @pytest.mark.parametrize(

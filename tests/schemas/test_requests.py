@@ -248,3 +248,11 @@ def test_the_adapters_of_a_job_are_found_where_its_method_has_them() -> None:
     preference = dpo_body(runtime={"adapter": LORA})
     assert PreferenceOptimizeRequest.model_validate(preference).adapters == lora
     assert PreferenceOptimizeRequest.model_validate(dpo_body()).adapters is None
+
+
+def test_a_long_value_is_not_repeated() -> None:
+    with pytest.raises(ValidationError) as caught:
+        SupervisedFineTuneRequest.model_validate(sft_body(algorithm_config={"type": ["x" * 9] * 5000}))
+    (detail,) = error_details(caught.value.errors())
+    assert detail["loc"] == ["algorithm_config"]
+    assert len(detail["msg"]) <= 500

@@ -15,8 +15,8 @@ from tests.system.conftest import Deployment, trainers_of
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 DAG = "/api/v2/dags/supervised_fine_tune"
-GONE_SECONDS = 10.0
-"""After a cancel a job's processes are gone by then."""
+GONE_SECONDS = 100.0
+"""After a cancel a job's processes are gone by then; it takes Airflow about ten on an idle machine."""
 
 
 def start_endless(deployment: Deployment, job_uuid: str) -> list[psutil.Process]:
@@ -66,7 +66,7 @@ def assert_cancelled(deployment: Deployment, job_uuid: str) -> None:
 def test_a_running_job_is_cancelled_for_good_and_keeps_its_checkpoints(deployment: Deployment) -> None:
     processes = start_endless(deployment, "cancelled")
     client = deployment.client()
-    wait_until(lambda: client.post_training.job.artifacts(job_uuid="cancelled").checkpoints, 60)
+    wait_until(lambda: client.post_training.job.artifacts(job_uuid="cancelled").checkpoints, 120)
     client.post_training.job.cancel(job_uuid="cancelled")
     assert client.post_training.job.status(job_uuid="cancelled").status == "cancelled"
     wait_until(lambda: all(map(is_gone, processes)), GONE_SECONDS)
@@ -135,6 +135,6 @@ def test_reconciling_mends_what_nobody_asks_for(deployment: Deployment) -> None:
     with deployment.http() as http:
         path = "/post-training/v1alpha/post-training/reconcile"
         counts = http.post(path).raise_for_status().json()
-    assert counts.keys() == {"checked", "mended", "stopped", "discarded"}
+    assert counts.keys() == {"checked", "mended", "stopped", "failed", "discarded"}
     with deployment.http("viewer") as http:
         assert http.post(path).status_code == 403

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from airflow.sdk.exceptions import AirflowNotFoundException
 from fastapi import FastAPI
 
@@ -27,10 +25,6 @@ def build_app() -> FastAPI:
     :raises ValueError: if a setting is out of range.
     """
     settings = load_settings()
-    # MLflow's own defaults repeat a failed call for minutes, in one of the few threads that the API has; and
-    # what was answered too late would be done twice.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
 
     def tracking() -> Tracking:
         try:

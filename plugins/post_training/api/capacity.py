@@ -95,7 +95,9 @@ class Places:
         if self._taken.total() >= self._count:
             raise BusyError(f"{self._count} clients follow logs, which is as many as may")
         if self._taken[user_name] >= self._of_one_user:
-            raise BusyError(f"{self._of_one_user} clients of {user_name} follow logs: that is one user's share")
+            raise BusyError(
+                f"{self._of_one_user} clients of {user_name} follow logs: that is one user's share"
+            )
         self._taken[user_name] += 1
         try:
             yield

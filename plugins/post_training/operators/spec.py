@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from post_training.dataset_records import DatasetRecords
 from post_training.datasets import Resolver
 from post_training.record import run_params
@@ -46,6 +48,15 @@ def write_spec(
     (work_dir / SPEC_FILE).write_text(spec.model_dump_json(indent=2), encoding="utf-8")
     (work_dir / RESULT_FILE).unlink(missing_ok=True)
     return spec
+
+
+def run_of(work_dir: Path) -> str | None:
+    """Return the MLflow run that a job's folder was used for last; None where it was for none."""
+    try:
+        spec = TrainerSpec.model_validate_json((work_dir / SPEC_FILE).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return spec.tracking.run_id if spec.tracking is not None else None
 
 
 def _pins(resolver: Resolver, request: AnyTrainingRequest, run: JobRun, tracking: Tracking) -> dict[str, str]:

@@ -27,6 +27,10 @@ PATIENCE_SECONDS = 600.0
 PAUSE_SECONDS = 5.0
 
 
+class PermanentFailureError(TrainerError):
+    """Another attempt would fail the same way, or is not wanted."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """A job's run at the start of an attempt.
@@ -77,11 +81,11 @@ class TaskRecord:
     def open(self, request: AnyTrainingRequest) -> Opened:
         """Set the job's run to RUNNING, made anew if what it holds is another training.
 
-        :raises TrainerError: if this attempt was cancelled before it began.
+        :raises PermanentFailureError: if this attempt was cancelled before it began.
         :raises SupersededError: if a newer attempt has begun.
         :raises RecordUnavailableError: if MLflow does not answer in time.
         """
-        return self._persist(lambda: self._open(request))
+        return self.persist(lambda: self._open(request))
 
     def _open(self, request: AnyTrainingRequest) -> Opened:
         run = self._existing()
@@ -108,7 +112,15 @@ class TaskRecord:
         if run.tags.get(names.TAG_ATTEMPT_ID, "") > self.attempt_id:
             raise SupersededError("A newer attempt at this job runs.")
         if self._is_cancelled(run):
-            raise TrainerError("The job was cancelled before it began.")
+            raise PermanentFailureError("The job was cancelled before it began.")
+
+    def is_cancelled(self) -> bool:
+        """Whether somebody asked to stop this attempt; unknown is no."""
+        try:
+            run = self.persist(self._own_run)
+        except RecordUnavailableError:
+            return False
+        return run is not None and self._is_cancelled(run)
 
     def _is_cancelled(self, run: JobRun) -> bool:
         return run.tags.get(names.TAG_CANCELLED_ATTEMPT) == self.attempt_id
@@ -124,8 +136,8 @@ class TaskRecord:
     def refuse(self, method: str, error: str) -> None:
         """Record a request that is not even valid, so that it too has a run that says why."""
         try:
-            self.run = self._persist(lambda: self._run_of_a_refusal(method))
-            self._persist(self._note)
+            self.run = self.persist(lambda: self._run_of_a_refusal(method))
+            self.persist(self._note)
         except RecordUnavailableError as unavailable:
             logger.warning("The refusal could not be recorded: %s", unavailable)
         self.conclude("FAILED", error)
@@ -165,12 +177,17 @@ class TaskRecord:
         if status == "FINISHED":
             self._tag_own_run({names.TAG_MAX_TRIES: str(self.ti.max_tries)})
         current = self._own_run()
-        if current is not None and current.status != "KILLED":
+        if current is not None and not self._is_cancelled(current):
             self._set_status(status, error)
 
     def forget_state(self) -> None:
-        """Delete what MLflow keeps for a retry, once the job is finished."""
-        self._write(lambda: self.tracking.forget_state(self.run.run_id) if self.run is not None else None)
+        """Delete what MLflow keeps for a retry, when none is to come; not a newer attempt's."""
+        self._write(self._forget_own_state)
+
+    def _forget_own_state(self) -> None:
+        run = self._own_run()
+        if run is not None:
+            self.tracking.forget_state(run.run_id)
 
     def add_file(self, path: Path, folder: str) -> None:
         """Upload a file into a folder of the run's artifacts, or log that it could not be."""
@@ -189,7 +206,7 @@ class TaskRecord:
     def _own_run(self) -> JobRun | None:
         """Return the run as it is now; None where it is gone or a newer attempt's."""
         run = self.tracking.get(self.run.run_id) if self.run is not None else None
-        return run if run is not None and run.tags.get(names.TAG_ATTEMPT_ID) == self.attempt_id else None
+        return run if run is not None and run.tags.get(names.TAG_ATTEMPT_ID, "") <= self.attempt_id else None
 
     def _tag_own_run(self, tags: dict[str, str]) -> None:
         run = self._own_run()
@@ -199,11 +216,11 @@ class TaskRecord:
     def _write(self, call: Callable[[], None]) -> None:
         """Make a call that nothing hangs on."""
         try:
-            self._persist(call)
+            self.persist(call)
         except RecordUnavailableError as unavailable:
             logger.warning("MLflow's record of this job is left as it is: %s", unavailable)
 
-    def _persist(self, call: Callable[[], _T]) -> _T:
+    def persist(self, call: Callable[[], _T]) -> _T:
         """Call until MLflow answers or the time is over.
 
         :raises RecordUnavailableError: if it does not.

@@ -16,14 +16,14 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from post_training.errors import InvalidRequestError, PostTrainingError, SupersededError, TrainerError
 from post_training.job_ids import TaskKey, job_uuid_of
-from post_training.job_lock import claim, locked, note_holder
+from post_training.job_lock import claim, locked, newest_claim, note_holder
 from post_training.launch.local import trainer_argv, trainer_environment
 from post_training.launch.process import TrainerProcess, bind_to_parent
 from post_training.operators.hooks import MLflowHook, PostTrainingHook
 from post_training.operators.links import MLflowRunLink
 from post_training.operators.request import build_request, with_runtime_defaults
-from post_training.operators.spec import write_spec
-from post_training.operators.task_record import TaskRecord
+from post_training.operators.spec import run_of, write_spec
+from post_training.operators.task_record import Opened, PermanentFailureError, TaskRecord
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest
@@ -33,10 +33,6 @@ from post_training.tracking import JobRun, Tracking
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
-
-
-class _PermanentFailureError(TrainerError):
-    """The trainer says that another attempt would fail the same way."""
 
 
 class TrainingOperator(BaseOperator):
@@ -116,11 +112,15 @@ class TrainingOperator(BaseOperator):
         try:
             return self._run_job(key, record)
         except InvalidRequestError as error:
+            if _was_there(error) and record.submitted_run_id is not None:
+                record.fail(str(error))
+                raise AirflowException(str(error)) from None
             record.refuse(self.method, str(error))
             raise AirflowFailException(str(error)) from None
         except PostTrainingError as error:
-            permanent = isinstance(error, SupersededError | _PermanentFailureError)
+            permanent = isinstance(error, SupersededError | PermanentFailureError)
             if not self._stopped:  # by whom and what for, Airflow knows: the record follows its state
+                permanent = permanent or record.is_cancelled()
                 record.fail(str(error), permanent=permanent)
             raise (AirflowFailException if permanent else AirflowException)(str(error)) from None
         except BaseException as error:
@@ -135,24 +135,36 @@ class TrainingOperator(BaseOperator):
         work_dir = _work_dir(key)
         claim(work_dir, record.attempt_id)
         opened = record.open(request)
-        if opened.finished:
-            self.log.info("An earlier attempt has completed the job.")
-            return self._outcome(request, opened.run)
         with locked(work_dir, give_up=lambda: self._stopped) as lock:
-            if not opened.continues:
+            result = None
+            if opened.finished:
+                self.log.info("An earlier attempt has completed the job.")
+            else:
+                result = self._attempt(request, opened, work_dir, record, lock)
+            record.forget_state()
+            if newest_claim(work_dir) == record.attempt_id:
                 shutil.rmtree(work_dir, ignore_errors=True)
-            work_dir.mkdir(exist_ok=True, mode=0o700)
-            spec = self._write_spec(request, opened.run, work_dir, record)
-            result = self._train(spec, record, lock)
-            if result.status == "failed" and not result.permanent:
-                raise TrainerError(result.error or "The trainer failed without a reason.")
-            if result.status == "completed":
-                record.conclude("FINISHED")
-                record.forget_state()
+        if result is not None and result.status == "failed":
+            raise PermanentFailureError(result.error or "The trainer failed without a reason.")
+        return record.persist(lambda: self._outcome(request, opened.run, result))
+
+    def _attempt(
+        self, request: AnyTrainingRequest, opened: Opened, work_dir: Path, record: TaskRecord, lock: int
+    ) -> TrainerResult:
+        """Train, and conclude the record of a job that is completed.
+
+        :raises TrainerError: if it failed, and another attempt may succeed.
+        """
+        if not opened.continues or run_of(work_dir) != opened.run.run_id:
             shutil.rmtree(work_dir, ignore_errors=True)
-        if result.status == "failed":
-            raise _PermanentFailureError(result.error or "The trainer failed without a reason.")
-        return self._outcome(request, opened.run, result)
+        work_dir.mkdir(exist_ok=True, mode=0o700)
+        spec = record.persist(lambda: self._write_spec(request, opened.run, work_dir, record))
+        result = self._train(spec, record, lock)
+        if result.status == "failed" and not result.permanent:
+            raise TrainerError(result.error or "The trainer failed without a reason.")
+        if result.status == "completed":
+            record.conclude("FINISHED")
+        return result
 
     def _outcome(
         self, request: AnyTrainingRequest, run: JobRun, result: TrainerResult | None = None
@@ -262,6 +274,11 @@ class PreferenceOptimizeOperator(TrainingOperator):
         if isinstance(request, PostTrainingRLHFRequest):
             request = request.model_dump(mode="json", exclude_unset=True)
         return cls(request=request, **operator_kwargs)
+
+
+def _was_there(error: InvalidRequestError) -> bool:
+    """Whether all that is wrong is that something is not found, which was there when the job was accepted."""
+    return all(detail["type"] == "not_found" for detail in error.errors)
 
 
 def _bind_to_supervisor() -> None:

@@ -78,9 +78,7 @@ def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level := [inner for inner in level if isinstance(inner, dict | list)]:
         depth += 1
-        level = [
-            inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
     return depth
 
 

@@ -25,6 +25,9 @@ from post_training.schemas.rules import RULES, check
 from post_training.schemas.training import NULL_IS_SAID, LoggerConfig, RuntimeConfig, TrainingConfig
 
 MAX_JOB_UUID_LENGTH = 200
+MAX_MESSAGE_LENGTH = 400
+"""Characters of pydantic's message: that of a union's tag quotes the whole value."""
+
 _JOB_UUID = re.compile(r"[A-Za-z0-9_.~:+-]+")
 _RESERVED_PREFIXES = ("scheduled__", "backfill__", "asset_triggered__")
 
@@ -233,7 +236,11 @@ def error_details(errors: Iterable[Mapping[str, Any]]) -> list[ErrorDetail]:
     :param errors: of ``ValidationError.errors()``, or of FastAPI's own error, whose paths start at ``body``.
     """
     return [
-        {"loc": _field_path(e["loc"]), "msg": e["msg"] + _offending_value(e), "type": e["type"]}
+        {
+            "loc": _field_path(e["loc"]),
+            "msg": e["msg"][:MAX_MESSAGE_LENGTH] + _offending_value(e),
+            "type": e["type"],
+        }
         for e in errors
     ]
 

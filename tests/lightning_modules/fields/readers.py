@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from lightning_modules.attempts import REFERENCES_FILE
 from lightning_modules.module import STATE_KEY
-from lightning_modules.tables import read_table
 from post_training.job_ids import TaskKey
 from post_training.record import new_run
 from post_training.schemas.record import TAG_JOB_UUID, TAG_WARNING
 from post_training.schemas.training import RESERVED_TAG_PREFIXES
 from tests.lightning_modules.fields.bench import Trial
+from tests.lightning_modules.recorded import read_table
 from tests.lightning_modules.test_preference import answer_log_prob
 
 QUESTION_NUMBER = re.compile(r"(\d+)\?")

@@ -23,7 +23,9 @@ MAX_METRICS_PER_REQUEST = 1000
 MAX_DIGEST_CHARACTERS = 36
 MAX_DATASET_NAME_CHARACTERS = 500
 # A proxy without a server behind it answers 404 too; that is ENDPOINT_NOT_FOUND, and not final.
-REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
+# BAD_REQUEST is not: MLflow says it too where two calls write the same point in the same moment.
+UNKNOWN_RUN = "RESOURCE_DOES_NOT_EXIST"
+REFUSALS = ("INVALID_PARAMETER_VALUE", UNKNOWN_RUN)
 
 
 class MLflowDelivery:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlflow.exceptions import MlflowException
 
-from lightning_modules.delivery import REFUSALS
+from lightning_modules.delivery import UNKNOWN_RUN
 from lightning_modules.fencing import RunFence
 from lightning_modules.logged_models import LoggedModels, Point
 from lightning_modules.sender import RefusedError
@@ -58,7 +58,7 @@ class UploadDelivery:
         """Send events of one kind.
 
         :raises SupersededError: if a newer attempt has taken over.
-        :raises RefusedError: if MLflow calls one invalid, or the run unknown; ``settled`` finds it missing.
+        :raises RefusedError: if the run is unknown to MLflow; ``settled`` finds what is missing.
         :raises Exception: whatever a later try may overcome.
         """
         for event in events:
@@ -66,7 +66,7 @@ class UploadDelivery:
                 self._fence.check(now=True)
                 self._senders[kind](event)
             except MlflowException as error:
-                if error.error_code in REFUSALS:
+                if error.error_code == UNKNOWN_RUN:
                     raise RefusedError(str(error)) from error
                 raise
 

@@ -35,8 +35,8 @@ _EXPERIMENT_KIND = "mlflow.experimentKind"
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
-_REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST"})
-"""MLflow's words for what asking again would not change."""
+_REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "INVALID_STATE"})
+"""MLflow's words for what asking again would not change; BAD_REQUEST is also said of its database."""
 
 CLIENT_SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

@@ -242,7 +242,7 @@ def test_after_an_outage_that_is_too_long_another_attempt_uploads_and_does_not_t
     assert "torch was imported" in finish(process, code=1)
     failed = result_of(spec)
     assert failed.error is not None
-    assert "did not take its checkpoints in 2 s" in failed.error
+    assert "did not take its record in 2 s" in failed.error
     assert (failed.status, failed.permanent) == ("failed", False)
 
     server.start()

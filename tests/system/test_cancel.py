@@ -15,7 +15,7 @@ from tests.system.conftest import Deployment, trainers_of
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 DAG = "/api/v2/dags/supervised_fine_tune"
-GONE_SECONDS = 100.0
+GONE_SECONDS = 30.0
 """After a cancel a job's processes are gone by then; it takes Airflow about ten on an idle machine."""
 
 

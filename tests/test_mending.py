@@ -71,6 +71,13 @@ def test_a_task_that_was_stopped_in_airflow_is_a_cancelled_job_at_once() -> None
     assert job.status == "KILLED"
 
 
+def test_a_task_that_was_skipped_before_it_began_is_a_cancelled_job_at_once() -> None:
+    job = Job("skipped", "SCHEDULED")
+    job.runs.tasks["job-1"] = replace(job.runs.tasks["job-1"], ended_at=datetime.now(UTC))
+    assert job.mended() is JobStatus.cancelled
+    assert job.status == "KILLED"
+
+
 def test_the_task_of_a_cancelled_job_is_stopped() -> None:
     job = Job("running", "KILLED", **{"post_training.cancelled_attempt": "attempt-1"})
     assert job.mended() is JobStatus.cancelled

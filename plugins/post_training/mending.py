@@ -57,7 +57,8 @@ class Mender:
             return Verdict(OF_MLFLOW[run.status])
         evidence = self.evidence(task, run)
         verdict = reconcile(evidence)
-        if verdict.mend is not None and task is not None and not evidence.cancelled and _ended_just_now(task):
+        cancelled = verdict.status is JobStatus.cancelled  # whatever its process may still write
+        if verdict.mend is not None and task is not None and not cancelled and _ended_just_now(task):
             return Verdict(JobStatus.in_progress)
         if verdict.mend is not None and run is not None:
             self._mend(task, run, verdict)

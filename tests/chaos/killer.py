@@ -38,8 +38,10 @@ class Done:
 
 @dataclass
 class Killer:
-    """Strikes one after another until all are done or ``halt`` is called.
+    """Strikes one after another until enough are done or ``halt`` is called.
 
+    :param choices: more than are wanted: some find nothing to strike.
+    :param wanted: number of strikes.
     :param done: the strikes so far.
     :param recoveries: seconds from strike to recovery, by name; an outage counts with its own length.
     :param finished: whether there will be no further strike.
@@ -47,6 +49,7 @@ class Killer:
 
     servers: Standalone
     choices: Sequence[Choice]
+    wanted: int
     console: Console
     done: list[Done] = field(default_factory=list)
     recoveries: dict[str, list[float]] = field(default_factory=dict)
@@ -60,7 +63,7 @@ class Killer:
         """Strike, then bring everything back."""
         try:
             for choice in self.choices:
-                if not self._strike(choice):
+                if len(self.done) == self.wanted or not self._strike(choice):
                     break
         finally:
             self.finished = True

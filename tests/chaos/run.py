@@ -117,8 +117,8 @@ def run(options: Options, home: Path, console: Console) -> Outcome:
         with console.status("Training each kind of job undisturbed"):
             references = train_references(client, records, workload)
         rng = random.Random(f"strikes {options.seed}")
-        choices = draw(rng, options.kills, every=options.every, names=options.only)
-        killer = Killer(servers, choices, console)
+        choices = draw(rng, 2 * options.kills, every=options.every, names=options.only)
+        killer = Killer(servers, choices, options.kills, console)
         ends = disturb(client, killer, workload, options)
         servers.wait_until_ready()
         sleep(SETTLE_SECONDS)

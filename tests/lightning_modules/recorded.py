@@ -72,8 +72,9 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> None:
 
 
 def read_table(work_dir: Path, name: str) -> list[list[Any]]:
-    """The rows of a table that a job has in its folder."""
-    rows: list[list[Any]] = json.loads((work_dir / "tables" / name).read_text())["data"]
+    """The rows of a table that a job has in its folder; none where it has made none."""
+    file = work_dir / "tables" / name
+    rows: list[list[Any]] = json.loads(file.read_text())["data"] if file.exists() else []
     return rows
 
 

@@ -176,14 +176,17 @@ def test_a_result_says_whose_it_is(make_spec: Any) -> None:
 
 
 def test_what_is_trained_is_not_trained_again(
-    make_spec: Any, read_metrics: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    make_spec: Any, read_metrics: Callable[..., Any], rows_file: Path, tmp_path: Path
 ) -> None:
-    spec = make_spec(training={"n_epochs": 2})
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(rows_file, rows)
+    spec = make_spec(training={"n_epochs": 2}, train_data=str(rows))
     assert main([str(write(spec))]) == 0
     first, losses = result_of(spec), read_metrics(spec.work_dir, "train_loss")
     assert (spec.work_dir / TRAINED_FILE).exists()
     shutil.rmtree(spec.work_dir / "resume")  # the training would begin anew
-    again = spec.model_copy(update={"attempt": 2, "train_data": "/no/rows.jsonl"})
+    rows.unlink()
+    again = spec.model_copy(update={"attempt": 2})
     assert main([str(write(again))]) == 0
     assert result_of(again) == first
     assert read_metrics(spec.work_dir, "train_loss") == losses

@@ -78,7 +78,7 @@ from airflow.dag_processing.dagbag import DagBag
 bag = DagBag({folder})
 print(json.dumps([sorted(bag.dags), bag.import_errors]))
 """
-DAGS = ["preference_optimize", "reconcile", "supervised_fine_tune"]
+SHIPPED_DAGS = ["preference_optimize", "reconcile", "supervised_fine_tune"]
 
 
 def test_installed_it_is_a_provider_with_its_plugin_and_connections(libraries: Path, installed: Path) -> None:
@@ -89,7 +89,7 @@ def test_installed_it_is_a_provider_with_its_plugin_and_connections(libraries: P
 
 def test_installed_the_dags_come_with_it(libraries: Path, installed: Path) -> None:
     program = DAGS.format(folder="__import__('post_training').__path__[0] + '/dags'")
-    assert json.loads(python(program, installed, libraries)) == [DAGS, {}]
+    assert json.loads(python(program, installed, libraries)) == [SHIPPED_DAGS, {}]
 
 
 def test_as_folders_it_needs_no_installation(libraries: Path) -> None:
@@ -100,7 +100,7 @@ def test_as_folders_it_needs_no_installation(libraries: Path) -> None:
         "from airflow.settings import prepare_syspath_for_config_and_plugins as prepare\n"
         f"prepare()\n{DAGS.format(folder=repr(str(ROOT / 'dags')))}"
     )
-    assert json.loads(python(program, libraries, plugins_folder=plugins)) == [DAGS, {}]
+    assert json.loads(python(program, libraries, plugins_folder=plugins)) == [SHIPPED_DAGS, {}]
 
 
 def test_both_ways_together_register_once(libraries: Path, installed: Path) -> None:

@@ -24,6 +24,7 @@ from time import monotonic, sleep
 import psutil  # type: ignore[import-untyped]
 
 from post_training.errors import SupersededError, TrainerError
+from post_training.processes import started_at
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ PATIENCE_SECONDS = 60.0
 """How long an attempt that was superseded may take to end; then its trainer is killed."""
 
 _POLL_SECONDS = 0.2
-_SAME_START_SECONDS = 2.0
 
 
 def claim(folder: Path, attempt_id: str) -> None:
@@ -110,7 +110,7 @@ def _kill_holder(folder: Path) -> None:
             logger.warning("an earlier attempt's trainer runs on %s and does not end", holder["host"])
             return
         process = psutil.Process(holder["pid"])
-        if abs(process.create_time() - holder["started"]) < _SAME_START_SECONDS:
+        if started_at(process, holder["started"]):
             logger.warning("killing the trainer of an earlier attempt, process %d", process.pid)
             process.kill()
 

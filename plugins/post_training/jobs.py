@@ -19,7 +19,8 @@ from post_training.errors import (
 )
 from post_training.job_ids import TaskKey, candidate_keys
 from post_training.keyed_locks import KeyedLocks
-from post_training.mending import Mender, failure
+from post_training.mending import Mender, Tasks, failure
+from post_training.reconcile import Evidence
 from post_training.record import new_run
 from post_training.schemas import record as names
 from post_training.schemas.flat import flatten
@@ -52,20 +53,14 @@ class Access(Protocol):
     def may_cancel(self, dag_id: str) -> bool: ...
 
 
-class Runs(Protocol):
+class Runs(Tasks, Protocol):
     """The jobs' tasks in Airflow; ``airflow_runs.AirflowRuns`` says what each method does."""
 
     def trigger(self, dag_id: str, run_id: str, conf: dict[str, Any], user_name: str | None) -> None: ...
 
-    def find(self, job_uuid: str) -> JobTask | None: ...
-
     def job_uuids(self, dag_ids: Collection[str]) -> list[str]: ...
 
     def dag_ids(self, *, prefix_of: str | None = None) -> set[str]: ...
-
-    def was_stopped(self, task: JobTask) -> bool: ...
-
-    def cancel(self, key: TaskKey, user_name: str) -> None: ...
 
 
 class JobService:
@@ -199,7 +194,7 @@ class JobService:
             raise ForbiddenError(f"{access.user_name} may not stop runs of the DAG {task.key.dag_id!r}")
         status = self._mender.mended(task, run).status
         ended = status.ended and status is not JobStatus.cancelled
-        if task is None or ended or not self._mender.evidence(task, run).task_lives:
+        if task is None or ended or not Evidence(None, task.state).task_lives:
             how = f": {status.value}" if status.ended else ""
             raise JobConflictError(f"job {job_uuid!r} has ended{how}")
         if run is not None:

@@ -84,7 +84,7 @@ def _members(*sessions: SessionRecord) -> set[psutil.Process]:
         try:
             leader = psutil.Process(session.pid)
             descendants = set(leader.children(recursive=True)) | {leader}
-            if abs(leader.create_time() - session.started) > _SAME_START_SECONDS:
+            if not started_at(leader, session.started):
                 continue  # the pid was given away, so nothing of the session can be left
             found |= descendants
             folders[session.pid] = None
@@ -97,6 +97,11 @@ def _members(*sessions: SessionRecord) -> set[psutil.Process]:
             if folder is None or _works_in(process, folder):
                 found.add(process)
     return _alive(found)
+
+
+def started_at(process: psutil.Process, started: float) -> bool:
+    """Whether this is the process that started then, and not a later one of its id."""
+    return abs(float(process.create_time()) - started) <= _SAME_START_SECONDS
 
 
 def _alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:

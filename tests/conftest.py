@@ -11,10 +11,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic, sleep
 
 import httpx
 import pytest
+
+from tests.waiting import wait_until
 
 # Airflow reads its home when it is first imported, so before any test module is.
 AIRFLOW_HOME = Path(tempfile.mkdtemp(prefix="airflow-tests-"))
@@ -61,11 +62,7 @@ class MLflowServer:
                 env=os.environ
                 | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )
-        deadline = monotonic() + timeout
-        while not self._answers():
-            assert self._process.poll() is None, (self.home / "server.log").read_text()
-            assert monotonic() < deadline, f"mlflow server did not answer in {timeout} s"
-            sleep(0.1)
+        wait_until(self._answers, timeout)
 
     def stop(self) -> None:
         """Kill it, and everything that it started."""
@@ -80,6 +77,8 @@ class MLflowServer:
         os.killpg(self._process.pid, number)
 
     def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, (self.home / "server.log").read_text()
         try:
             return httpx.get(f"{self.uri}/health", timeout=2).is_success
         except httpx.HTTPError:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic, sleep
 
 import httpx
 import psutil
@@ -19,6 +18,7 @@ import pytest
 from post_training.processes import SessionRecord, end_sessions, kill_leader, kill_session, session_alive
 from post_training.standalone import SERVERS_FILE, Standalone, main
 from post_training.standalone_layout import AIRFLOW_SERVERS, Layout, Ports, free_ports, server_environment
+from tests.waiting import wait_until
 
 TREE = """
 import subprocess, sys, time
@@ -145,7 +145,7 @@ def test_sigkill_strikes_the_leader_alone_or_its_whole_session(
     assert leader.wait(timeout=60) == -signal.SIGKILL
     assert not gone(in_session)
     kill_session(session)
-    wait_for(lambda: gone(in_session))
+    wait_until(lambda: gone(in_session))
 
 
 def test_several_sessions_end_at_the_same_time(tmp_path: Path) -> None:
@@ -230,15 +230,15 @@ def test_both_servers_start_run_a_dag_and_leave_nothing(tmp_path: Path) -> None:
         runs = f"{servers.airflow_url}/api/v2/dags/endless/dagRuns"
         codes = {user: trigger(runs, found.token(user)) for user in ("eve", "bob", "admin")}
         assert codes == {"eve": 403, "bob": 200, "admin": 200}
-        wait_for(lambda: any(p.name() == "sleep" for p in processes_in(home)))
+        wait_until(lambda: any(p.name() == "sleep" for p in processes_in(home)))
         token = found.token()
         for name in AIRFLOW_SERVERS:
             found.kill_server(name)
         found.kill_server("mlflow", session=True)
-        wait_for(lambda: not reachable(servers.airflow_url) and not reachable(servers.mlflow_url))
+        wait_until(lambda: not reachable(servers.airflow_url) and not reachable(servers.mlflow_url))
         for name in ("mlflow", "api-server"):
             found.start_server(name)
-        wait_for(lambda: reachable(servers.airflow_url) and reachable(servers.mlflow_url))
+        wait_until(lambda: reachable(servers.airflow_url) and reachable(servers.mlflow_url))
         assert trigger(runs, token) == 200  # the keys are still the same
         assert any(p.name() == "sleep" for p in processes_in(home))
         servers.stop()  # those that ``found`` started too
@@ -258,11 +258,3 @@ def reachable(url: str) -> bool:
         return httpx.get(url, timeout=5).status_code < 500
     except httpx.HTTPError:
         return False
-
-
-def wait_for(condition: object, timeout: float = 60.0) -> None:
-    assert callable(condition)
-    deadline = monotonic() + timeout
-    while not condition():
-        assert monotonic() < deadline
-        sleep(0.1)

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from time import monotonic, sleep
 from typing import Any
 
 import httpx
@@ -26,6 +25,7 @@ from post_training.schemas.jobs import JobStatus
 from tests.api.conftest import LIMIT, PREFIXES, Deployment
 from tests.fakes import task
 from tests.sse import Event, events
+from tests.waiting import wait_until
 
 KEY = TaskKey("supervised_fine_tune", "job-1", "train")
 PATHS = [
@@ -73,10 +73,7 @@ class Server:
 
     def __enter__(self) -> Server:
         self._thread.start()
-        deadline = monotonic() + 30
-        while not self._server.started:
-            assert monotonic() < deadline
-            sleep(0.01)
+        wait_until(lambda: self._server.started)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from time import monotonic, sleep
 from typing import Any
 
 import fastapi.routing
@@ -25,6 +24,7 @@ from post_training.schemas.base import load_json
 from tests.api.conftest import Deployment
 from tests.api.server import PATHS, Server
 from tests.fakes import FakeAccess
+from tests.waiting import wait_until
 
 CLIENTS = 45
 """More than the server's shared pool has threads."""
@@ -62,13 +62,6 @@ def hung(deployment: Deployment) -> Iterator[Hung]:
     hung = Hung(deployment)
     yield hung
     hung.released.set()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = monotonic() + 30
-    while not condition():
-        assert monotonic() < deadline
-        sleep(0.01)
 
 
 SOME_PATHS = pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import fastapi.routing
@@ -19,6 +19,7 @@ from tests.api.conftest import Deployment
 from tests.api.server import KEY, PATHS, QUICK, STREAM, Server, set_task
 from tests.fakes import FakeAccess, FakeRuns, task
 from tests.sse import lines_of
+from tests.waiting import wait_until
 
 
 def end(deployment: Any, attempt: int = 1) -> None:
@@ -59,10 +60,8 @@ class Looks:
 
     def wait_for(self, more: int, job_uuid: str = "job-1") -> None:
         """Wait for so many more; one step of a follower makes at most two."""
-        before, deadline = self.seen.count(job_uuid), monotonic() + 60
-        while self.seen.count(job_uuid) < before + more:
-            assert monotonic() < deadline
-            sleep(0.01)
+        wanted = self.seen.count(job_uuid) + more
+        wait_until(lambda: self.seen.count(job_uuid) >= wanted)
 
 
 @pytest.fixture
@@ -73,16 +72,18 @@ def looks(server: Server, monkeypatch: pytest.MonkeyPatch) -> Looks:
 @contextmanager
 def once_admitted(server: Server, path: str) -> Iterator[None]:
     """Follow a log as soon as there is room."""
-    deadline = monotonic() + 60
-    with server.http() as http:
-        while True:
-            with http.stream("GET", path, headers=STREAM) as answer:
-                if answer.status_code == 200:
-                    yield
-                    return
-                assert answer.status_code == 503
-            assert monotonic() < deadline
-            sleep(0.05)
+    with server.http() as http, ExitStack() as stack:
+
+        def admitted() -> bool:
+            with ExitStack() as attempt:
+                answer = attempt.enter_context(http.stream("GET", path, headers=STREAM))
+                assert answer.status_code in (200, 503)
+                if answer.is_success:
+                    stack.push(attempt.pop_all())
+            return answer.is_success
+
+        wait_until(admitted)
+        yield
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -236,12 +237,13 @@ def test_a_client_that_does_not_read_loses_its_place(job: Deployment) -> None:
         deaf.sendall("\r\n".join([*lines, f"Accept: {STREAM['Accept']}", "", ""]).encode())
         assert deaf.recv(15) == b"HTTP/1.1 200 OK"
         answers = []
-        deadline = monotonic() + 60
-        while answers[-1:] != [200]:
-            assert monotonic() < deadline
+
+        def admitted() -> bool:
             with http.stream("GET", PATHS[0], headers=STREAM) as answer:
                 answers.append(answer.status_code)
-            sleep(0.1)
+            return answer.is_success
+
+        wait_until(admitted)
         assert answers[0] == 503
 
 

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 
 import psutil
 import pytest
 
 from post_training.launch.process import TrainerProcess
+from tests.waiting import wait_until
 
 DEADLINE = 20.0
 
@@ -27,10 +28,7 @@ def gone(pid: int) -> bool:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = monotonic() + DEADLINE
-    while not gone(pid):
-        assert monotonic() < deadline, f"process {pid} lives on"
-        sleep(0.02)
+    wait_until(lambda: gone(pid), DEADLINE)
 
 
 def test_output_is_read_and_kept(tmp_path: Path) -> None:
@@ -100,6 +98,7 @@ def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 from post_training.launch.process import TrainerProcess
+from tests.waiting import wait_until
 wait = "import threading; print('ready'); threading.Event().wait()"
 command = [sys.executable, "-u", "-c", wait]
 process = TrainerProcess(command, dict(os.environ), Path({str(tmp_path)!r}) / "log")

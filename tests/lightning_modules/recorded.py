@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 from mlflow import MlflowClient
@@ -58,17 +56,6 @@ def state_files(client: MlflowClient, run_id: str) -> list[str]:
     """The names of the files beside the announced state, itself included."""
     paths = [file.path for file in client.list_artifacts(run_id, ARTIFACT_RESUME)]
     return sorted(path.rpartition("/")[2] for path in paths)
-
-
-def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> None:
-    """Ask until it holds.
-
-    :param timeout: seconds after which the test fails.
-    """
-    deadline = monotonic() + timeout
-    while not condition():
-        assert monotonic() < deadline
-        sleep(0.05)
 
 
 def read_table(work_dir: Path, name: str) -> list[list[Any]]:

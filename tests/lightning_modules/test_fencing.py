@@ -20,8 +20,8 @@ from tests.lightning_modules.recorded import (
     points,
     state_files,
     stored_state,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import MLflowServer

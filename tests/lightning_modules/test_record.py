@@ -36,8 +36,8 @@ from tests.lightning_modules.recorded import (
     points,
     read_table,
     retried,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import MLflowServer

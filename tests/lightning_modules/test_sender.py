@@ -13,7 +13,7 @@ import pytest
 from lightning_modules.sender import Deliver, RefusedError, Sender
 from lightning_modules.spool import Event, Spool
 from post_training.errors import SupersededError
-from tests.lightning_modules.recorded import wait_until
+from tests.waiting import wait_until
 
 
 class Receiver:

@@ -16,7 +16,8 @@ from lightning_modules.stored_state import StateStore, sha256_of
 from post_training.errors import RecordUnavailableError
 from post_training.schemas.record import TAG_RESUME_STATE
 from post_training.schemas.trainer import StoredState, TrainerSpec
-from tests.lightning_modules.recorded import begun, points, retried, state_files, stored_state, wait_until
+from tests.lightning_modules.recorded import begun, points, retried, state_files, stored_state
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import MLflowServer

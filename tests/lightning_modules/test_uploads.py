@@ -18,7 +18,8 @@ from lightning_modules.uploads import checkpoint_event
 from post_training.errors import RecordUnavailableError
 from post_training.schemas.jobs import PostTrainingMetric
 from post_training.schemas.trainer import TrainerSpec
-from tests.lightning_modules.recorded import EPOCH_0, begun, models, of_epoch, points, retried, wait_until
+from tests.lightning_modules.recorded import EPOCH_0, begun, models, of_epoch, points, retried
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import MLflowServer

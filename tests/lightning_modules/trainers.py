@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerResult, TrainerSpec
-from tests.lightning_modules.recorded import wait_until
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120

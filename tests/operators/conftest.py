@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +20,7 @@ from post_training.jobs import JobService
 from post_training.logs import LogService
 from tests.fakes import FakeAccess, FakeDatasetRecords, FakeRuns, FakeTracking
 from tests.test_jobs import Accepting
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.operators.workplace import Workplace
@@ -66,10 +66,7 @@ class ApiServer:
 
     def start(self) -> None:
         self._thread.start()
-        deadline = monotonic() + 30
-        while not self._server.started:
-            assert monotonic() < deadline
-            sleep(0.01)
+        wait_until(lambda: self._server.started)
 
     def stop(self) -> None:
         self._server.should_exit = True

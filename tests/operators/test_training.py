@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import pytest
@@ -28,16 +28,14 @@ from post_training.schemas.trainer import TrainerSpec
 from tests.operators.conftest import connect
 from tests.operators.workplace import KEY, RESULT, Workplace, attempt_id
 from tests.requests_of import QAT, sft_body
+from tests.waiting import wait_until
 
 FSDP = sft_body(training_config__efficiency_config={"fsdp_cpu_offload": True})["training_config"]
 
 
 def appears(file: Path) -> bool:
-    """Wait for a file; say whether it came."""
-    deadline = monotonic() + 60
-    while not file.exists() and monotonic() < deadline:
-        sleep(0.01)
-    return file.exists()
+    """Wait for a file."""
+    return wait_until(file.exists)
 
 
 def test_a_job_is_trained_and_recorded(workplace: Workplace) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import httpx
@@ -19,6 +18,7 @@ from mlflow.entities import Run
 
 from post_training.standalone import DAG_IDS, Standalone
 from tests.tiny_model import write_tiny_model
+from tests.waiting import wait_until
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -86,14 +86,16 @@ class Deployment:
 
     def wait(self, job_uuid: str, *statuses: str) -> Any:
         """Return the job's status once it is one of these, by default any that ends."""
-        client, deadline = self.client(), monotonic() + JOB_SECONDS
-        while True:
+        client = self.client()
+
+        def reached() -> Any:
             status = client.post_training.job.status(job_uuid=job_uuid)
             if status.status in (statuses or ENDED):
                 return status
             assert status.status not in ENDED, status
-            assert monotonic() < deadline, status
-            sleep(0.3)
+            return None
+
+        return wait_until(reached, JOB_SECONDS)
 
 
 def trainers_of(job_uuid: str) -> list[psutil.Process]:
@@ -106,10 +108,11 @@ def trainers_of(job_uuid: str) -> list[psutil.Process]:
     ]
 
 
-@pytest.fixture(scope="session")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Airflow and MLflow with our DAGs, and one DAG of a user's."""
-    home = tmp_path_factory.mktemp("servers")
+def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment:
+    """Lay out a deployment whose servers do not run yet: our DAGs and one of a user's, a model, data.
+
+    :param extra_env: see ``Standalone``.
+    """
     shutil.copytree(ROOT / "dags", home / "dags")
     shutil.copy(HERE / "stage_dag.py.txt", home / "dags" / "stage.py")
     data = home / "data"
@@ -129,6 +132,14 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         allowed_roots=[data],
         dag_ids=(*DAG_IDS, "stage"),
         users="admin:admin,viewer:viewer,user:user",
+        extra_env=extra_env,
     )
-    with servers:
-        yield Deployment(servers, model, data)
+    return Deployment(servers, model, data)
+
+
+@pytest.fixture(scope="session")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Airflow and MLflow, running."""
+    deployment = deploy(tmp_path_factory.mktemp("servers"))
+    with deployment.servers:
+        yield deployment

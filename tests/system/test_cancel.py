@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from time import monotonic, sleep
-from typing import Any
-
 import llama_stack_client
 import psutil
 import pytest
 
 from tests.system.conftest import Deployment, trainers_of
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -38,13 +35,6 @@ def metrics_of(deployment: Deployment, job_uuid: str) -> dict[str, float]:
 def status_in_mlflow(deployment: Deployment, job_uuid: str) -> str:
     (run,) = deployment.runs_of(job_uuid)
     return str(run.info.status)
-
-
-def wait_until(condition: Callable[[], Any], seconds: float) -> None:
-    deadline = monotonic() + seconds
-    while not condition():
-        assert monotonic() < deadline
-        sleep(0.1)
 
 
 def is_gone(process: psutil.Process) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from time import monotonic, sleep
 from typing import Any
 
 import psutil
@@ -10,6 +9,7 @@ import pytest
 
 from tests.sse import events, lines_of
 from tests.system.conftest import Deployment, trainers_of
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -19,11 +19,7 @@ STREAM = {"Accept": "text/event-stream"}
 
 def the_trainer_of(job_uuid: str) -> psutil.Process:
     """Wait for a job's trainer process."""
-    deadline = monotonic() + 120
-    while not (found := trainers_of(job_uuid)):
-        assert monotonic() < deadline
-        sleep(0.1)
-    return found[0]
+    return wait_until(lambda: trainers_of(job_uuid), 120)[0]
 
 
 def test_a_job_is_followed_over_a_killed_trainer_to_its_end(deployment: Deployment) -> None:

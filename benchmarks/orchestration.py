@@ -1,6 +1,6 @@
-"""What the orchestration costs: import, submit, first step, list and status.
+"""What the orchestration costs: import, submit, first step, cancel, list and status.
 
-``python -m benchmarks.orchestration`` starts both servers in a temporary folder, runs one job on a tiny model
+``python -m benchmarks.orchestration`` starts both servers in a temporary folder, runs jobs on a tiny model
 and fills Airflow and MLflow with jobs. Prints a table; ``--json FILE`` keeps the figures.
 """
 
@@ -19,6 +19,7 @@ from time import perf_counter, sleep, time
 from typing import Any
 
 import httpx
+import psutil
 from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Column, Table
@@ -47,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration", description=__doc__)
     parser.add_argument("--jobs", type=int, default=1000, help="jobs to fill the servers with")
     parser.add_argument("--calls", type=int, default=50, help="calls behind each median")
+    parser.add_argument("--cancels", type=int, default=5, help="running jobs to cancel, one by one")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     figures: dict[str, Any] = import_cost()
@@ -59,6 +61,7 @@ def main() -> None:
         home = Path(folder) / "home"
         with Standalone(home, dags_folder=ROOT / "dags", allowed_roots=[data]) as servers:
             figures |= first_step(servers, model, data)
+            figures |= cancels(servers, model, data, options.cancels)
             figures |= with_many_jobs(servers, model, data, options.jobs, options.calls)
     report(figures)
     if options.json:
@@ -94,6 +97,34 @@ def first_step(servers: Standalone, model: Path, data: Path) -> dict[str, Any]:
     return {
         "POST to the task's start (s)": _seconds(started) - posted,
         "POST to the end of the first step (s)": step - posted,
+    }
+
+
+def cancels(servers: Standalone, model: Path, data: Path, count: int) -> dict[str, Any]:
+    """Return the seconds from a cancel to the end of the last process of the job, which is training."""
+    seconds = []
+    with client(servers) as http:
+        for number in range(count):
+            job_uuid = f"cancelled-{number}"
+            request = body(job_uuid, model, data)
+            request["training_config"] |= {"n_epochs": 100_000}
+            submit(http, request)
+            progress = servers.layout.home / f"jobs/jobs/supervised_fine_tune/{job_uuid}/train/metrics.jsonl"
+            while not (progress.exists() and "train_loss" in progress.read_text()):
+                sleep(0.1)
+            trainer = next(
+                process
+                for process in psutil.process_iter(["cmdline"])
+                if any(f"/{job_uuid}/train/spec.json" in part for part in process.info["cmdline"] or ())
+            )
+            processes = [trainer, *trainer.children(recursive=True), *trainer.parents()[:1]]
+            start = perf_counter()
+            http.post(f"{API}/jobs/{job_uuid}/cancel").raise_for_status()
+            psutil.wait_procs(processes)
+            seconds.append(perf_counter() - start)
+    return {
+        "cancel to the end of the job's processes, median (s)": statistics.median(seconds),
+        "cancel to the end of the job's processes, slowest (s)": max(seconds),
     }
 
 

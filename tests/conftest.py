@@ -32,6 +32,20 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(AIRFLOW_HOME, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what ``make test`` must leave to one of its workers: a file, and all that use the same servers.
+
+    The system tests come first: they take the longest.
+    """
+    for item in items:
+        system = item.get_closest_marker("system") is not None
+        shared = system and "deployment" in getattr(item, "fixturenames", ())
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("system" if shared else file))
+    items.sort(key=lambda item: item.get_closest_marker("system") is None)
+
+
 class MLflowServer:
     """An ``mlflow server`` on loopback, in a process group of its own."""
 

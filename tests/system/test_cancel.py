@@ -12,8 +12,8 @@ from tests.waiting import wait_until
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 DAG = "/api/v2/dags/supervised_fine_tune"
-GONE_SECONDS = 30.0
-"""After a cancel a job's processes are gone by then; it takes Airflow about ten on an idle machine."""
+GONE_SECONDS = 10.0
+"""After a cancel a job's processes are gone by then: the promise; about two on an idle machine."""
 
 
 def start_endless(deployment: Deployment, job_uuid: str) -> list[psutil.Process]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from lightning_modules.data.sources import DEFAULT_LIMITS, Limits, fetch, first_line, shown
+from lightning_modules.data.sources import DEFAULT_LIMITS, Limits, fetch, first_line, shown, too_large
 from post_training.data_uris import parse_data_uri
 from post_training.errors import DataError
 from post_training.uris import HUB_QUERY
@@ -61,7 +61,7 @@ def read_dataset(
     """
     read = READERS.get(urlsplit(source).scheme)
     try:
-        dataset = read(source) if read else _read_file(source, tracking_uri, roots, limits)
+        dataset = read(source, limits) if read else _read_file(source, tracking_uri, roots, limits)
     except DataError:
         raise
     except Exception as error:  # any file system's or parser's own error
@@ -90,7 +90,7 @@ def _kind_of_name(source: str) -> str:
     return kind
 
 
-def _read_data_uri(uri: str) -> RawDataset:
+def _read_data_uri(uri: str, _: Limits) -> RawDataset:
     """Read an RFC 2397 URI; its media type names the kind of file, jsonl where it names none of ours."""
     try:
         kind, content = parse_data_uri(uri)
@@ -99,17 +99,27 @@ def _read_data_uri(uri: str) -> RawDataset:
     return _parse(uri, content, kind)
 
 
-def _read_hub(source: str) -> RawDataset:
-    """Read a data set of the Hugging Face hub with the datasets library, which runs no code of theirs."""
-    from datasets import load_dataset  # noqa: PLC0415 - seconds, only hub data needs it
+def _read_hub(source: str, limits: Limits) -> RawDataset:
+    """Read a data set of the Hugging Face hub with the datasets library, which runs no code of theirs.
+
+    The library fetches the files of all splits of a configuration, and these together have the limit.
+    """
+    from datasets import load_dataset_builder  # noqa: PLC0415 - seconds, only hub data needs it
     from datasets.exceptions import DatasetGenerationError  # noqa: PLC0415
+    from huggingface_hub import HfFileSystem  # noqa: PLC0415
 
     name, query = _hub_address(source)
+    # By its bare name the library would prefer a folder in the working folder.
+    builder = load_dataset_builder(f"hf://datasets/{name}", query.get("name"))
+    hub = HfFileSystem()
+    files = [file for split in (builder.config.data_files or {}).values() for file in split]
+    if sum(hub.info(file)["size"] for file in files) > limits.max_bytes:
+        raise too_large(source, limits)
     try:
-        # By its bare name the library would prefer a folder in the working folder.
-        table = load_dataset(f"hf://datasets/{name}", query.get("name"), split=query.get("split", "train"))
+        builder.download_and_prepare()
     except DatasetGenerationError as error:  # which says no more than that there is a cause
         raise error.__cause__ or error from None
+    table = builder.as_dataset(query.get("split", "train"))
     digest = hashlib.sha256()
     for batch in table.with_format("arrow").iter(HUB_BATCH_ROWS):  # raw: a decoded image has no digest
         digest.update(json.dumps(batch.to_pylist(), sort_keys=True, default=str).encode())
@@ -206,7 +216,7 @@ def _number(values: Iterable[Any]) -> list[Row]:
     return [_as_row(number, value) for number, value in enumerate(values, start=1)]
 
 
-READERS: dict[str, Callable[[str], RawDataset]] = {
+READERS: dict[str, Callable[[str, Limits], RawDataset]] = {
     "data": _read_data_uri,
     "huggingface": _read_hub,
 }

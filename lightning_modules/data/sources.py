@@ -89,7 +89,8 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} …"
 
 
-def _too_large(source: str, limits: Limits) -> DataError:
+def too_large(source: str, limits: Limits) -> DataError:
+    """Return the error of what has more bytes than may be fetched."""
     return DataError(f"the data set {shown(source)} is larger than the limit of {limits.max_bytes} bytes")
 
 
@@ -103,7 +104,7 @@ def _read(source: str, stream: HTTPResponse | BinaryIO, limits: Limits) -> bytes
     while piece := stream.read(CHUNK_BYTES):
         content.write(piece)
         if content.tell() > limits.max_bytes:
-            raise _too_large(source, limits)
+            raise too_large(source, limits)
     return content.getvalue()
 
 
@@ -257,7 +258,7 @@ def _check_artifact(source: str, location: str, tracking_uri: str, limits: Limit
         if entry.is_dir:
             raise DataError(f"the data set {shown(source)} is a folder, not a file")
         if (entry.file_size or 0) > limits.max_bytes:
-            raise _too_large(source, limits)
+            raise too_large(source, limits)
 
 
 FETCHERS: dict[str, Callable[[str, Limits], bytes]] = {

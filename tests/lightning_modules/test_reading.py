@@ -174,12 +174,16 @@ configs:
   data_files: other.jsonl
 - config_name: broken
   data_files: broken.jsonl
+- config_name: large
+  data_files: [large-0.jsonl, large-1.jsonl]
 ---
 """,
     "rows.jsonl": JSONL,
     "more.jsonl": JSONL * 2,
     "other.jsonl": b'{"question": "alone"}\n{"answer": "as well"}\n',
     "broken.jsonl": b'{"question": ',
+    "large-0.jsonl": JSONL + b" " * (600 - len(JSONL)),
+    "large-1.jsonl": JSONL + b" " * (401 - len(JSONL)),
 }
 COMMIT = "0" * 40
 
@@ -237,10 +241,12 @@ def hub() -> Iterator[str]:
 READ_ALL = """
 import json, sys
 from lightning_modules.data.reading import read_dataset
+from lightning_modules.data.sources import Limits
 from post_training.errors import DataError
-for source in sys.argv[1:]:
+limits = Limits(max_bytes=int(sys.argv[1]))
+for source in sys.argv[2:]:
     try:
-        dataset = read_dataset("huggingface://datasets/" + source)
+        dataset = read_dataset("huggingface://datasets/" + source, limits=limits)
         print(json.dumps([dataset.digest, [row.value for row in dataset.rows]]))
     except DataError as error:
         print(json.dumps(str(error)))
@@ -254,6 +260,7 @@ def test_hub_data_sets(hub: str, tmp_path: Path) -> None:
     (shadow / "train.jsonl").write_text('{"question": "of the working folder"}')
     read = ["", "?split=test", "?split=train[1:]&name=default", "?name=other"]
     refused = {
+        "?name=large": "is larger than the limit of 1000 bytes",
         "?split=none": "Unknown split 'none'",
         "?name=none": "'none' not found",
         "?name=broken": "JSON",
@@ -261,7 +268,7 @@ def test_hub_data_sets(hub: str, tmp_path: Path) -> None:
     addresses = [*(f"org/name{query}" for query in (*read, *refused)), "org/gone"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TQDM_DISABLE": "1"}
     environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-c", READ_ALL, *addresses]
+    command = [sys.executable, "-c", READ_ALL, "1000", *addresses]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
@@ -270,7 +277,7 @@ def test_hub_data_sets(hub: str, tmp_path: Path) -> None:
     assert len(set(digests)) == 4
     assert digests[0] == hashlib.sha256(json.dumps(ROWS, sort_keys=True).encode()).hexdigest()
     for sentence, reason in zip(answers[len(read) :], [*refused.values(), "'org/gone'"], strict=True):
-        assert sentence.startswith("cannot read the data set huggingface://datasets/org/")
+        assert "the data set huggingface://datasets/org/" in sentence
         assert reason in sentence.replace('"', "'")
 
 

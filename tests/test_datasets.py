@@ -11,8 +11,9 @@ import pytest
 from post_training.datasets import Resolver
 from post_training.errors import InvalidRequestError
 from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
+from post_training.schemas.rlhf import read_request
 from post_training.settings import Settings
-from tests.requests_of import dpo_body, sft_body
+from tests.requests_of import dpo_body, rlhf_body, sft_body
 
 FIELD = "training_config.data_config.dataset_id"
 RUN_ID, MODEL_ID = "0a" * 16, "m-" + "1b" * 16
@@ -374,6 +375,24 @@ def test_check_looks_at_everything(resolver: Resolver) -> None:
     ):
         with pytest.raises(InvalidRequestError):
             resolver.check(request(**changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("dataset_id", {"dataset_id": "no.jsonl"}),
+        ("validation_dataset_id", {"validation_dataset_id": "no.jsonl"}),
+        ("finetuned_model.uri", {"finetuned_model__uri": "./no"}),
+    ],
+)
+def test_the_long_form_is_refused_by_its_own_fields(
+    resolver: Resolver, field: str, change: dict[str, Any]
+) -> None:
+    good = {"finetuned_model__uri": "org/name", "dataset_id": "train.jsonl"}
+    good |= {"validation_dataset_id": "train.jsonl"}
+    resolver.check(read_request("preference_optimize", rlhf_body(**good)))
+    with pytest.raises(InvalidRequestError, match=f"^{field}: no such file"):
+        resolver.check(read_request("preference_optimize", rlhf_body(**(good | change))))
 
 
 def request(**changes: Any) -> SupervisedFineTuneRequest:

@@ -38,6 +38,8 @@ MODEL_SUFFIXES = (".gguf",)
 MODEL_FILES = ("config.json", "adapter_config.json")
 """A folder is a model's or an adapter's if it holds one of them."""
 
+DATA = "training_config.data_config"
+
 PINNED = {names.TAG_TRAIN_DATA: "dataset_id", names.TAG_VALIDATION_DATA: "validation_dataset_id"}
 """Tag of a run -> field of data_config whose version it holds."""
 
@@ -93,7 +95,7 @@ class Resolver:
         """Return the training data's path or URI."""
         data = request.training_config.data_config
         assert data is not None, "a validated request has data_config"  # noqa: S101
-        return self.dataset("training_config.data_config.dataset_id", data.dataset_id)
+        return self.dataset(request.place_of(f"{DATA}.dataset_id"), data.dataset_id)
 
     def validation_data(self, request: AnyTrainingRequest) -> str | None:
         """Return the validation data's path or URI, None where the request names none."""
@@ -101,7 +103,7 @@ class Resolver:
         assert data is not None, "a validated request has data_config"  # noqa: S101
         if data.validation_dataset_id is None:
             return None
-        return self.dataset("training_config.data_config.validation_dataset_id", data.validation_dataset_id)
+        return self.dataset(request.place_of(f"{DATA}.validation_dataset_id"), data.validation_dataset_id)
 
     def pins(self, request: AnyTrainingRequest) -> dict[str, str]:
         """Return the versions that a job reads from here on, as tags of its run: of data sets whose rows are
@@ -116,7 +118,7 @@ class Resolver:
         for tag, field in PINNED.items():
             name = getattr(data, field)
             if name is not None and not _SCHEME.match(name) and parse_reference(name) is not None:
-                uri = self.dataset(f"training_config.data_config.{field}", name)
+                uri = self.dataset(request.place_of(f"{DATA}.{field}"), name)
                 pinned |= {tag: uri} if uri.startswith(PINNED_SCHEME) else {}
         return pinned
 
@@ -167,7 +169,7 @@ class Resolver:
         """
         supervised = isinstance(request, SupervisedFineTuneRequest)
         field = "model" if supervised else "finetuned_model"
-        name = getattr(request, field) or self._settings.default_model
+        name, field = getattr(request, field) or self._settings.default_model, request.place_of(field)
         if name is None:
             raise InvalidRequestError.of(
                 field, "is required: the deployment has no [post_training] default_model", "missing"

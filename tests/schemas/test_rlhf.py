@@ -49,7 +49,7 @@ def broken(body: dict[str, Any]) -> dict[str, str]:
 
 def test_both_forms_are_one_request() -> None:
     short, long = read(SHORT), read(rlhf_body())
-    assert long == short
+    assert dict(long) == dict(short)
     assert long.payload_hash() == short.payload_hash()
     assert flatten(long) == flatten(short)
 
@@ -64,9 +64,8 @@ def test_runtime_is_taken_over_as_it_was_set(runtime: Any) -> None:
 def test_what_the_long_form_makes_is_valid_by_itself() -> None:
     request = PostTrainingRLHFRequest.model_validate(rlhf_body(runtime={"adapter": LORA}))
     short = request.to_preference_optimize()
-    assert (
-        PreferenceOptimizeRequest.model_validate(short.model_dump(mode="json", exclude_unset=True)) == short
-    )
+    again = PreferenceOptimizeRequest.model_validate(short.model_dump(mode="json", exclude_unset=True))
+    assert (dict(again), again.model_fields_set) == (dict(short), short.model_fields_set)
 
 
 def test_configs_may_be_json_strings() -> None:

@@ -12,6 +12,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PrivateAttr,
     ValidationInfo,
     WithJsonSchema,
     model_validator,
@@ -165,6 +166,8 @@ class TrainingRequest(JobRequest):
     method: ClassVar[Literal["supervised_fine_tune", "preference_optimize"]]
     """Name of the method, of its DAG and of its trainer."""
 
+    _places: Mapping[str, str] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="after")
     def _fits_together(self) -> TrainingRequest:
         check(self, RULES[self.method])
@@ -174,6 +177,10 @@ class TrainingRequest(JobRequest):
     def adapters(self) -> LoraFinetuningConfig | None:
         """The adapters that the job trains; None where it trains every weight."""
         return self.runtime.adapter if self.runtime is not None else None
+
+    def place_of(self, field: str) -> str:
+        """Return where the caller's body has a field, given by its dotted path in this form of it."""
+        return self._places.get(field, field)
 
     def payload_hash(self) -> str:
         """SHA-256 of the request's canonical JSON, defaults filled in, as hexadecimal digits."""

@@ -21,6 +21,13 @@ from post_training.schemas.requests import (
 from post_training.schemas.rules import RULES, Broken, check
 from post_training.schemas.training import DATA_DEFAULTS, DataConfig, OptimizerConfig
 
+PLACES = {
+    "finetuned_model": "finetuned_model.uri",
+    "training_config.data_config.dataset_id": "dataset_id",
+    "training_config.data_config.validation_dataset_id": "validation_dataset_id",
+}
+"""Field of the short form -> where the long form has it, of those that can be refused after the schema."""
+
 
 class URL(StrictModel):
     """A model's address."""
@@ -62,7 +69,7 @@ class PostTrainingRLHFRequest(JobRequest):
             }
         )
         # Every part is valid, and so is the whole: _fits_together has asked the short form's rules.
-        return PreferenceOptimizeRequest.model_construct(
+        request = PreferenceOptimizeRequest.model_construct(
             job_uuid=self.job_uuid,
             finetuned_model=self.finetuned_model.uri,
             algorithm_config=self.algorithm_config,
@@ -73,6 +80,8 @@ class PostTrainingRLHFRequest(JobRequest):
             logger_config=self.logger_config,
             runtime=self.runtime,
         )
+        request._places = PLACES
+        return request
 
 
 def _says_one_thing(request: PostTrainingRLHFRequest) -> Iterator[Broken]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_modules.checkpoint import EXPORTS, RESUME_FILE, STEP_FILE, remove_exports
+from lightning_modules.checkpoint import EXPORTS, RESUME_FILE, readable_step, remove_exports
+from lightning_modules.trained import write_whole
 from post_training.schemas.trainer import TrainerSpec
 
 if TYPE_CHECKING:
@@ -54,14 +55,24 @@ def continues(spec: TrainerSpec, inputs: Inputs) -> bool:
     A job whose data changed between two attempts trains from the start, as it would have without the first.
     """
     file = spec.work_dir / INPUTS_FILE
-    if not file.exists() or file.read_text() == inputs.text:
+    if _read_inputs(file) in (None, inputs.text):
         return True
     log.warning("the data or the request changed since the last attempt: training from the start")
-    for state in (RESUME_FILE, STEP_FILE, REFERENCES_FILE):
+    for state in (RESUME_FILE, REFERENCES_FILE):
         (spec.work_dir / state).unlink(missing_ok=True)
     for folder in filter(None, (spec.work_dir / EXPORTS, spec.checkpoint_dir)):
         remove_exports(folder)
     return False
+
+
+def _read_inputs(file: Path) -> str | None:
+    """Return what the folder's state was trained from; None if the file is not there whole."""
+    try:
+        text = file.read_text()
+        json.loads(text)
+    except (FileNotFoundError, ValueError):  # a disk that was full can leave an empty file
+        return None
+    return text
 
 
 def begin(spec: TrainerSpec, inputs: Inputs, record: JobRecord, give_up: Callable[[], bool]) -> None:
@@ -78,7 +89,7 @@ def keep_inputs(spec: TrainerSpec, inputs: Inputs) -> None:
     """Say whose state the folder holds from here on; not before the record forgot another's."""
     file = spec.work_dir / INPUTS_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(inputs.text)
+    write_whole(file, inputs.text)
 
 
 def fetch_newest_state(
@@ -86,14 +97,14 @@ def fetch_newest_state(
 ) -> None:
     """Put the record's state into the job's folder where it is newer: an attempt ran on another machine.
 
+    A state here that cannot be read is removed first.
+
     :raises RecordUnavailableError: if training cannot begin without the record's answer.
     """
+    file = spec.work_dir / RESUME_FILE
+    here = readable_step(file)
     if spec.attempt == 1:
         return
-    file, step_file = spec.work_dir / RESUME_FILE, spec.work_dir / STEP_FILE
-    text = step_file.read_text() if file.exists() and step_file.exists() else ""
-    here = int(text) if text else None  # a process that is killed while it writes leaves it empty
     step = record.restore_state(file, step=here, inputs=inputs.digest, give_up=give_up)
     if step is not None:
-        step_file.write_text(str(step))
         log.info("the state at step %d comes from the record", step)

@@ -120,9 +120,10 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     :raises ModelError: if there is no causal language model of this kind.
     """
     with as_model_error(config.name_or_path or config.model_type), torch.device("meta"):
-        # A copy: the model shares its configuration and changes it.
+        # A copy: the model shares its configuration and changes it. Left to the configuration, attention
+        # could be a kernel that is fetched and run.
         model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            copy.deepcopy(config), trust_remote_code=False
+            copy.deepcopy(config), trust_remote_code=False, attn_implementation="eager"
         )
     return cast(PreTrainedModel, model)
 

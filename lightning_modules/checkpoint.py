@@ -22,7 +22,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.losses import perplexity
-from lightning_modules.module import NLL, PostTraining, StopRequestedError
+from lightning_modules.module import NLL, STATE_KEY, PostTraining, StopRequestedError
+from lightning_modules.trained import rename_whole
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 from post_training.schemas.training import RuntimeConfig
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 
 EXPORTS = "checkpoints"
 RESUME_FILE = Path("resume", "last.ckpt")
-STEP_FILE = Path("resume", "step.txt")
-"""Optimizer steps of the resume file, or fewer where the process died between the two."""
 
 SAVE_INTERVAL_SECONDS = 60.0
 SAVE_SHARE = 0.02
@@ -140,13 +139,30 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def readable_step(file: Path) -> int | None:
+    """Return the optimizer steps of a resume state, and remove it if it cannot be read; None where none is.
+
+    Its tensors are not read.
+    """
+    if not file.exists():
+        return None
+    try:
+        state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+        return int(state[STATE_KEY]["optimizer_steps"])
+    except Exception as error:  # what torch raises depends on where the file is damaged
+        log.warning("the state %s cannot be read and is removed: %s", file, error)
+        file.unlink()
+        return None
+
+
 class FileCheckpointIO(TorchCheckpointIO):
     """Writes straight to the file; Lightning's own holds a second copy of everything in memory first."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint; whoever needs it whole or not at all renames it afterwards."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, path)
+        with Path(path).open("wb") as file:  # given a path, torch does not say that the disk is full
+            torch.save(checkpoint, file)
 
 
 class Checkpoints(CheckpointCallback):
@@ -182,7 +198,6 @@ class Checkpoints(CheckpointCallback):
         self.interval = interval
         self.exports = work_dir / EXPORTS
         self.resume_file = work_dir / RESUME_FILE
-        self.step_file = work_dir / STEP_FILE
         self.copies = copies
         self.keep = keep
         self.tokenizer = tokenizer
@@ -261,15 +276,29 @@ class Checkpoints(CheckpointCallback):
         self, trainer: pl.Trainer, module: PostTraining, *, epoch_end: bool = False
     ) -> None:
         started = self.clock()
-        temporary = self.resume_file.with_suffix(".tmp")
-        trainer.save_checkpoint(temporary, weights_only=False)
-        os.replace(temporary, self.resume_file)
-        self.step_file.write_text(str(module.optimizer_steps))
-        self.record.log_state(
-            self.resume_file, step=module.optimizer_steps, inputs=self.inputs, must=epoch_end
-        )
+        if self._write_resume_state(trainer, must=epoch_end):
+            self.record.log_state(
+                self.resume_file, step=module.optimizer_steps, inputs=self.inputs, must=epoch_end
+            )
         now = self.clock()
         self._next_save = now + self.interval.pause(now - started)
+
+    def _write_resume_state(self, trainer: pl.Trainer, *, must: bool) -> bool:
+        """Replace the resume state, or say that the disk refused and leave the older one.
+
+        :raises OSError: when the disk refuses a state that must be.
+        """
+        draft = self.resume_file.with_suffix(".tmp")
+        try:
+            trainer.save_checkpoint(draft, weights_only=False)
+            rename_whole(draft, self.resume_file)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            if must:
+                raise
+            log.warning("the state was not saved, the one before stays: %s", error)
+            return False
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random state and the checkpoints so far; Lightning saves it."""

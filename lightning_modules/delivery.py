@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
 
@@ -25,7 +25,7 @@ MAX_DATASET_NAME_CHARACTERS = 500
 # A proxy without a server behind it answers 404 too; that is ENDPOINT_NOT_FOUND, and not final.
 # BAD_REQUEST is not: MLflow says it too where two calls write the same point in the same moment.
 UNKNOWN_RUN = "RESOURCE_DOES_NOT_EXIST"
-REFUSALS = ("INVALID_PARAMETER_VALUE", UNKNOWN_RUN)
+INVALID = "INVALID_PARAMETER_VALUE"
 
 
 class MLflowDelivery:
@@ -69,7 +69,8 @@ class MLflowDelivery:
     def __call__(self, kind: str, events: Sequence[Event]) -> None:
         """Send the events.
 
-        :raises RefusedError: if MLflow calls them invalid, or the run unknown.
+        :raises RefusedError: if MLflow calls them invalid, or the run unknown; not while the run is deleted,
+            which MLflow calls invalid too: it may be restored.
         :raises SupersededError: if a newer attempt has taken over.
         :raises Exception: anything else that a later try may overcome.
         """
@@ -77,9 +78,12 @@ class MLflowDelivery:
             self._fence.check()
             self._senders[kind](events)
         except MlflowException as error:
-            if error.error_code in REFUSALS:
+            if error.error_code == UNKNOWN_RUN or (error.error_code == INVALID and self._is_active()):
                 raise RefusedError(str(error)) from error
             raise
+
+    def _is_active(self) -> bool:
+        return bool(self._client.get_run(self._run_id).info.lifecycle_stage == LifecycleStage.ACTIVE)
 
     def _metrics(self, events: Sequence[Event]) -> None:
         points = [

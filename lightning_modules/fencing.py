@@ -49,7 +49,7 @@ class RunFence:
             tags = self._client.get_run(self._run_id).data.tags
             self._looked_at = self._clock()
             newest = tags.get(TAG_ATTEMPT_ID, "")
-            cancelled = tags.get(TAG_CANCELLED_ATTEMPT) == self._attempt_id
+            cancelled = tags.get(TAG_CANCELLED_ATTEMPT, "") >= self._attempt_id  # or a later one was
             self.superseded = cancelled or newest > self._attempt_id
             if newest < self._attempt_id:  # an older attempt's slow claim came after this one's
                 self._client.set_tag(self._run_id, TAG_ATTEMPT_ID, self._attempt_id)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from math import isclose
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -16,13 +17,16 @@ from post_training.schemas.jobs import Checkpoint, PostTrainingMetric, checkpoin
 from post_training.schemas.record import TAG_CHECKPOINT, TAG_JOB_UUID
 
 MODEL_SCHEME = "models:/"
+REPEATED = 1e-3
+"""Relative difference that two trainings of the same epoch may have in a metric."""
 
 
 @dataclass(frozen=True)
 class Point:
     """One value of a metric.
 
-    :param time: milliseconds since the epoch (UTC); None is the time at which the run has it, or now.
+    :param time: milliseconds since the epoch (UTC); None takes time and value of the run's point of about the
+        same value, or is now.
     """
 
     key: str
@@ -162,17 +166,19 @@ class LoggedModels:
         return self._client.finalize_logged_model(model_id, "READY")
 
     def _log_points(self, model_id: str, step: int, points: Sequence[Point]) -> None:
-        values = [
-            Metric(p.key, p.value, p.time or self._time_in_run(p, step), step, model_id=model_id)
-            for p in points
-        ]
+        of_run = [point if point.time else self._in_run(point, step) for point in points]
+        values = [Metric(p.key, p.value, p.time or now_ms(), step, model_id=model_id) for p in of_run]
         self._client.log_batch(self._run_id, metrics=values, synchronous=True)
 
-    def _time_in_run(self, point: Point, step: int) -> int:
-        """When the run got this very point, from an attempt on another machine; now if it has none."""
+    def _in_run(self, point: Point, step: int) -> Point:
+        """Return the point as the run has it, from an attempt on another machine; as it is if it has none.
+
+        One of another training may be at the same step: it differs by more than a repeat does.
+        """
         history = self._client.get_metric_history(self._run_id, point.key)
-        same = (m.timestamp for m in history if (m.step, m.value) == (step, point.value))
-        return next(same, now_ms())
+        same = [m for m in history if m.step == step and isclose(m.value, point.value, rel_tol=REPEATED)]
+        nearest = min(same, key=lambda m: abs(m.value - point.value), default=None)
+        return Point(point.key, nearest.value, nearest.timestamp) if nearest else point
 
     def _attach(self, model_id: str, step: int) -> None:
         """List the model among the run's outputs, once: MLflow would list it twice."""

@@ -94,9 +94,11 @@ class MLflowRecord(LocalRecord):
         self._delivery = MLflowDelivery(client, run_id, spool.folder / TABLES, self._fence)
         self._tables = Spool(spool.folder / TABLES_SPOOL_FILE, run_id)
         self._uploads = Spool(spool.folder / UPLOADS_SPOOL_FILE, run_id)
-        self._upload_delivery = UploadDelivery(self._fence, self._models, self._states, spool)
+        self._upload_delivery = UploadDelivery(
+            self._fence, self._models, self._states, metrics=spool, uploads=self._uploads
+        )
         self._senders = [
-            Sender(spool, self._delivery),
+            Sender(spool, self._delivery, watch=self._fence.check),
             Sender(self._tables, self._delivery),
             Sender(self._uploads, self._upload_delivery),
         ]
@@ -162,19 +164,53 @@ class MLflowRecord(LocalRecord):
     ) -> list[Checkpoint]:
         """Wait until the uploads have arrived, and return the checkpoints as MLflow knows them.
 
+        One that somebody has deleted in MLflow is uploaded again, or left out where its folder is gone too.
+
         :raises RecordUnavailableError: if some have not, after an outage as long as this record's patience.
         """
+        self._upload_delivery.ended = True
+        if self._retried and not self._started:  # what is trained is not trained again
+            self._delivery.leave_out(self._ask(give_up).steps, self._opened_at)
         self._start()
+        ready = self._arrived(give_up)
+        missing = {epoch for epoch in uploaded if epoch not in ready}
+        again = self._upload_again(missing)
+        if again:
+            ready = self._arrived(give_up)
+        for epoch in again:
+            if epoch not in ready:
+                raise RecordUnavailableError(f"MLflow has no checkpoint of epoch {epoch}.")
+        lost = missing - again
+        for epoch in sorted(lost):
+            _log.warning("the checkpoint of epoch %d is neither in MLflow nor on this machine", epoch)
+        return [ready.get(each.epoch, each) for each in checkpoints if each.epoch not in lost]
+
+    def _arrived(self, give_up: Callable[[], bool]) -> dict[int, Checkpoint]:
+        """Wait until all was sent, and return the checkpoints that MLflow has by epoch.
+
+        :raises RecordUnavailableError: after an outage as long as this record's patience.
+        """
         if not all(sender.drained(self._patience, give_up) for sender in self._senders):
             raise RecordUnavailableError(
                 f"The training is finished, and MLflow did not take its record in {self._patience:g} s:"
                 " another attempt sends the rest without training again."
             )
-        ready = self._persist(self._models.ready, monotonic() + self._patience, give_up)
-        missing = sorted(epoch for epoch in uploaded if epoch not in ready)
-        if missing:
-            raise RecordUnavailableError(f"MLflow has no checkpoint of epoch {missing[0]}.")
-        return [ready.get(checkpoint.epoch, checkpoint) for checkpoint in checkpoints]
+        return self._persist(self._models.ready, monotonic() + self._patience, give_up)
+
+    def _upload_again(self, missing: Collection[int]) -> set[int]:
+        """Have the checkpoints of these epochs uploaded once more; return those whose folder is there."""
+        handed_over = {
+            int(event["metrics"]["epoch"]): event
+            for event in self._uploads.events()
+            if event["kind"] == "checkpoint"
+        }
+        again = {
+            epoch: handed_over[epoch]
+            for epoch in sorted(missing)
+            if epoch in handed_over and Path(handed_over[epoch]["folder"]).exists()
+        }
+        self._uploads.append(again.values())
+        return set(again)
 
     def log_state(self, file: Path, *, step: int, inputs: str, must: bool) -> None:
         """Have a copy of the state uploaded, in place of one that still waits.
@@ -236,8 +272,12 @@ class MLflowRecord(LocalRecord):
         self._uploads.append([{"kind": "discard", "epoch": checkpoint.epoch}])
 
     def close(self) -> None:
-        """Send what waits; what could not be sent in time stays on disk for the next attempt."""
-        self._start()
+        """Send what waits; what could not be sent in time stays on disk for the next attempt.
+
+        All of it does if this attempt never began: another machine may have recorded the same since.
+        """
+        if not self._started:
+            return
         deadline = monotonic() + self._close_timeout
         sent = [sender.close(max(0.0, deadline - monotonic())) for sender in self._senders]
         if not all(sent) and not self.superseded:
@@ -257,7 +297,9 @@ class MLflowRecord(LocalRecord):
                 time.sleep(pause)
 
     def _model_points(self, metrics: PostTrainingMetric, step: int) -> list[Point]:
-        """Date the model's values like the run's own, where it has the same, so that none is doubled.
+        """Take the run's own values and times where it has them, so that none is doubled.
+
+        A repeat of an epoch may differ in the last digits.
 
         Values that are not finite (None) are left out: MLflow stores a model's NaN as 0.
         """
@@ -266,11 +308,8 @@ class MLflowRecord(LocalRecord):
             METRIC_VALIDATION_LOSS: metrics.validation_loss,
             METRIC_PERPLEXITY: metrics.perplexity,
         }
-        return [
-            Point(key, value, self._spool.time_of(key, step, value))
-            for key, value in values.items()
-            if value is not None
-        ]
+        own = {key: self._spool.point_at(key, step) or (value, None) for key, value in values.items()}
+        return [Point(key, value, time) for key, (value, time) in own.items() if value is not None]
 
 
 def open_mlflow_record(

@@ -31,15 +31,24 @@ class Sender:
     Delivery may be repeated: an answer that was lost is asked for again, so ``deliver``
     must not double what it has already delivered.
 
+    :param watch: called about every ``interval`` seconds while nothing waits; raises SupersededError to end
+        the sending. What else it raises is passed over.
     :param interval: seconds between rounds.
     :param max_backoff: longest pause in seconds between tries during an outage.
     """
 
     def __init__(
-        self, spool: Spool, deliver: Deliver, *, interval: float = 1.0, max_backoff: float = 30.0
+        self,
+        spool: Spool,
+        deliver: Deliver,
+        *,
+        watch: Callable[[], None] = lambda: None,
+        interval: float = 1.0,
+        max_backoff: float = 30.0,
     ) -> None:
         self._spool = spool
         self._deliver = deliver
+        self._watch = watch
         self._interval = interval
         self._max_backoff = max_backoff
         self._failures = 0
@@ -94,6 +103,7 @@ class Sender:
             while waiting := self._spool.pending(EVENTS_PER_ROUND):
                 for kind, group in groupby(waiting, key=lambda spooled: str(spooled.event["kind"])):
                     self._send(kind, list(group))
+            self._look()
         except SupersededError as error:
             _log.warning("%s Nothing more is recorded.", error)
             self._abandoned.set()
@@ -105,6 +115,17 @@ class Sender:
             self._failures += 1
             return False
         return True
+
+    def _look(self) -> None:
+        """Watch while nothing waits; whoever closes need not wait for that."""
+        if self._closing.is_set():
+            return
+        try:
+            self._watch()
+        except SupersededError:
+            raise
+        except Exception as error:  # nothing is known then, and nothing is held up
+            _log.debug("the record cannot be watched now: %s", error)
 
     def _send(self, kind: str, group: list[SpooledEvent]) -> None:
         """Deliver the group, or one by one what of it is not refused."""

@@ -101,7 +101,7 @@ class Spool:
     def last_steps(self) -> dict[str, int]:
         """The last step of each metric in the file, sent or not."""
         last: dict[str, int] = {}
-        for event in self._events():
+        for event in self.events():
             if event["kind"] == "restart":
                 last.clear()
             elif event["kind"] == "metrics":
@@ -109,18 +109,19 @@ class Spool:
                     last[key] = max(event["step"], last.get(key, event["step"]))
         return last
 
-    def time_of(self, key: str, step: int, value: float) -> int | None:
-        """When exactly this value of a metric was spooled, in milliseconds; None if it was not."""
-        return next(
-            (
-                int(event["time"])
-                for event in self._events()
-                if event["kind"] == "metrics" and event["step"] == step and event["values"].get(key) == value
-            ),
-            None,
-        )
+    def point_at(self, key: str, step: int) -> tuple[float, int] | None:
+        """A metric's finite value at a step, and when it was spooled in milliseconds; None if it was not."""
+        found = None
+        for event in self.events():
+            if event["kind"] == "restart":
+                found = None
+            elif event["kind"] == "metrics" and event["step"] == step:
+                value = event["values"].get(key)
+                found = (float(value), int(event["time"])) if value is not None else found
+        return found
 
-    def _events(self) -> Iterator[Event]:
+    def events(self) -> Iterator[Event]:
+        """Yield all events, sent or not, oldest first."""
         if self._file.exists():
             with self._file.open("rb") as lines:
                 yield from (json.loads(line) for line in lines)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from pydantic import ValidationError
 
+from lightning_modules.trained import rename_whole
 from post_training.schemas.record import ARTIFACT_RESUME, TAG_RESUME_STATE
 from post_training.schemas.trainer import StoredState
 
@@ -46,12 +47,18 @@ class StateStore:
         self._delete_all_but(state.path)
 
     def newest(self) -> StoredState | None:
-        """Return what the run says of its newest state; None where there is none.
+        """Return what the run says of its newest state; None where there is none that can be read.
 
         :raises Exception: whatever MLflow's client raises.
         """
         text = self._client.get_run(self._run_id).data.tags.get(TAG_RESUME_STATE)
-        return StoredState.model_validate_json(text) if text else None
+        if not text:
+            return None
+        try:
+            return StoredState.model_validate_json(text)
+        except ValidationError:  # somebody has edited the tag
+            _log.warning("the run's tag %s names no state: %s", TAG_RESUME_STATE, text)
+            return None
 
     def has(self, *, step: int, inputs: str) -> bool:
         """Whether the run has a training's state of this step or a later one, from whatever machine.
@@ -76,7 +83,7 @@ class StateStore:
             if sha256_of(file) != state.sha256:
                 _log.warning("the state in MLflow at step %d is damaged and not used", state.step)
                 return False
-            os.replace(file, target)
+            rename_whole(file, target)
         return True
 
     def _delete_all_but(self, path: str) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from lightning_modules.trained import Trained, job_of, read_trained, write_trained
+from lightning_modules.trained import Trained, job_of, read_trained, write_trained, write_whole
 from post_training.errors import (
     DataError,
     DivergenceError,
@@ -71,12 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         if attempt.should_stop():
             return attempt.stopped()
         failed = TrainerResult(status="failed", error=describe(error), permanent=is_permanent(error))
-        write_result(attempt.result_file, failed, attempt.attempt_id)
-        return EXIT_FAILED
+        return attempt.leave(failed, EXIT_FAILED)
     if attempt.should_stop():
         return attempt.stopped()
-    write_result(attempt.result_file, result, attempt.attempt_id)
-    return EXIT_COMPLETED
+    return attempt.leave(result, EXIT_COMPLETED)
 
 
 @dataclass
@@ -108,6 +106,17 @@ class Attempt:
     def should_stop(self) -> bool:
         """Whether to save the state and end."""
         return self.stop.is_set() or self.superseded()
+
+    def leave(self, result: TrainerResult, code: int) -> int:
+        """Write the result, and return the exit code: that of a failure where there is no result to read."""
+        if result.error:
+            print(f"failed: {result.error}", file=sys.stderr)
+        try:
+            write_result(self.result_file, result, self.attempt_id)
+        except OSError as error:
+            print(f"failed: the result cannot be written: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        return code
 
     def stopped(self) -> int:
         """Say why it stops, and return the exit code."""
@@ -178,11 +187,7 @@ def write_result(path: Path, result: TrainerResult, attempt_id: str) -> None:
     """Write an attempt's result complete or not at all."""
     signed = result.model_copy(update={"attempt_id": attempt_id})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(signed.model_dump_json(indent=2))
-    os.replace(temporary, path)
-    if result.error:
-        print(f"failed: {result.error}", file=sys.stderr)
+    write_whole(path, signed.model_dump_json(indent=2))
 
 
 def _log_plainly() -> None:

@@ -44,6 +44,21 @@ def read_trained(spec: TrainerSpec) -> Trained | None:
 
 def write_trained(work_dir: Path, trained: Trained) -> None:
     """Write it complete or not at all."""
-    draft = work_dir / f"{TRAINED_FILE}.tmp"
-    draft.write_text(trained.model_dump_json(indent=2))
-    os.replace(draft, work_dir / TRAINED_FILE)
+    write_whole(work_dir / TRAINED_FILE, trained.model_dump_json(indent=2))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a small file complete or not at all.
+
+    :raises OSError: when the disk refuses; the file is then as it was.
+    """
+    draft = file.with_name(f"{file.name}.tmp")
+    draft.write_text(text)
+    rename_whole(draft, file)
+
+
+def rename_whole(draft: Path, file: Path) -> None:
+    """Rename a draft once it is on the disk: a machine that goes down leaves the old file or the new one."""
+    with draft.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(draft, file)

@@ -36,15 +36,23 @@ class UploadDelivery:
 
     Files that are no longer there are passed over: a later event has replaced or removed what they were.
 
+    A state gives way: one that cannot be stored is passed over as soon as something newer waits behind it.
+
     :param metrics: the spool of the metrics. A state is announced only when all that was recorded before it
         has arrived: an attempt on another machine goes on behind it, and would leave a gap.
+    :param uploads: the spool whose events are sent.
     """
 
-    def __init__(self, fence: RunFence, models: LoggedModels, states: StateStore, metrics: Spool) -> None:
+    def __init__(
+        self, fence: RunFence, models: LoggedModels, states: StateStore, *, metrics: Spool, uploads: Spool
+    ) -> None:
         self._fence = fence
         self._models = models
         self._states = states
         self._metrics = metrics
+        self._uploads = uploads
+        self.ended = False
+        """Whether the training is: no state is stored any more."""
         self.last_seconds = 0.0
         """How long the newest state took."""
         self._senders: dict[str, Callable[[Event], None]] = {
@@ -58,7 +66,8 @@ class UploadDelivery:
         """Send events of one kind.
 
         :raises SupersededError: if a newer attempt has taken over.
-        :raises RefusedError: if the run is unknown to MLflow; ``settled`` finds what is missing.
+        :raises RefusedError: if MLflow does not know the run or a model: ``settled`` finds what is missing;
+            or if a state gives way.
         :raises Exception: whatever a later try may overcome.
         """
         for event in events:
@@ -83,10 +92,16 @@ class UploadDelivery:
         file = _held(Path(event["file"]))
         if not file.exists():
             return
-        if not self._states.has(step=event["step"], inputs=event["inputs"]):
+        if not self.ended and not self._states.has(step=event["step"], inputs=event["inputs"]):
             started = monotonic()
-            path = self._states.upload(file)
-            self._wait_for_metrics(event["after"])
+            try:
+                path = self._states.upload(file)
+                self._wait_for_metrics(event["after"])
+            except Exception as error:
+                if not self.ended and len(self._uploads.pending(limit=2)) < 2:
+                    raise
+                file.unlink()
+                raise RefusedError(f"it gives way to what is newer: {error}") from error
             self._fence.check(now=True)
             self._states.announce(
                 StoredState(path=path, step=event["step"], inputs=event["inputs"], sha256=sha256_of(file))

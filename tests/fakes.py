@@ -68,6 +68,10 @@ class FakeRuns:
             raise RecordUnavailableError("Airflow's database is busy")
         return self.tasks.get(job_uuid)
 
+    def find_task(self, key: TaskKey) -> JobTask | None:
+        found = self.find(job_uuid_of(key))
+        return found if found is not None and found.key == key else None
+
     def job_uuids(self, dag_ids: Collection[str]) -> list[str]:
         return [job_uuid_of(t.key) for t in reversed(self.tasks.values()) if t.key.dag_id in dag_ids]
 

@@ -33,6 +33,10 @@ def test_public(address: str) -> None:
         "fc00::1",
         "fec0::1",
         "ff0e::1",
+        "100:0:0:1::1",
+        "3fff::1",
+        "4000::1",
+        "5f00::1",
     ],
 )
 def test_private(address: str) -> None:
@@ -41,7 +45,14 @@ def test_private(address: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["::ffff:127.0.0.1", "::ffff:a9fe:a9fe", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1"],
+    [
+        "::ffff:127.0.0.1",
+        "::ffff:a9fe:a9fe",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::",
+        "::127.0.0.1",
+        "::ffff:0:127.0.0.1",
+    ],
 )
 def test_a_private_address_inside_a_public_one(address: str) -> None:
     assert not is_public(address)

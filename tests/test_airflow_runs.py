@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from post_training.job_ids import TaskKey
 from post_training.schemas.flat import flatten
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from tests.requests_of import sft_body
+from tests.waiting import wait_until
 
 DAGS = Path(__file__).resolve().parents[1] / "dags"
 CONF = flatten(SupervisedFineTuneRequest.model_validate(sft_body()))
@@ -21,8 +26,11 @@ NIGHTLY = """
 from airflow.sdk import DAG
 from airflow.providers.standard.operators.empty import EmptyOperator
 from post_training.operators.training import SupervisedFineTuneOperator
+class HouseTuner(SupervisedFineTuneOperator): ...
 with DAG("team.nightly", schedule=None):
     SupervisedFineTuneOperator(task_id="sft") >> EmptyOperator(task_id="after")
+    HouseTuner(task_id="own")
+    HouseTuner.partial(task_id="many", pool="default_pool").expand(request=[{}, {}])
 """
 
 
@@ -59,6 +67,7 @@ def test_a_triggered_job_is_found_with_its_conf(runs: Any) -> None:
     assert runs.find("\ud800") is None
     assert runs.find("team.nightly." + "1." * 450 + "1") is None
     assert runs.find("team.nightly." + "1." * 5000) is None
+    assert runs.find("team.nightly.1.many." + "9" * 20) is None
 
 
 def test_a_second_run_of_the_same_id_is_told_apart(runs: Any) -> None:
@@ -103,6 +112,14 @@ def test_a_stage_of_a_larger_dag_is_a_job_too(runs: Any) -> None:
     assert runs.dag_ids(prefix_of="team.weekly.run.1.sft") == request_dags
 
 
+@pytest.mark.parametrize(("name", "map_index"), [("own", -1), ("many.0", 0), ("many.1", 1)])
+def test_a_task_of_a_users_subclass_is_a_job_too(runs: Any, name: str, map_index: int) -> None:
+    runs.trigger("team.nightly", f"subclass-{name}", {}, None)
+    job_uuid = f"team.nightly.subclass-{name}.{name}"
+    assert runs.find(job_uuid).key.map_index == map_index
+    assert job_uuid in runs.job_uuids({"team.nightly"})
+
+
 def test_the_list_is_newest_first_and_of_these_dags_alone(runs: Any) -> None:
     for name in ("list-1", "list-2"):
         runs.trigger("supervised_fine_tune", name, CONF, None)
@@ -130,6 +147,32 @@ def test_cancelling_a_stage_leaves_the_rest_of_its_dag_alone(runs: Any) -> None:
         assert run.get_task_instance("after", session=session).state is None
 
 
+def test_cancelling_a_stage_starts_no_failed_task_behind_it(runs: Any) -> None:
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.utils.session import create_session
+
+    def after() -> tuple[str, str]:
+        with create_session() as session:
+            row = session.query(TaskInstance).filter_by(run_id="run.3", task_id="after").one()
+            return str(row.id), row.state
+
+    runs.trigger("team.nightly", "run.3", {}, None)
+    with create_session() as session:
+        tasks = session.query(TaskInstance).filter_by(run_id="run.3")
+        tasks.filter_by(task_id="sft").update({"state": "running", "try_number": 1})
+        tasks.filter_by(task_id="after").update({"state": "failed", "try_number": 1})
+    before = after()
+    runs.cancel(runs.find("team.nightly.run.3.sft").key, "somebody")
+    assert runs.find("team.nightly.run.3.sft").state == "failed"
+    assert after() == before
+
+
+def test_of_a_mapped_task_one_job_alone_is_cancelled(runs: Any) -> None:
+    runs.trigger("team.nightly", "run.4", {}, None)
+    runs.cancel(runs.find("team.nightly.run.4.many.1").key, "somebody")
+    assert [runs.find(f"team.nightly.run.4.many.{index}").state for index in (0, 1)] == [None, "failed"]
+
+
 def test_a_cancel_is_in_airflows_audit_log_with_its_author(runs: Any) -> None:
     from airflow.models.log import Log
     from airflow.utils.session import create_session
@@ -150,6 +193,21 @@ def test_an_attempt_that_was_stopped_in_airflows_pages_is_known(runs: Any) -> No
     assert not runs.was_stopped(task), "that was an attempt before"
     runs.note_stop(task.key, task.attempt_id)
     assert runs.was_stopped(task)
+
+
+@pytest.mark.parametrize("name", ["sft", "own"])
+def test_a_job_that_is_set_to_failed_by_hand_is_noted_as_stopped(runs: Any, name: str) -> None:
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.utils.session import create_session
+
+    from post_training.listener import on_task_instance_failed
+
+    runs.trigger("team.nightly", f"by-hand-{name}", {}, None)
+    task = runs.find(f"team.nightly.by-hand-{name}.{name}")
+    with create_session() as session:
+        row = session.query(TaskInstance).filter_by(run_id=f"by-hand-{name}", task_id=name).one()
+        on_task_instance_failed(None, row, None)
+    assert wait_until(lambda: runs.was_stopped(task))
 
 
 def test_a_job_that_has_ended_meanwhile_is_not_stopped(runs: Any) -> None:
@@ -205,6 +263,9 @@ def test_each_attempt_has_its_log(runs: Any) -> None:
             {"event": "::endgroup::"},
             {"event": "progress step 1/9"},
             {"event": "Task failed with exception", "error_detail": [failure]},
+            {"event": "of a library", "error_detail": "boom"},
+            {"event": "of another", "error_detail": [{"reason": "boom"}]},
+            {"event": "of a third", "error_detail": {"exc_type": "ValueError"}},
         ],
     )
     write_log(key, 2, [{"event": f"progress step {step}/20000"} for step in range(20_000)])
@@ -212,9 +273,61 @@ def test_each_attempt_has_its_log(runs: Any) -> None:
         "DAG bundles loaded",
         "progress step 1/9",
         "Task failed with exception: AirflowException: the trainer was killed",
+        "of a library",
+        "of another",
+        "of a third",
     ]
     assert list(runs.log_lines(key, 2)) == [f"progress step {step}/20000" for step in range(20_000)]
     assert list(runs.log_lines(key, 3)) == []
+
+
+@pytest.mark.parametrize("state", ["running", "success"])
+def test_the_log_of_a_job_on_another_machine_is_read_from_there(
+    runs: Any, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.models.taskinstancehistory import TaskInstanceHistory
+    from airflow.utils.session import create_session
+
+    runs.trigger("supervised_fine_tune", f"far-{state}", CONF, None)
+    key = runs.find(f"far-{state}").key
+    with create_session() as session:
+        instance = session.query(TaskInstance).filter_by(dag_id=key.dag_id, run_id=key.run_id).one()
+        instance.try_number, instance.state, instance.hostname = 1, "failed", "localhost"
+        TaskInstanceHistory.record_ti(instance, session=session)
+        instance.try_number, instance.state = 2, state
+    with worker_with_logs(monkeypatch):
+        assert list(runs.log_lines(key, 1)) == [f"of run_id={key.run_id} attempt=1.log"]
+        assert list(runs.log_lines(key, 2)) == [f"of run_id={key.run_id} attempt=2.log"]
+
+
+@contextmanager
+def worker_with_logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Serve logs as a worker does: one line of each, which says whose it is."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            _, run, _, attempt = self.path.removeprefix("/log/").split("/")
+            line = {"timestamp": "2026-11-24T10:00:00Z", "event": f"of {run} {attempt}"}
+            body = json.dumps(line).encode() + b"\n"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    monkeypatch.setenv("AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT", str(server.server_port))
+    monkeypatch.setenv("AIRFLOW__API__SECRET_KEY", "shared-by-all-machines" * 3)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def write_log(key: TaskKey, attempt: int, messages: list[dict[str, Any]]) -> None:

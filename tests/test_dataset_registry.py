@@ -163,6 +163,21 @@ def test_the_same_again_makes_nothing_and_another_content_is_a_new_version(place
     assert len(place.runs()) == 5
 
 
+def test_another_kind_of_file_or_of_value_is_a_new_version(place: Place) -> None:
+    place.uri("data:,question,answer%0A2+2%3F,4%0A")
+    table = place.uri("data:text/csv ;header=present,question,answer%0A2+2%3F,4%0A")
+    assert table.source.uri == f"runs:/{table.provider_resource_id}/rows.csv"
+    assert place.uri("data:csv,question,answer%0A2+2%3F,4%0A") == table
+    place.rows(metadata={"gold": 1})
+    gold = place.rows(metadata={"gold": True})
+    assert gold.metadata["gold"] is True
+    assert place.rows(metadata={"gold": True}) == gold
+    assert len(place.runs()) == 4
+    link = place.uri("https://example.org/rows.jsonl", dataset_id="link")
+    assert place.uri("https://example.org/rows.jsonl", dataset_id="link") == link
+    assert len(place.runs()) == 5
+
+
 def test_the_same_at_once_is_stored_once(place: Place) -> None:
     place.rows(dataset_id="other")  # the experiment is there
     with ThreadPoolExecutor(6) as pool:

@@ -29,6 +29,22 @@ def test_ids_of_mapped_tasks_differ() -> None:
     assert list(candidate_keys("plain-id", {"plain-id"})) == []
 
 
+@pytest.mark.parametrize(
+    ("index", "map_indexes"),
+    [
+        ("0", {-1, 0}),
+        ("2147483647", {-1, 2147483647}),
+        ("2147483648", {-1}),
+        ("9" * 5000, {-1}),
+        ("00", {-1}),
+        ("-1", {-1}),
+        ("\N{ARABIC-INDIC DIGIT THREE}", {-1}),
+    ],
+)
+def test_only_an_index_as_the_id_writes_it_is_one(index: str, map_indexes: set[int]) -> None:
+    assert {key.map_index for key in candidate_keys(f"d.r.t.{index}", {"d"})} == map_indexes
+
+
 def test_only_known_dags_are_looked_at_and_the_work_grows_with_the_length() -> None:
     assert list(candidate_keys("nightly.run.sft", {"other", "supervised_fine_tune"})) == []
     assert len(list(candidate_keys("d." + ".".join("1" * 400), {"d"}))) < 900

@@ -19,6 +19,7 @@ from post_training.errors import (
 )
 from post_training.job_ids import TaskKey
 from post_training.jobs import JobService
+from post_training.record import identity_tags
 from post_training.schemas.flat import flatten
 from post_training.schemas.jobs import JobStatus
 from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
@@ -264,7 +265,7 @@ def test_without_mlflow_a_job_is_cancelled_in_airflow(
     assert tracking.runs["run-1"].status == "KILLED"
 
 
-def test_a_job_that_is_completed_in_the_very_moment_of_its_cancel_stays_completed(
+def test_a_job_that_is_completed_in_the_very_moment_of_its_cancel_is_cancelled_for_all(
     service: JobService, runs: FakeRuns, tracking: FakeTracking
 ) -> None:
     submitted(runs, tracking, service, "running", "RUNNING")
@@ -276,9 +277,11 @@ def test_a_job_that_is_completed_in_the_very_moment_of_its_cancel_stays_complete
         write(run_id, tags)
 
     tracking.set_tags = finish_first  # type: ignore[method-assign]
-    with pytest.raises(JobConflictError, match="has ended: completed"):
-        service.cancel("job-1", FakeAccess())
-    assert (runs.tasks["job-1"].state, tracking.runs["run-1"].status) == ("running", "FINISHED")
+    runs.cancel_error = JobConflictError("its task has ended")
+    service.cancel("job-1", FakeAccess())
+    runs.tasks["job-1"] = replace(runs.tasks["job-1"], state="success")
+    assert tracking.runs["run-1"].status == "KILLED"
+    assert service.status("job-1", FakeAccess()).status is JobStatus.cancelled
 
 
 def test_a_job_that_finishes_cannot_be_cancelled_any_more(
@@ -286,6 +289,7 @@ def test_a_job_that_finishes_cannot_be_cancelled_any_more(
 ) -> None:
     """Its record says so already; its task is about to."""
     submitted(runs, tracking, service, "running", "FINISHED")
+    tracking.set_tags("run-1", {"post_training.max_tries": "5"})
     with pytest.raises(JobConflictError, match="has ended: completed"):
         service.cancel("job-1", FakeAccess())
     assert (runs.tasks["job-1"].state, tracking.runs["run-1"].status) == ("running", "FINISHED")
@@ -344,3 +348,39 @@ def test_a_forged_run_id_in_the_conf_is_not_followed(
     runs.add(task(KEY, "running", {"mlflow_run_id": "run-1"}))
     assert service.status("job-1", FakeAccess()).checkpoints == []
     assert service.artifacts("job-1", FakeAccess()).job_uuid == "job-1"
+
+
+def test_what_a_submit_has_left_half_made_is_no_job(service: JobService, tracking: FakeTracking) -> None:
+    service.submit(request(), FakeAccess())
+    tracking.create_run(
+        name="", experiment=None, tags=identity_tags(replace(KEY, run_id="cut-off")), params={}, request={}
+    )
+    with pytest.raises(JobNotFoundError):
+        service.status("cut-off", FakeAccess())
+    with pytest.raises(JobNotFoundError):
+        service.cancel("cut-off", FakeAccess())
+    assert list(tracking.runs) == ["run-1", "run-2"]
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "KILLED"])
+def test_a_status_that_somebody_wrote_by_hand_does_not_end_a_job_that_trains(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking, status: str
+) -> None:
+    submitted(runs, tracking, service, "running", status)
+    assert service.status("job-1", FakeAccess()).status is JobStatus.in_progress
+    runs.tasks["job-1"] = replace(runs.tasks["job-1"], state="failed", ended_at=NOW)
+    ended = {"FINISHED": JobStatus.failed, "KILLED": JobStatus.cancelled}
+    assert service.status("job-1", FakeAccess()).status is ended[status]
+
+
+def test_submit_says_the_same_of_every_id_of_a_dag_that_may_not_be_read(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    runs.add(task(TaskKey("secret", "run", "train"), "running"))
+    said = set()
+    for job_uuid in ("secret.run.train", "secret.no.such"):
+        with pytest.raises(InvalidRequestError) as caught:
+            service.submit(request(job_uuid=job_uuid), FakeAccess(read=False))
+        said.add(str(caught.value))
+    assert said == {"job_uuid: is not available: choose another"}
+    assert tracking.runs == {}

@@ -11,6 +11,7 @@ from post_training.errors import ForbiddenError, JobNotFoundError, RecordUnavail
 from post_training.job_ids import TaskKey
 from post_training.jobs import JobService
 from post_training.logs import Cursor, LogService
+from post_training.record import identity_tags
 from post_training.schemas.jobs import JobStatus
 from tests.fakes import FakeAccess, FakeRuns, FakeTracking, task
 from tests.test_jobs import Accepting
@@ -18,7 +19,7 @@ from tests.test_jobs import Accepting
 JOB = "job-1"
 KEY = TaskKey("supervised_fine_tune", JOB, "train")
 ALL = FakeAccess()
-TAGS = {"post_training.job_uuid": JOB, "airflow.dag_id": KEY.dag_id}
+TAGS = identity_tags(KEY)
 
 
 @pytest.fixture
@@ -140,6 +141,18 @@ def test_only_the_end_has_a_status_and_only_after_the_last_line(
     assert logs.step(JOB, ALL, Cursor(3, 1, 4)).status is None
     found = logs.step(JOB, ALL, Cursor(3, 2, 5)).status
     assert (found.status if found else None) is status
+
+
+@pytest.mark.parametrize(("attempt", "lines"), [(0, []), (1, ["new"])])
+def test_the_log_of_a_job_that_was_submitted_anew_begins_anew(
+    logs: LogService, runs: FakeRuns, attempt: int, lines: list[str]
+) -> None:
+    runs.add(replace(task(KEY, "running"), attempt=attempt))
+    runs.logs[JOB] = [lines]
+    step = logs.step(JOB, ALL, Cursor(3, 1, 4))
+    assert (step.lines, step.cursor, step.more, step.status) == ([], Cursor(), True, None)
+    step = logs.step(JOB, ALL, step.cursor)
+    assert (step.lines, step.cursor.attempt, step.more, step.status) == (lines, 1, False, None)
 
 
 def test_a_step_is_a_page_of_lines_and_of_characters(

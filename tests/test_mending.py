@@ -188,3 +188,21 @@ def test_a_job_that_the_caller_may_not_change_is_not_touched() -> None:
     job = Job("failed", "RUNNING")
     assert job.mender.reconcile_all(lambda dag_id: False) == ReconcileJobsResponse()
     assert job.status == "RUNNING"
+
+
+def test_the_record_of_another_task_of_the_same_name_is_not_mended() -> None:
+    """Both request DAGs have a run of this id; the other one's task has succeeded."""
+    job = Job("running", "RUNNING", **{"post_training.attempt": "1"})
+    other = replace(KEY, dag_id="preference_optimize")
+    job.runs.find = lambda job_uuid: task(other, "success")  # type: ignore[method-assign]
+    job.runs.find_task = lambda key: task(key, "running", {"mlflow_run_id": "run-1"})  # type: ignore[method-assign]
+    assert job.reconcile() == ReconcileJobsResponse(checked=1)
+    assert job.status == "RUNNING"
+
+
+def test_the_record_of_a_run_that_was_deleted_does_not_get_the_end_of_its_successor() -> None:
+    job = Job("success", "RUNNING", **{"post_training.attempt": "1"})
+    job.tracking.create_run(name="job-1", experiment=None, tags=identity_tags(KEY), params={}, request={})
+    job.runs.add(task(KEY, "success", {"mlflow_run_id": "run-2"}))
+    assert job.reconcile() == ReconcileJobsResponse(checked=2, mended=2)
+    assert (job.status, job.tracking.runs["run-2"].status) == ("FAILED", "FINISHED")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from post_training.job_ids import TaskKey
 from post_training.record import new_run, run_params, run_tags
 from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
@@ -65,6 +67,52 @@ def test_the_key_of_a_signed_address_is_nowhere_in_the_record() -> None:
     assert data["dataset_id"] == "HTTPS://host/rows.jsonl"
     assert data["validation_dataset_id"] == "https://host/rows.jsonl"
     assert run["request"]["algorithm_config"]["lora_attn_modules"] == LORA["lora_attn_modules"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("https://user:hunter2@host/rows.jsonl", "https://host/rows.jsonl"),
+        ("https://user:pass/hunter2@host/rows.jsonl", "https://host/rows.jsonl"),
+        ("https:/user:hunter2@host/rows.jsonl", "https:/host/rows.jsonl"),
+        ("https://host:1/a@b/rows.jsonl#hunter2", "https://host:1/a@b/rows.jsonl"),
+        (" https://host/my rows.jsonl?X-Amz-Signature=hunter2", " https://host/my rows.jsonl"),
+        ("http://host/rows.jsonl?X-Amz-Signature=hunter2", "http://host/rows.jsonl"),
+        ("//user:hunter2@host/rows.jsonl", "//host/rows.jsonl"),
+        ("ftp://user:hunter2@host/rows.jsonl", "ftp://host/rows.jsonl"),
+        ("s3://AKIA:hunter2@bucket/rows.jsonl", "s3://bucket/rows.jsonl"),
+        ("s3:AKIA:hunter2@bucket/rows.jsonl", "s3:bucket/rows.jsonl"),
+        ("az://hunter2@evil.example/rows.jsonl", "az://evil.example/rows.jsonl"),
+        (
+            "az://box@me.blob.core.windows.net/rows.jsonl?sig=hunter2",
+            "az://box@me.blob.core.windows.net/rows.jsonl",
+        ),
+        ("huggingface://user:hunter2@org/name", "huggingface://org/name"),
+        ("huggingface://datasets/org/name?token=hunter2", "huggingface://datasets/org/name"),
+        ("huggingface://datasets/org/name?hunter2", "huggingface://datasets/org/name"),
+        (
+            "huggingface://datasets/org/name?split=train&name=a",
+            "huggingface://datasets/org/name?split=train&name=a",
+        ),
+        ("models:/name@champion/rows.jsonl", "models:/name@champion/rows.jsonl"),
+        ("file:///data/a@b/rows.jsonl", "file:///data/a@b/rows.jsonl"),
+        ("data/what?.jsonl", "data/what?.jsonl"),
+    ],
+)
+def test_what_may_be_a_secret_is_nowhere_in_the_record(name: str, kept: str) -> None:
+    """The record is made before any name is checked."""
+    body = sft_body(training_config__data_config__dataset_id=name, model=name)
+    run = new_run(SupervisedFineTuneRequest.model_validate(body), KEY)
+    assert "hunter2" not in repr(run)
+    assert run["params"]["training_config.data_config.dataset_id"] == kept
+    assert run["request"]["training_config"]["data_config"]["dataset_id"] == kept
+    assert run["params"]["model"] == run["request"]["model"] == kept
+
+
+def test_a_text_with_a_colon_is_no_address() -> None:
+    body = sft_body(logger_config={"run_name": "Why: is it? #1"})
+    run = new_run(SupervisedFineTuneRequest.model_validate(body), KEY)
+    assert run["request"]["logger_config"]["run_name"] == "Why: is it? #1"
 
 
 def test_rows_sent_inside_the_request_are_kept_with_it() -> None:

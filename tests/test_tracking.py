@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
 from post_training.errors import RecordUnavailableError
+from post_training.job_ids import TaskKey
+from post_training.record import identity_tags
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 from post_training.tracking import JobRun, Tracking, TrackingServer
@@ -60,6 +64,41 @@ def test_runs_are_found_by_job_over_all_experiments(tracking: Tracking) -> None:
     assert tracking.find("nobody") is None
     assert tracking.find("find-me'") is None
     assert tracking.find("' OR '1'='1") is None
+
+
+def test_the_runs_of_another_airflow_are_left_alone(tracking: Tracking) -> None:
+    here, there = (
+        Tracking(replace(tracking.server, deployment=f"http://{name}")) for name in ("here", "there")
+    )
+    tags = identity_tags(TaskKey("supervised_fine_tune", "shared", "train"))
+    ours, theirs = (
+        where.create_run(
+            name="", experiment="shared", tags=tags | {"post_training.method": "a"}, params={}, request={}
+        )
+        for where in (here, there)
+    )
+    for where, own, other in ((here, ours, theirs), (there, theirs, ours)):
+        found = where.find("shared")
+        assert found is not None
+        assert found.run_id == own.run_id
+        unsettled = {run.run_id for run in where.unsettled_runs(datetime.now(UTC))}
+        assert own.run_id in unsettled
+        assert other.run_id not in unsettled
+
+
+def test_a_run_is_found_among_more_experiments_than_mlflow_lists_at_once(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tracking.create_run(
+        name="", experiment="old", tags={"post_training.job_uuid": "old"}, params={}, request={}
+    )
+    for number in range(2):
+        tracking.experiment_id(f"newer-{number}")
+    paged = partial(tracking.client.search_experiments, max_results=1)
+    monkeypatch.setattr(tracking.client, "search_experiments", paged)
+    found = tracking.find("old")
+    assert found is not None
+    assert found.run_id == run.run_id
 
 
 def test_a_discarded_run_is_gone(tracking: Tracking) -> None:

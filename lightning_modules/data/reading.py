@@ -6,18 +6,27 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from lightning_modules.data.sources import DEFAULT_LIMITS, Limits, fetch, first_line, shown, too_large
+from lightning_modules.data.sources import (
+    DEFAULT_LIMITS,
+    LOCAL_SCHEMES,
+    Limits,
+    fetch,
+    first_line,
+    shown,
+    too_large,
+)
 from post_training.data_uris import parse_data_uri
 from post_training.errors import DataError
 from post_training.uris import HUB_QUERY
 
-HUB_BATCH_ROWS = 1000
+BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ def read_dataset(
     :param source: a path; ``data:``, ``huggingface://datasets/ORG/NAME?split=…&name=…``, or what
         ``sources.fetch`` takes (``file:``, ``https:``, ``s3:``, ``runs:``, …).
     :param tracking_uri: of the job's MLflow server, for ``runs:``, ``models:`` and ``mlflow-artifacts:``.
-    :param roots: where on this machine that server may keep them, if it keeps them on a disk.
-    :param limits: of what is fetched from elsewhere.
+    :param roots: where on this machine a file may lie, as for ``sources.fetch``.
+    :param limits: of what is fetched from elsewhere or sent, for parquet also of what it unpacks to.
     :raises DataError: if it cannot be read, has an unknown kind, or holds no row; its cause is an OSError
         where another attempt may succeed.
     """
@@ -73,11 +82,12 @@ def read_dataset(
 
 def _read_file(source: str, tracking_uri: str | None, roots: Sequence[Path], limits: Limits) -> RawDataset:
     kind = _kind_of_name(source)
-    return _parse(source, fetch(source, tracking_uri, roots, limits), kind)
+    return _parse(source, fetch(source, tracking_uri, roots, limits), kind, limits)
 
 
-def _parse(source: str, content: bytes, kind: str) -> RawDataset:
-    return RawDataset(shown(source), hashlib.sha256(content).hexdigest(), PARSERS[kind](content))
+def _parse(source: str, content: bytes, kind: str, limits: Limits) -> RawDataset:
+    rows = _parse_parquet(source, content, limits) if kind == "parquet" else PARSERS[kind](content)
+    return RawDataset(shown(source), hashlib.sha256(content).hexdigest(), rows)
 
 
 def _kind_of_name(source: str) -> str:
@@ -90,13 +100,13 @@ def _kind_of_name(source: str) -> str:
     return kind
 
 
-def _read_data_uri(uri: str, _: Limits) -> RawDataset:
+def _read_data_uri(uri: str, limits: Limits) -> RawDataset:
     """Read an RFC 2397 URI; its media type names the kind of file, jsonl where it names none of ours."""
     try:
         kind, content = parse_data_uri(uri)
     except ValueError as error:
         raise DataError(str(error)) from None
-    return _parse(uri, content, kind)
+    return _parse(uri, content, kind, limits)
 
 
 def _read_hub(source: str, limits: Limits) -> RawDataset:
@@ -110,7 +120,9 @@ def _read_hub(source: str, limits: Limits) -> RawDataset:
 
     name, query = _hub_address(source)
     # By its bare name the library would prefer a folder in the working folder.
-    builder = load_dataset_builder(f"hf://datasets/{name}", query.get("name"))
+    builder = load_dataset_builder(
+        f"hf://datasets/{name}", query.get("name"), revision=_checked_revision(source, name)
+    )
     hub = HfFileSystem()
     files = [file for split in (builder.config.data_files or {}).values() for file in split]
     if sum(hub.info(file)["size"] for file in files) > limits.max_bytes:
@@ -121,9 +133,62 @@ def _read_hub(source: str, limits: Limits) -> RawDataset:
         raise error.__cause__ or error from None
     table = builder.as_dataset(query.get("split", "train"))
     digest = hashlib.sha256()
-    for batch in table.with_format("arrow").iter(HUB_BATCH_ROWS):  # raw: a decoded image has no digest
+    for batch in table.with_format("arrow").iter(BATCH_ROWS):  # raw: a decoded image has no digest
         digest.update(json.dumps(batch.to_pylist(), sort_keys=True, default=str).encode())
     return RawDataset(source, digest.hexdigest(), _number(map(_without_nulls, table)))
+
+
+def _checked_revision(source: str, name: str) -> str | None:
+    """Return the commit of a hub data set's cards, None where it has none or the hub is not asked.
+
+    The library asks wherever a card says that the data files are, while it loads the card.
+
+    :raises DataError: if that is outside the hub, or there is no such data set.
+    """
+    import yaml  # noqa: PLC0415 - only hub data needs them
+    from huggingface_hub import DatasetCard, hf_hub_download  # noqa: PLC0415
+    from huggingface_hub.constants import HF_HUB_OFFLINE  # noqa: PLC0415
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    readers: dict[str, Callable[[Path], Any]] = {
+        "README.md": lambda card: DatasetCard.load(card).data.to_dict(),
+        ".huggingface.yaml": lambda card: yaml.safe_load(card.read_bytes()),
+    }
+    revision = None
+    for file, read in readers.items() if not HF_HUB_OFFLINE else ():
+        try:
+            card = Path(hf_hub_download(name, file, repo_type="dataset", revision=revision))
+        except LocalEntryNotFoundError as error:
+            raise ConnectionError(first_line(error)) from error
+        except EntryNotFoundError:
+            continue
+        except RepositoryNotFoundError:  # one that is gated, too
+            raise DataError(f"the data set {source} is not on the hub, or may not be read") from None
+        revision = card.parent.name
+        for place in _places(read(card)):
+            if "::" in place or place.startswith("/") or urlsplit(place).scheme not in ("", "hf"):
+                raise DataError(f"the data set {source} has a card that names data outside the hub")
+    return revision
+
+
+def _places(card: Any) -> Iterator[str]:
+    """Yield each file, pattern and folder that a card names."""
+    configs = card.get("configs") if isinstance(card, dict) else None
+    for config in configs if isinstance(configs, list) else ():
+        if isinstance(config, dict):
+            yield from _texts([config.get("data_files"), config.get("data_dir")])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+    elif value is not None:
+        yield str(value)
 
 
 def _hub_address(source: str) -> tuple[str, dict[str, str]]:
@@ -197,10 +262,27 @@ def _csv_row(number: int, value: dict[Any, Any]) -> Row:
     return Row(number, {column: cell for column, cell in value.items() if cell not in (None, "")})
 
 
-def _parse_parquet(content: bytes) -> list[Row]:
+def _parse_parquet(source: str, content: bytes, limits: Limits) -> list[Row]:
+    """Read a file that was fetched only if what it holds, unpacked, has the limit too, a byte a row at least.
+
+    A few bytes can stand for any number of rows: a batch has as many as cannot be over the limit together.
+    """
     from pyarrow import parquet  # noqa: PLC0415 - only parquet needs it
 
-    return _number(map(_without_nulls, parquet.read_table(io.BytesIO(content)).to_pylist()))
+    limit = sys.maxsize if urlsplit(source).scheme in LOCAL_SCHEMES else limits.max_bytes
+    file = parquet.ParquetFile(io.BytesIO(content))
+    groups = [file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups)]
+    if sum(groups) > limit or file.metadata.num_rows > limit:
+        raise too_large(source, limits)
+    values: list[Any] = []
+    unpacked = 0
+    rows = min(BATCH_ROWS, max(1, limit // max([1, *groups])))
+    for batch in file.iter_batches(rows):
+        unpacked += batch.nbytes
+        if unpacked > limit:
+            raise too_large(source, limits)
+        values.extend(map(_without_nulls, batch.to_pylist()))
+    return _number(values)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -226,8 +308,7 @@ PARSERS: dict[str, Callable[[bytes], list[Row]]] = {
     "jsonl": _parse_jsonl,
     "json": _parse_json,
     "csv": _parse_csv,
-    "parquet": _parse_parquet,
 }
-"""Parser of each kind of file."""
+"""Parser of each kind of text file."""
 
 SUFFIXES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "parquet": "parquet"}

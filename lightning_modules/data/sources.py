@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +17,18 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
-from lightning_modules.mlflow_uris import LOOKUPS, may_be_read, resolve
+from lightning_modules.mlflow_uris import LOOKUPS, lies_under, may_be_read, resolve
 from post_training.addresses import is_public
 from post_training.errors import DataError
+from post_training.uris import without_secrets
+
+LOCAL_SCHEMES = ("", "file")
+"""Of what lies on this machine."""
 
 TIMEOUT_SECONDS = 60.0
 """How long an https server may be silent."""
 
 USER_AGENT = "airflow-provider-post-training"
-
-BUCKET_AT_HOST = ("abfs", "abfss", "az", "oci")
-"""Schemes in which a bucket stands where others have a user and a password."""
 
 MISSING_ARTIFACT = re.compile(r"404 Client Error|\(404\)|No such file")
 """What MLflow's one error for every failed download says of a file that is not there."""
@@ -44,7 +47,8 @@ CHUNK_BYTES = 2**20
 class Limits:
     """What may be fetched from outside.
 
-    :param max_bytes: largest file; files on this machine have no limit.
+    :param max_bytes: largest file, of parquet also the most bytes that it unpacks to and the most rows;
+        files on this machine have no limit.
     :param may_be_reached: whether an https server may have this address.
     """
 
@@ -61,26 +65,23 @@ def fetch(source: str, tracking_uri: str | None, roots: Sequence[Path], limits: 
     :param source: an absolute path; or a URI of scheme ``file``, ``https``, ``runs``, ``models``,
         ``mlflow-artifacts``, or any that fsspec knows (``s3``, ``gs``, ``abfs``, …).
     :param tracking_uri: of the MLflow server whose artifacts the three schemes mean.
-    :param roots: where on this machine that server may keep them.
+    :param roots: where on this machine a file may lie, whether named by its path or by that server; none is
+        everywhere for a path, and nowhere for the server.
     :raises DataError: if there is no such file, it is larger than the limit, or it may not be read so.
     :raises OSError: if it cannot be reached, which another attempt may not meet.
     :raises ImportError: naming the package that a scheme needs.
     """
-    scheme = urlsplit(source).scheme
-    if scheme in LOOKUPS:
+    parts = urlsplit(source)
+    if parts.scheme in LOCAL_SCHEMES:
+        return _read_path(unquote(parts.path) if parts.scheme else source, roots)
+    if parts.scheme in LOOKUPS:
         return _fetch_artifact(source, tracking_uri, roots, limits)
-    return FETCHERS.get(scheme, _fetch_object)(source, limits)
+    return (_fetch_https if parts.scheme == "https" else _fetch_object)(source, limits)
 
 
 def shown(source: str) -> str:
     """Leave out what may hold rows or a secret: the body of a data: URI, a query, a password."""
-    parts = urlsplit(source)
-    if parts.scheme == "data":
-        return source.partition(",")[0]
-    if not parts.scheme or parts.scheme == "huggingface":
-        return source
-    netloc = parts.netloc if parts.scheme in BUCKET_AT_HOST else parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=netloc, query="", fragment="").geturl()
+    return source.partition(",")[0] if source.lower().startswith("data:") else without_secrets(source)
 
 
 def first_line(error: BaseException) -> str:
@@ -108,17 +109,30 @@ def _read(source: str, stream: HTTPResponse | BinaryIO, limits: Limits) -> bytes
     return content.getvalue()
 
 
-def _fetch_path(source: str, _: Limits) -> bytes:
-    path = Path(source)
-    if path.is_dir():
-        raise DataError(f"the data set {path} is a folder, not a file")
-    if not path.is_file():
-        raise _missing(source)
-    return path.read_bytes()
+def _read_path(path: str, roots: Sequence[Path]) -> bytes:
+    """Read a file from one open descriptor: a link may have taken its place since the path was checked."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(path) from None
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise DataError(f"the data set {path} is a folder, not a file")
+        if not stat.S_ISREG(mode):
+            raise _missing(path)
+        if roots and not lies_under(_place_of(descriptor, path), roots):
+            raise DataError(f"the data set {path} lies under no folder of allowed_roots")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
-def _fetch_file_uri(source: str, limits: Limits) -> bytes:
-    return _fetch_path(unquote(urlsplit(source).path), limits)
+def _place_of(descriptor: int, path: str) -> str:
+    """Return where an open file lies; without /proc, where its path leads to by now."""
+    link = f"/proc/self/fd/{descriptor}"
+    return os.readlink(link) if os.path.islink(link) else os.path.realpath(path)
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -259,11 +273,3 @@ def _check_artifact(source: str, location: str, tracking_uri: str, limits: Limit
             raise DataError(f"the data set {shown(source)} is a folder, not a file")
         if (entry.file_size or 0) > limits.max_bytes:
             raise too_large(source, limits)
-
-
-FETCHERS: dict[str, Callable[[str, Limits], bytes]] = {
-    "": _fetch_path,
-    "file": _fetch_file_uri,
-    "https": _fetch_https,
-}
-"""Reader of each scheme that is no object store."""

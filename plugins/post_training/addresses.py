@@ -9,15 +9,11 @@ from __future__ import annotations
 import ipaddress
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_PRIVATE = tuple(
-    ipaddress.ip_network(network)
-    for network in (
-        "::/96",  # IPv4-compatible, RFC 4291: would carry any private IPv4 address
-        "64:ff9b:1::/48",  # NAT64 of one's own network, RFC 8215
-        "fec0::/10",  # site-local, RFC 3879
-    )
-)
-"""What older versions of the standard library call global."""
+_GIVEN_OUT = ipaddress.ip_network("2000::/3")
+"""All that IANA gives out to hosts of the internet; the standard library calls more of the rest global."""
+
+_DOCUMENTATION = ipaddress.ip_network("3fff::/20")
+"""Of RFC 9637, which the standard library does not know."""
 
 
 def is_public(address: str) -> bool:
@@ -37,6 +33,6 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         carried = address.ipv4_mapped or address.sixtofour
         if carried is not None:
             return _is_public(carried)
-        if any(address in network for network in _PRIVATE):
+        if address not in _GIVEN_OUT or address in _DOCUMENTATION:
             return False
     return address.is_global and not address.is_multicast

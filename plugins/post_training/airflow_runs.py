@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from typing import Any
 
+from airflow.api.common.mark_tasks import set_state
 from airflow.api.common.trigger_dag import trigger_dag
 from airflow.api_fastapi.core_api.datamodels.dag_run import DagRunMutableStates
 from airflow.api_fastapi.core_api.services.public.dag_run import patch_dag_run_state
@@ -23,6 +24,7 @@ from airflow.models.dagrun import DagRun
 from airflow.models.log import Log
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.taskinstancehistory import TaskInstanceHistory
+from airflow.models.trigger import Trigger
 from airflow.utils.log.file_task_handler import StructuredLogMessage
 from airflow.utils.log.log_reader import TaskLogReader
 from airflow.utils.session import create_session
@@ -31,7 +33,7 @@ from airflow.utils.types import DagRunTriggeredByType
 from sqlalchemy import ColumnElement, and_, select, tuple_
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, joinedload
 
 from post_training.errors import (
     InvalidRequestError,
@@ -53,6 +55,9 @@ logger = logging.getLogger(__name__)
 STOP_EVENT = "stop_training_job"
 """In Airflow's audit log: somebody ended an attempt at a job. Airflow's own entries do not say which attempt
 they meant, and it has none of changes in bulk."""
+
+
+_IS_A_JOB = TaskInstance.custom_operator_name.in_(TRAINING_OPERATORS)
 
 
 class RunExistsError(Exception):
@@ -122,11 +127,17 @@ class AirflowRuns:
         candidates = [astuple(key) for key in candidate_keys(job_uuid, self.dag_ids(prefix_of=job_uuid))]
         return self._find(tuple_(*place).in_(candidates)) if candidates else None
 
+    def find_task(self, key: TaskKey) -> JobTask | None:
+        """Return the task of this place, None where Airflow has none there that is a job."""
+        return self._find(_is(TaskInstance, key))
+
     def _find(self, condition: ColumnElement[bool]) -> JobTask | None:
         query = (
             select(TaskInstance, DagRun)
             .join(DagRun, and_(DagRun.dag_id == TaskInstance.dag_id, DagRun.run_id == TaskInstance.run_id))
-            .where(TaskInstance.operator.in_(TRAINING_OPERATORS), condition)
+            .where(_IS_A_JOB, condition)
+            .order_by(DagRun.id)  # both request DAGs may have a run of this id: the first is the job of it
+            .limit(1)
         )
         with _database(), create_session() as session:
             row = session.execute(query).first()
@@ -138,7 +149,7 @@ class AirflowRuns:
         query = (
             select(*columns)
             .join(DagRun, and_(DagRun.dag_id == TaskInstance.dag_id, DagRun.run_id == TaskInstance.run_id))
-            .where(TaskInstance.operator.in_(TRAINING_OPERATORS), TaskInstance.dag_id.in_(dag_ids))
+            .where(_IS_A_JOB, TaskInstance.dag_id.in_(dag_ids))
             .order_by(DagRun.run_after.desc(), DagRun.id.desc(), TaskInstance.task_id, TaskInstance.map_index)
         )
         with _database(), create_session() as session:
@@ -150,7 +161,7 @@ class AirflowRuns:
         :param prefix_of: a job's id: only such DAGs are looked for as its beginning may name, by their index;
             without it every task of the deployment is looked at.
         """
-        query = select(TaskInstance.dag_id).where(TaskInstance.operator.in_(TRAINING_OPERATORS)).distinct()
+        query = select(TaskInstance.dag_id).where(_IS_A_JOB).distinct()
         if prefix_of is not None:
             prefixes = [prefix_of[:at] for at, letter in enumerate(prefix_of) if letter == "."]
             query = query.where(TaskInstance.dag_id.in_(prefixes))
@@ -176,11 +187,13 @@ class AirflowRuns:
             if key.dag_id in REQUEST_DAGS:
                 patch_dag_run_state(dag=dag, dag_run=run, state=DagRunMutableStates.FAILED, session=session)
                 return
-            dag.set_task_instance_state(
-                task_id=key.task_id,
-                map_indexes=None if key.map_index < 0 else [key.map_index],
+            operator = dag.get_task(key.task_id)
+            # The DAG's own set_task_instance_state would also clear, and so start, failed tasks behind it.
+            set_state(
+                tasks=[operator if key.map_index < 0 else (operator, key.map_index)],
                 run_id=key.run_id,
                 state=TaskInstanceState.FAILED,
+                commit=True,
                 session=session,
             )
 
@@ -279,10 +292,20 @@ def _stop_entry(key: TaskKey, attempt_id: str, user_name: str) -> Log:
 
 
 def _attempt(session: Session, key: TaskKey, attempt: int) -> TaskInstance | TaskInstanceHistory | None:
-    """Find the row of one attempt, which knows the host that it ran on."""
-    tables: tuple[Any, ...] = (TaskInstance, TaskInstanceHistory)
-    for table in tables:
-        query = select(table).where(_is(table, key), table.try_number == attempt)
+    """Find the row of one attempt, which knows the host that it ran on, with all that a reader of logs asks.
+
+    Airflow's reader closes the session of this thread; what is not loaded by then cannot be had.
+    """
+    tables: tuple[tuple[Any, ...], ...] = (
+        (
+            TaskInstance,
+            joinedload(TaskInstance.trigger).joinedload(Trigger.triggerer_job),
+            joinedload(TaskInstance.dag_model),
+        ),
+        (TaskInstanceHistory, joinedload(TaskInstanceHistory.dag_run)),
+    )
+    for table, *loaded in tables:
+        query = select(table).where(_is(table, key), table.try_number == attempt).options(*loaded)
         row: TaskInstance | TaskInstanceHistory | None = session.scalar(query)
         if row is not None:
             return row
@@ -306,5 +329,14 @@ def _log_line(message: StructuredLogMessage) -> Iterator[str]:
     """Yield a message's text with the exception that it reports; nothing for a mark of Airflow's groups."""
     if message.event.startswith(("::group::", "::endgroup::")):
         return
-    causes = (message.model_extra or {}).get("error_detail") or []
-    yield ": ".join([message.event, *(f"{cause['exc_type']}: {cause['exc_value']}" for cause in causes[:1])])
+    yield ": ".join([message.event, *_causes((message.model_extra or {}).get("error_detail"))[:1]])
+
+
+def _causes(error_detail: Any) -> list[str]:
+    """Return the exceptions of a message as text; code of a task may write anything under the same name."""
+    details = error_detail if isinstance(error_detail, list) else []
+    return [
+        f"{detail['exc_type']}: {detail['exc_value']}"
+        for detail in details
+        if isinstance(detail, Mapping) and {"exc_type", "exc_value"} <= detail.keys()
+    ]

@@ -26,4 +26,4 @@ def parse_data_uri(uri: str) -> tuple[str, bytes]:
     content = unquote_to_bytes(body)
     if "base64" in parameters:
         content = base64.b64decode(content, validate=True)
-    return MEDIA_TYPES.get(media, "jsonl"), content
+    return MEDIA_TYPES.get(media.strip(), "jsonl"), content

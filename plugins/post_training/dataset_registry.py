@@ -113,8 +113,21 @@ def _refuse_unless(may: Callable[[str], bool], sentence: str) -> None:
 
 
 def _is_same(current: DatasetVersion, new: NewVersion) -> bool:
-    names = ("digest", "purpose", "type", "metadata")
-    return all(getattr(current, name) == getattr(new, name) for name in names)
+    """Whether a version is what would be stored, the kind of its file and the text of its metadata too."""
+    content = new.content
+    uri = content if isinstance(content, str) else f"runs:/{current.run_id}/{content.name}"
+    return (current.digest, current.purpose, current.type, current.uri, _text(current.metadata)) == (
+        new.digest,
+        new.purpose,
+        new.type,
+        uri,
+        _text(new.metadata),
+    )
+
+
+def _text(metadata: Mapping[str, Any]) -> str:
+    """Return the JSON, in which true is not 1 as it is in Python."""
+    return json.dumps(metadata, sort_keys=True)
 
 
 def _jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -159,7 +159,7 @@ class Resolver:
         """
         with _readable(field, uri):
             if (scheme := _SCHEME.match(uri)) is None:
-                raise InvalidRequestError.of(field, f"must be a URI, got {uri[:200]!r}")
+                raise InvalidRequestError.of(field, f"must be a URI, got {shown(uri)!r}")
             return check_by_scheme(self._data_schemes, scheme[1], field, uri)
 
     def model(self, request: AnyTrainingRequest) -> str:
@@ -186,7 +186,7 @@ class Resolver:
             return self._model_path(field, name)
         if not HUB_ID.fullmatch(name):
             raise InvalidRequestError.of(
-                field, f"must be a path, a hub id like org/name, or a URI, got {name[:200]!r}"
+                field, f"must be a path, a hub id like org/name, or a URI, got {shown(name)!r}"
             )
         return name
 
@@ -215,7 +215,7 @@ class Resolver:
         if path.is_file():
             check_suffix(field, path.name, DATA_SUFFIXES)
             return str(path)
-        raise InvalidRequestError.of(field, f"no such file: {name[:200]!r}", "not_found")
+        raise InvalidRequestError.of(field, f"no such file: {shown(name)!r}", "not_found")
 
     def _model_path(self, field: str, name: str) -> str:
         path = self._under_root(field, name)
@@ -223,17 +223,17 @@ class Resolver:
             check_suffix(field, path.name, MODEL_SUFFIXES)
             return str(path)
         if not path.is_dir():
-            raise InvalidRequestError.of(field, f"no such file or folder: {name[:200]!r}", "not_found")
+            raise InvalidRequestError.of(field, f"no such file or folder: {shown(name)!r}", "not_found")
         if not any((path / file).is_file() for file in MODEL_FILES):
             raise InvalidRequestError.of(
-                field, f"{name[:200]!r} is no model folder: it has no {' and no '.join(MODEL_FILES)}"
+                field, f"{shown(name)!r} is no model folder: it has no {' and no '.join(MODEL_FILES)}"
             )
         return str(path)
 
     def _under_root(self, field: str, name: str) -> Path:
         """Return the resolved path, symbolic links followed."""
         if "\0" in name or ".." in Path(name).parts:
-            raise InvalidRequestError.of(field, f"must not hold '..', got {name[:200]!r}")
+            raise InvalidRequestError.of(field, f"must not hold '..', got {shown(name)!r}")
         roots = self._settings.allowed_roots
         options = [Path(name)] if name.startswith("/") else [root / name for root in roots]
         resolved = [option.resolve() for option in options]
@@ -241,7 +241,7 @@ class Resolver:
         if not allowed:
             raise InvalidRequestError.of(
                 field,
-                f"must lie under a folder of [post_training] allowed_roots, got {name[:200]!r}",
+                f"must lie under a folder of [post_training] allowed_roots, got {shown(name)!r}",
             )
         return next((path for path in allowed if path.exists()), allowed[0])
 
@@ -276,8 +276,14 @@ def _readable(field: str, name: str) -> Iterator[None]:
     """Turn what the standard library makes of a malformed name into an error of the field."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise InvalidRequestError.of(field, f"cannot be read: {error}, got {shown(name)!r}") from None
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:  # the last is of a circle of links, before Python 3.13
+        said = (error.strerror or "") if isinstance(error, OSError) else str(error)
+        reason = re.sub(r"(['\"]).*\1", "…", said, flags=re.DOTALL)  # the name, which may hold a secret
+        raise InvalidRequestError.of(field, f"cannot be read: {reason}, got {shown(name)!r}") from None
 
 
 def _addresses(host: str) -> list[str]:

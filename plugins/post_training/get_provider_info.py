@@ -25,6 +25,11 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "",
         "Interpreter of the trainer, with the extra 'train' installed; empty is Airflow's own.",
     ),
+    "deployment": (
+        "string",
+        "",
+        "Name of this Airflow among those that share an MLflow server; empty is its [api] base_url.",
+    ),
     "mlflow_conn_id": ("string", "mlflow_default", "Connection of type mlflow: the tracking server."),
     "post_training_conn_id": (
         "string",

@@ -11,12 +11,16 @@ from post_training.schemas.requests import REQUESTS
 MAY_BE_AN_ID = re.compile(r"[\w.~:+-]{1,1000}")
 """What is looked for at all. Names of DAGs and tasks may hold letters of any alphabet."""
 
+_MAP_INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
+_MAX_MAP_INDEX = 2**31 - 1
+
 REQUEST_DAGS = frozenset(REQUESTS)
 """DAGs behind the HTTP API and the form: one run is one job."""
 
 
 TRAINING_OPERATORS = ("SupervisedFineTuneOperator", "PreferenceOptimizeOperator")
-"""Class names by which the task-instance table knows the tasks that are jobs."""
+"""Names by which the task-instance table knows the tasks that are jobs, also those of users' subclasses: its
+``custom_operator_name``."""
 
 
 @dataclass(frozen=True)
@@ -53,5 +57,10 @@ def candidate_keys(job_uuid: str, dag_ids: Collection[str]) -> Iterator[TaskKey]
         for cut in range(1, len(parts)):
             run_id = ".".join(parts[:cut])
             yield TaskKey(dag_id, run_id, ".".join(parts[cut:]))
-            if len(parts) - cut > 1 and parts[-1].isdecimal():
+            if len(parts) - cut > 1 and _is_map_index(parts[-1]):
                 yield TaskKey(dag_id, run_id, ".".join(parts[cut:-1]), int(parts[-1]))
+
+
+def _is_map_index(text: str) -> bool:
+    """Whether it is a map index as ``job_uuid_of`` writes it, and one that Airflow's database can hold."""
+    return _MAP_INDEX.fullmatch(text) is not None and int(text) <= _MAX_MAP_INDEX

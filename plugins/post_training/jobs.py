@@ -19,7 +19,7 @@ from post_training.errors import (
 )
 from post_training.job_ids import TaskKey, candidate_keys
 from post_training.keyed_locks import KeyedLocks
-from post_training.mending import Mender, Tasks, failure
+from post_training.mending import Mender, Tasks, failure, is_unused
 from post_training.reconcile import Evidence
 from post_training.record import new_run
 from post_training.schemas import record as names
@@ -34,7 +34,7 @@ from post_training.schemas.jobs import (
 )
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rules import unsupported
-from post_training.tracking import JobRun, Tracking
+from post_training.tracking import JobRun, Tracking, run_of_task
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,9 @@ class JobService:
 
     def _submit(self, request: AnyTrainingRequest, dag_id: str, access: Access) -> None:
         conf = flatten(request)
-        if self._is_known(request.job_uuid, dag_id, conf):
+        if self._is_known(request.job_uuid, dag_id, conf, access):
             return
-        self._refuse_taken_names(request.job_uuid)
+        self._refuse_taken_names(request.job_uuid, access)
         problems = unsupported(request)
         if problems:
             raise InvalidRequestError(problems)
@@ -111,25 +111,29 @@ class JobService:
             )
         except RunExistsError:  # another api-server was faster
             self._discard(run)
-            if not self._is_known(request.job_uuid, dag_id, conf):
+            if not self._is_known(request.job_uuid, dag_id, conf, access):
                 raise RecordUnavailableError(f"job {request.job_uuid!r} is being started") from None
         except Exception:
             self._discard(run)
             raise
 
-    def _is_known(self, job_uuid: str, dag_id: str, conf: dict[str, Any]) -> bool:
+    def _is_known(self, job_uuid: str, dag_id: str, conf: dict[str, Any], access: Access) -> bool:
         known = self._runs.find(job_uuid)
         if known is None:
             return False
         submitted = {key: value for key, value in known.conf.items() if key != names.CONF_MLFLOW_RUN}
         if known.key.dag_id != dag_id or submitted != conf:
+            if not access.may_read(known.key.dag_id):
+                raise _unavailable_id()
             raise JobConflictError(f"job_uuid {job_uuid!r} belongs to a job with another request")
         return True
 
-    def _refuse_taken_names(self, job_uuid: str) -> None:
+    def _refuse_taken_names(self, job_uuid: str, access: Access) -> None:
         """Refuse an id that a task of another DAG has, or will have."""
         taken = next(candidate_keys(job_uuid, self._runs.dag_ids(prefix_of=job_uuid)), None)
         if taken is not None:
+            if not access.may_read(taken.dag_id):
+                raise _unavailable_id()
             raise InvalidRequestError.of(
                 "job_uuid",
                 f"must not start with {taken.dag_id!r} and a dot: jobs of that DAG's tasks are named so",
@@ -199,19 +203,16 @@ class JobService:
             raise JobConflictError(f"job {job_uuid!r} has ended{how}")
         if run is not None:
             self._kill(run, task)
-        self._runs.cancel(task.key, access.user_name)
+        try:
+            self._runs.cancel(task.key, access.user_name)
+        except JobConflictError:  # it has ended since: as a cancelled job, if its record says so
+            if run is None:
+                raise
 
     def _kill(self, run: JobRun, task: JobTask) -> None:
-        """Write that the job is cancelled: from here on it is, whatever fails.
-
-        :raises JobConflictError: if it has been completed in this moment.
-        """
+        """Write that the job is cancelled: with the tag it is, whatever fails and however its task ends."""
         tracking = self._tracking()
         tracking.set_tags(run.run_id, {names.TAG_CANCELLED_ATTEMPT: task.attempt_id})
-        now = tracking.get(run.run_id)
-        if now is not None and now.status == "FINISHED" and run.status != "FINISHED":
-            tracking.set_tags(run.run_id, {names.TAG_CANCELLED_ATTEMPT: ""})
-            raise JobConflictError(f"job {task.job_uuid!r} has ended: completed")
         tracking.set_status(run.run_id, "KILLED")
 
     def reconcile(self, access: Access) -> ReconcileJobsResponse:
@@ -237,11 +238,15 @@ class JobService:
         return task, run
 
     def _run_of(self, job_uuid: str, task: JobTask | None) -> JobRun | None:
-        run_id = task.conf.get(names.CONF_MLFLOW_RUN) if task is not None else None
-        run = self._tracking().get(run_id) if isinstance(run_id, str) else None
-        if run is not None and run.tags.get(names.TAG_JOB_UUID) == job_uuid:
-            return run
-        return self._tracking().find(job_uuid)
+        if task is not None:
+            return run_of_task(self._tracking(), task.key, task.conf.get(names.CONF_MLFLOW_RUN))
+        run = self._tracking().find(job_uuid)
+        return None if run is None or is_unused(run, None) else run
+
+
+def _unavailable_id() -> InvalidRequestError:
+    """Say the same of a job and of a DAG whose existence the caller may not learn."""
+    return InvalidRequestError.of("job_uuid", "is not available: choose another")
 
 
 def _scheduled_at(task: JobTask | None, run: JobRun | None) -> datetime | None:

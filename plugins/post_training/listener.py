@@ -38,7 +38,8 @@ def _set_by_hand(previous_state: Any, task_instance: Any) -> None:
     """Start writing, where the api-server changed the state for a user: a worker names the state before."""
     from post_training.job_ids import TRAINING_OPERATORS, TaskKey  # noqa: PLC0415 - pydantic
 
-    if previous_state is not None or getattr(task_instance, "operator", None) not in TRAINING_OPERATORS:
+    operator_name = getattr(task_instance, "operator_name", None)
+    if previous_state is not None or operator_name not in TRAINING_OPERATORS:
         return
     ti = task_instance
     key = TaskKey(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)

@@ -118,6 +118,8 @@ class LogService:
         """
         task = self._task(job_uuid, access)  # before its lines: an attempt that is over writes no more
         if task is not None:
+            if cursor.attempt > max(1, task.attempt):  # the DAG run was deleted and submitted again
+                return Step([], Cursor(), more=True)
             lines = islice(self._runs.log_lines(task.key, cursor.attempt), cursor.position, None)
             taken, more = _take(lines, MAX_PAGE_LINES)
             if taken:

@@ -10,10 +10,11 @@ from typing import Protocol
 
 from post_training.airflow_runs import JobTask
 from post_training.job_ids import TaskKey
-from post_training.reconcile import OF_MLFLOW, Evidence, Verdict, reconcile
+from post_training.reconcile import OF_MLFLOW, WORKING, Evidence, Verdict, reconcile
+from post_training.record import task_key
 from post_training.schemas import record as names
 from post_training.schemas.jobs import JobStatus, ReconcileJobsResponse
-from post_training.tracking import OPEN, JobRun, Tracking
+from post_training.tracking import OPEN, JobRun, Tracking, run_of_task
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class Tasks(Protocol):
     """The jobs' tasks in Airflow, as ``airflow_runs.AirflowRuns`` has them."""
 
     def find(self, job_uuid: str) -> JobTask | None: ...
+
+    def find_task(self, key: TaskKey) -> JobTask | None: ...
 
     def was_stopped(self, task: JobTask) -> bool: ...
 
@@ -69,7 +72,7 @@ class Mender:
     def _mend(self, task: JobTask | None, run: JobRun, verdict: Verdict) -> None:
         """Write the record's status, unless one of the two has changed since they were looked at."""
         now = self._tracking().get(run.run_id)
-        same_task = task is None or _identity(self._tasks.find(task.job_uuid)) == _identity(task)
+        same_task = task is None or _identity(self._tasks.find_task(task.key)) == _identity(task)
         if now is not None and now.status == run.status and same_task:
             assert verdict.mend is not None  # noqa: S101
             self._tracking().set_status(run.run_id, verdict.mend, error=failure(verdict, now))
@@ -84,7 +87,7 @@ class Mender:
     def evidence(self, task: JobTask | None, run: JobRun | None) -> Evidence:
         """Gather what both know; Airflow's log of its users' actions is asked only where it matters."""
         evidence = Evidence(
-            mlflow_status=run.status if run is not None else None,
+            mlflow_status=_status_of(run, task),
             task_state=task.state if task is not None else None,
             has_task=task is not None,
         )
@@ -119,8 +122,8 @@ class Mender:
         return counts
 
     def _reconcile(self, run: JobRun, counts: ReconcileJobsResponse) -> None:
-        task = self._tasks.find(run.tags.get(names.TAG_JOB_UUID, ""))
-        if _is_unused(run, task):
+        task = self._task_of(run)
+        if is_unused(run, task):
             if not _is_young(run):
                 self._tracking().discard(run.run_id)
                 counts.discarded += 1
@@ -130,6 +133,15 @@ class Mender:
         counts.stopped += verdict.stop
         if verdict.mend is not None:
             logger.info("MLflow run %s was %s and is %s", run.run_id, run.status, verdict.mend)
+
+    def _task_of(self, run: JobRun) -> JobTask | None:
+        """Return the task whose record this run is, None where it has another one or is gone."""
+        key = task_key(run.tags)
+        task = self._tasks.find_task(key) if key is not None else None
+        if task is None or task.conf.get(names.CONF_MLFLOW_RUN) == run.run_id:
+            return task
+        own = run_of_task(self._tracking(), task.key, task.conf.get(names.CONF_MLFLOW_RUN))
+        return task if own is not None and own.run_id == run.run_id else None
 
 
 def _identity(task: JobTask | None) -> tuple[str, str | None] | None:
@@ -144,13 +156,26 @@ def failure(verdict: Verdict, run: JobRun | None) -> str | None:
     return recorded or "The Airflow task ended without a result; its log says more."
 
 
-def _is_unused(run: JobRun, task: JobTask | None) -> bool:
+def is_unused(run: JobRun, task: JobTask | None) -> bool:
     """Whether a run was made by a submit that was cut off, and the job, if there is one, has another."""
     if names.TAG_JOB_UUID not in run.tags:
         return True
     begun = names.TAG_ATTEMPT in run.tags
     submitted = task.conf.get(names.CONF_MLFLOW_RUN) if task is not None else None
     return not begun and submitted != run.run_id and run.status == "SCHEDULED"
+
+
+def _status_of(run: JobRun | None, task: JobTask | None) -> str | None:
+    """Return the run's status; one that neither its task nor a cancel has written does not end the job.
+
+    A notebook that opens a run writes FINISHED when it leaves it.
+    """
+    if run is None or task is None:
+        return run.status if run is not None else None
+    works = task.state in WORKING and run.tags.get(names.TAG_ATTEMPT_ID) == task.attempt_id
+    finished = run.status == "FINISHED" and names.TAG_MAX_TRIES not in run.tags and task.state != "success"
+    killed = run.status == "KILLED" and not run.tags.get(names.TAG_CANCELLED_ATTEMPT) and works
+    return "RUNNING" if finished or killed else run.status
 
 
 def _is_young(run: JobRun) -> bool:

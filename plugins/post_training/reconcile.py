@@ -16,7 +16,7 @@ OF_MLFLOW: dict[str, JobStatus] = {
 TO_MLFLOW = {status: name for name, status in OF_MLFLOW.items()}
 
 _WAITING = frozenset({None, "scheduled", "queued"})
-_WORKING = frozenset({"running", "deferred", "awaiting_input"})
+WORKING = frozenset({"running", "deferred", "awaiting_input"})
 _ENDED = {
     "success": JobStatus.completed,
     "failed": JobStatus.failed,
@@ -108,12 +108,12 @@ def _status(evidence: Evidence) -> JobStatus:
 
 def _status_of_the_living(evidence: Evidence, recorded: JobStatus | None) -> JobStatus:
     """Decide where the task waits, works, or is between two tries."""
-    if recorded is JobStatus.completed and evidence.same_attempt and evidence.task_state in _WORKING:
+    if recorded is JobStatus.completed and evidence.same_attempt and evidence.task_state in WORKING:
         return recorded
     if evidence.cancelled:
         return JobStatus.cancelled
     if evidence.task_state in _WAITING:
         return JobStatus.in_progress if recorded is JobStatus.in_progress else JobStatus.scheduled
-    if recorded is not None and recorded.ended and evidence.same_attempt and evidence.task_state in _WORKING:
+    if recorded is not None and recorded.ended and evidence.same_attempt and evidence.task_state in WORKING:
         return recorded
     return JobStatus.in_progress

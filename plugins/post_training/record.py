@@ -9,6 +9,7 @@ from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.schemas import record as names
 from post_training.schemas.flat import stated
 from post_training.schemas.requests import AnyTrainingRequest
+from post_training.uris import without_secrets
 
 
 def new_run(
@@ -48,6 +49,19 @@ def identity_tags(key: TaskKey) -> dict[str, str]:
     }
 
 
+def task_key(tags: Mapping[str, str]) -> TaskKey | None:
+    """Return the task that a run's tags lead to, None where they name none."""
+    try:
+        return TaskKey(
+            tags[names.TAG_DAG_ID],
+            tags[names.TAG_RUN_ID],
+            tags[names.TAG_TASK_ID],
+            int(tags[names.TAG_MAP_INDEX]),
+        )
+    except (KeyError, ValueError):  # whoever writes to MLflow may have written them
+        return None
+
+
 def run_params(request: AnyTrainingRequest) -> dict[str, Any]:
     """Return the request's set fields by dotted path; those that say nothing are left out."""
     return {path: _shown(value) for path, value in stated(request).items() if value != {}}
@@ -55,15 +69,17 @@ def run_params(request: AnyTrainingRequest) -> dict[str, Any]:
 
 def _shown(value: Any) -> Any:
     """Name a data set that was sent inside the request by its size; the rest is shown as it is."""
-    scheme = value.partition(":")[0].lower() if isinstance(value, str) else ""
-    if scheme == "data":
+    if isinstance(value, str) and _holds_rows(value):
         return f"data: URI of {len(value)} characters"
     return _without_keys(value)
 
 
 def _without_keys(value: Any) -> Any:
-    """Cut the query of every https address, where a signed one carries its key."""
+    """Cut from every address what may be a secret: nothing has checked yet that it holds none."""
     if isinstance(value, dict):
         return {name: _without_keys(item) for name, item in value.items()}
-    is_https = isinstance(value, str) and value.lower().startswith("https:")
-    return value.partition("?")[0] if is_https else value
+    return without_secrets(value) if isinstance(value, str) and not _holds_rows(value) else value
+
+
+def _holds_rows(value: str) -> bool:
+    return value.strip().lower().startswith("data:")

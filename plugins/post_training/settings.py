@@ -19,6 +19,7 @@ class Settings:
     allowed_roots: tuple[Path, ...]
     default_model: str | None
     trainer_python: str
+    deployment: str
     mlflow_conn_id: str
     post_training_conn_id: str
     pool: str
@@ -39,6 +40,7 @@ def load_settings() -> Settings:
         allowed_roots=tuple(Path(root.strip()).expanduser().resolve() for root in roots if root.strip()),
         default_model=_get("default_model") or None,
         trainer_python=_get("trainer_python") or sys.executable,
+        deployment=_get("deployment") or conf.get("api", "base_url", fallback="") or "",
         mlflow_conn_id=_get("mlflow_conn_id"),
         post_training_conn_id=_get("post_training_conn_id"),
         pool=_get("pool"),

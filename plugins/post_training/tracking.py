@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError
-from post_training.job_ids import MAY_BE_AN_ID
+from post_training.job_ids import MAY_BE_AN_ID, TaskKey, job_uuid_of
+from post_training.record import identity_tags
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric, checkpoint_identifier
 
@@ -54,6 +55,7 @@ class TrackingServer:
     """Where MLflow is and how to enter it.
 
     :param public_url: its address in a browser.
+    :param deployment: which Airflow it is that writes here; others' jobs are left alone. Empty is unknown.
     """
 
     uri: str
@@ -61,6 +63,7 @@ class TrackingServer:
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     public_url: str | None = None
+    deployment: str = ""
 
     def environment(self) -> dict[str, str]:
         """Return the variables by which an MLflow client finds the credentials."""
@@ -131,6 +134,8 @@ class Tracking:
             experiment_id = self.experiment_id(experiment or self.server.experiment)
             whose = {names.TAG_DAG_ID} & tags.keys()
             draft = {names.TAG_METHOD: "", **{key: tags[key] for key in whose}}
+            if self.server.deployment:
+                draft[names.TAG_DEPLOYMENT] = self.server.deployment
             run = self.client.create_run(experiment_id, tags=draft, run_name=name)
         run_id = run.info.run_id
         try:
@@ -220,23 +225,19 @@ class Tracking:
         killed = f"status = 'KILLED' AND attributes.end_time >= {int(killed_since.timestamp() * 1000)}"
         filters = [*(f"status = '{status}'" for status in OPEN), killed]
         with answers():
-            experiments = [e.experiment_id for e in self.client.search_experiments()]
+            experiments = self._experiments()
             runs = [_job_run(run) for wanted in filters for run in self._runs(experiments, wanted)]
-        return [run for run in runs if names.TAG_METHOD in run.tags]
+        return [run for run in runs if names.TAG_METHOD in run.tags and self._is_ours(run)]
 
     def find(self, job_uuid: str) -> JobRun | None:
         """Return the job's run, the oldest if there are several, or None."""
         if not MAY_BE_AN_ID.fullmatch(job_uuid):  # nor is it anything but text to MLflow's filter language
             return None
         with answers():
-            ids = [e.experiment_id for e in self.client.search_experiments()]
-            runs = self.client.search_runs(
-                ids,
-                filter_string=f"tags.`{names.TAG_JOB_UUID}` = '{job_uuid}'",
-                order_by=["attributes.start_time ASC"],
-                max_results=1,
-            )
-        return _job_run(runs[0]) if runs else None
+            of_this_id = f"tags.`{names.TAG_JOB_UUID}` = '{job_uuid}'"
+            oldest_first = ["attributes.start_time ASC"]
+            runs = map(_job_run, self._runs(self._experiments(), of_this_id, oldest_first))
+            return next(filter(self._is_ours, runs), None)
 
     def get(self, run_id: str) -> JobRun | None:
         """Return a run by its id, None where it does not exist or was deleted."""
@@ -253,11 +254,29 @@ class Tracking:
                 raise
         return _job_run(run) if run.info.lifecycle_stage == "active" else None
 
-    def _runs(self, experiments: list[str], wanted: str) -> Iterator[Run]:
+    def _is_ours(self, run: JobRun) -> bool:
+        """Whether a run is of this Airflow, as far as both are known: others may share the server."""
+        ours, its = self.server.deployment, run.tags.get(names.TAG_DEPLOYMENT)
+        return not ours or not its or ours == its
+
+    def _experiments(self) -> list[str]:
+        """Return the ids of all experiments, of every page."""
+        ids: list[str] = []
+        token: str | None = None
+        while True:
+            page = self.client.search_experiments(page_token=token)
+            ids.extend(experiment.experiment_id for experiment in page)
+            token = page.token
+            if not token:
+                return ids
+
+    def _runs(self, experiments: list[str], wanted: str, order_by: list[str] | None = None) -> Iterator[Run]:
         """Yield the runs that a filter finds, of every page."""
         token: str | None = None
         while True:
-            page = self.client.search_runs(experiments, wanted, max_results=1000, page_token=token)
+            page = self.client.search_runs(
+                experiments, wanted, max_results=1000, order_by=order_by, page_token=token
+            )
             yield from page
             token = page.token
             if not token:
@@ -314,6 +333,19 @@ class Tracking:
             token = page.token
             if not token:
                 return models
+
+
+def run_of_task(tracking: Tracking, key: TaskKey, submitted: Any) -> JobRun | None:
+    """Return the run of this very task: ids are made of names, and two tasks' names may add up to one.
+
+    :param submitted: id of the run that was made at submit, from a DAG run's conf: anything may stand there.
+    """
+    looks: tuple[Callable[[], JobRun | None], ...] = (
+        lambda: tracking.get(submitted) if isinstance(submitted, str) else None,
+        lambda: tracking.find(job_uuid_of(key)),
+    )
+    found = (look() for look in looks)
+    return next((run for run in found if run and identity_tags(key).items() <= run.tags.items()), None)
 
 
 @contextmanager

@@ -33,6 +33,15 @@ OBJECT_STORES: Mapping[str, re.Pattern[str]] = {
 that the worker's environment names. Other schemes let a request choose the server (http, ftp, ssh), read the
 worker itself (local, memory) or chain URLs (simplecache)."""
 
+_LIKE_A_URI = re.compile(
+    r"(?P<head>\s*(?:(?P<scheme>[a-z][a-z0-9+.-]*):(?=/|\S*\s*$)|(?=//))/*)(?P<rest>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What has a scheme, and blanks only behind a slash: a sentence with a colon is none."""
+
+_USER = re.compile(r"[^/?#]*@|(?!\[)[^/?#:@]*:(?!\d*(?:[/?#]|$)).*@", re.DOTALL)
+"""A user in front of a host; one whose password holds '/', '?' or '#' looks like a host with a wrong port."""
+
 _MODEL_ID = r"m-[0-9a-f]{32}"
 _MODEL_NAME = r"[^/@?#:]+"
 _REGISTERED = rf"{_MODEL_NAME}(/[1-9]\d*|@[\w-]+)"
@@ -87,9 +96,33 @@ def _decoded(path: str) -> str:
     return path
 
 
-def shown(uri: str) -> str:
-    """Return the start of a URI, a malformed one too, without what may be a secret."""
-    return re.sub(r"(?<=[:/])[^/?#]*@|[?#].*", "", uri, flags=re.DOTALL)[:200]
+def shown(name: str) -> str:
+    """Return the start of a name, a malformed one too, without what may be a secret."""
+    return without_secrets(name)[:200]
+
+
+def without_secrets(name: str) -> str:
+    """Cut the user, the query and the fragment of a URI, a malformed one too; what looks like none stays.
+
+    The query with which a hub data set names its split stays, and the bucket where others have a user.
+    """
+    if (uri := _LIKE_A_URI.fullmatch(name)) is None:
+        return name
+    head, scheme, rest = uri["head"], (uri["scheme"] or "").lower(), uri["rest"]
+    if not _has_no_user(scheme, head, rest) and (user := _USER.match(rest)):
+        rest = rest[user.end() :]
+    query = rest.partition("?")[2]
+    keys = {key for key, _ in parse_qsl(query, keep_blank_values=True)}
+    if scheme == "huggingface" and "#" not in rest and keys <= set(HUB_QUERY):
+        return head + rest
+    return head + re.sub(r"[?#].*", "", rest, flags=re.DOTALL)
+
+
+def _has_no_user(scheme: str, head: str, rest: str) -> bool:
+    """Whether what stands in front of an ``@`` belongs to a path or to a bucket's name."""
+    is_path = scheme in ("file", *MLFLOW_FORMS) and head.count("/") != 2
+    bucket = OBJECT_STORES.get(scheme)
+    return is_path or (bucket is not None and bucket.fullmatch(re.split("[/?#]", rest)[0]) is not None)
 
 
 def check_suffix(field: str, path: str, suffixes: tuple[str, ...]) -> None:

@@ -38,6 +38,14 @@ def test_output_is_read_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "one\ntwo\n"
 
 
+@pytest.mark.parametrize("log", ["/dev/full", "/no/folder/log"])
+def test_output_that_cannot_be_kept_is_read_to_its_end(log: str) -> None:
+    program = "for number in range(200): print('x' * 1000)"  # more than a pipe holds
+    process = TrainerProcess([sys.executable, "-c", program], dict(os.environ), Path(log))
+    assert list(process.lines()) == ["x" * 1000] * 200
+    assert process.exit_code() == 0
+
+
 @pytest.mark.parametrize(
     ("program", "code"),
     [("raise SystemExit(3)", 3), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9)],

@@ -6,9 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lightning_modules.attempts import Inputs, continues, fetch_newest_state, keep_inputs
-from lightning_modules.checkpoint import EXPORTS, RESUME_FILE, STEP_FILE
+from lightning_modules.attempts import (
+    INPUTS_FILE,
+    REFERENCES_FILE,
+    Inputs,
+    continues,
+    fetch_newest_state,
+    keep_inputs,
+)
+from lightning_modules.checkpoint import EXPORTS, RESUME_FILE
+from lightning_modules.module import STATE_KEY
+from post_training.schemas.trainer import TrainerSpec
 
 
 def test_a_state_of_the_same_training_goes_on(make_spec: Any) -> None:
@@ -30,7 +40,7 @@ def test_a_state_of_another_training_is_removed(
     keep_inputs(make_spec(), Inputs.of(make_spec(), "base", ["a"]))
     spec = make_spec(**changes, checkpoint_dir=tmp_path / "copies")
     inputs = Inputs.of(spec, "base", digests)
-    states = [spec.work_dir / file for file in (RESUME_FILE, STEP_FILE)]
+    states = [spec.work_dir / file for file in (RESUME_FILE, REFERENCES_FILE)]
     for file in states:
         file.write_text("3")
     exports = [spec.work_dir / EXPORTS / "epoch-2", tmp_path / "copies" / "epoch-2"]
@@ -41,6 +51,27 @@ def test_a_state_of_another_training_is_removed(
     assert not continues(spec, inputs), "the record has not forgotten the other training yet"
     keep_inputs(spec, inputs)
     assert continues(spec, inputs)
+
+
+@pytest.mark.parametrize("left", [b"", b"\0\0", b'{"data": ["a'])
+def test_inputs_that_were_cut_off_remove_no_state(left: bytes, make_spec: Any) -> None:
+    spec = make_spec()
+    keep_inputs(spec, Inputs.of(spec, "base", ["a"]))
+    (spec.work_dir / INPUTS_FILE).write_bytes(left)
+    (spec.work_dir / RESUME_FILE).write_text("state")
+    assert continues(spec, Inputs.of(spec, "base", ["a"]))
+    assert (spec.work_dir / RESUME_FILE).exists()
+
+
+def test_inputs_that_a_full_disk_does_not_take_are_the_ones_before(make_spec: Any) -> None:
+    spec = make_spec()
+    before = Inputs.of(spec, "base", ["a"])
+    keep_inputs(spec, before)
+    file = spec.work_dir / INPUTS_FILE
+    file.with_name(f"{file.name}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        keep_inputs(spec, Inputs.of(spec, "base", ["b"]))
+    assert file.read_text() == before.text
 
 
 def test_a_digest_is_that_of_all_inputs_and_of_no_attempt(make_spec: Any, tmp_path: Path) -> None:
@@ -59,6 +90,14 @@ def test_a_digest_is_that_of_all_inputs_and_of_no_attempt(make_spec: Any, tmp_pa
     assert len({digest, *(other.digest for other in others)}) == 5
 
 
+def save_state(spec: TrainerSpec, step: int) -> Path:
+    """Leave the state of a step in the spec's folder, as the attempt before did."""
+    file = spec.work_dir / RESUME_FILE
+    file.parent.mkdir(parents=True)
+    torch.save({STATE_KEY: {"optimizer_steps": step}, "weights": torch.ones(1000)}, file)
+    return file
+
+
 class Asked:
     """A record that has the state of step 9, and remembers what it was asked."""
 
@@ -70,28 +109,26 @@ class Asked:
         return None if step == 9 else 9
 
 
-@pytest.mark.parametrize(
-    ("state", "step", "asked", "left"),
-    [
-        (None, None, None, "9"),
-        (None, "3", None, "9"),  # a state is what its own file holds
-        ("state", "3", 3, "9"),
-        ("state", "9", 9, "9"),
-        ("state", "", None, "9"),  # killed while the step was written
-        ("state", None, None, "9"),
-    ],
-)
-def test_the_record_is_asked_for_what_is_newer_than_the_folder_s(
-    state: str | None, step: str | None, asked: int | None, left: str, make_spec: Any
+@pytest.mark.parametrize("step", [None, 3, 9])
+def test_the_record_is_asked_for_what_is_newer_than_the_folder_s(step: int | None, make_spec: Any) -> None:
+    spec, record = make_spec(attempt=2), Asked()
+    if step is not None:
+        save_state(spec, step)
+    fetch_newest_state(spec, Inputs.of(spec, "base", ["a"]), record, lambda: False)  # type: ignore[arg-type]
+    assert record.steps == [step]
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 100, -100])
+def test_the_record_is_asked_for_its_state_where_the_folder_s_cannot_be_read(
+    kept_bytes: int, make_spec: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec, record = make_spec(attempt=2), Asked()
-    (spec.work_dir / STEP_FILE).parent.mkdir(parents=True)
-    for file, text in ((RESUME_FILE, state), (STEP_FILE, step)):
-        if text is not None:
-            (spec.work_dir / file).write_text(text)
+    file = save_state(spec, 3)
+    file.write_bytes(file.read_bytes()[:kept_bytes])
     fetch_newest_state(spec, Inputs.of(spec, "base", ["a"]), record, lambda: False)  # type: ignore[arg-type]
-    assert record.steps == [asked]
-    assert (spec.work_dir / STEP_FILE).read_text() == left
+    assert record.steps == [None]
+    assert not file.exists()
+    assert "last.ckpt cannot be read and is removed" in caplog.text
 
 
 def test_a_first_attempt_asks_for_no_state(make_spec: Any) -> None:

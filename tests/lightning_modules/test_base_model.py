@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -310,6 +311,16 @@ def test_a_model_without_weights(kind: str, tied: bool) -> None:
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
     embedding = model.get_input_embeddings().weight
     assert (model.get_output_embeddings().weight is embedding) is tied  # type: ignore[no-untyped-call]
+
+
+def test_a_configuration_chooses_no_kernel(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    values = json.loads((folder / "config.json").read_text())
+    for name in ("attn_implementation", "_attn_implementation"):
+        changed = {**values, name: "kernels-community/flash-attn"}
+        (folder / "config.json").write_text(json.dumps(changed))
+        assert meta_model(load_config(str(folder))).config._attn_implementation == "eager"
 
 
 def test_targets_are_known_without_weights(tiny_model_dir: Path) -> None:

@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lightning_modules.attempts import Inputs
 from lightning_modules.checkpoint import (
+    RESUME_FILE,
     SAVE_INTERVAL_SECONDS,
     SAVE_SHARE,
     SaveInterval,
     prune,
     random_state,
+    readable_step,
     restore_random_state,
 )
 from lightning_modules.job import prepare_job
@@ -164,7 +166,7 @@ def test_the_record_is_given_each_state_and_told_which_is_an_epoch_s_end(make_sp
         Inputs((spec.work_dir / "resume" / "inputs.json").read_text()).digest
     }
     assert record.states[-1][3] == (spec.work_dir / "resume" / "last.ckpt").read_bytes()
-    assert (spec.work_dir / "resume" / "step.txt").read_text() == "9"
+    assert readable_step(spec.work_dir / RESUME_FILE) == 9
 
 
 @pytest.mark.parametrize(("upload", "epochs"), [("all", [0, 1, 2]), (True, [2]), (False, [])])
@@ -267,6 +269,49 @@ def test_a_broken_job_goes_on_to_the_same_weights(
         train(spec, Failing(open_record(spec), step), clock=lambda: seconds * next(ticks))
     assert (spec.work_dir / "resume" / "last.ckpt").exists() is (step > 3 or (step > 1 and seconds > 0))
     assert_same(train(spec), whole)
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+@pytest.mark.parametrize("left", [b"", b"\0" * 5000, None], ids=["empty", "zeros", "half"])
+def test_a_state_that_cannot_be_read_is_removed_and_the_training_starts_anew(
+    left: bytes | None,
+    attempt: int,
+    make_spec: Any,
+    dropout_model: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = train(make_spec(**RESUMED, model=dropout_model, work_dir=tmp_path / "whole"))
+    spec = make_spec(**RESUMED, model=dropout_model, work_dir=tmp_path / "cut")
+    with pytest.raises(StopRequestedError):
+        train(spec, should_stop=stopping(8))
+    file = spec.work_dir / RESUME_FILE
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if left is None else left)
+    assert_same(train(spec.model_copy(update={"attempt": attempt})), whole)
+    assert "last.ckpt cannot be read and is removed" in caplog.text
+
+
+def test_a_full_disk_within_an_epoch_leaves_the_older_state(
+    make_spec: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = make_spec(**RESUMED, runtime={"save_every_n_steps": 2})
+    file = spec.work_dir / RESUME_FILE
+    file.parent.mkdir()
+    file.with_suffix(".tmp").symlink_to("/dev/full")  # the first save's draft
+    record = Recording(open_record(spec))
+    train(spec, record)
+    assert [step for step, *_ in record.states] == [3, 4, 6, 8, 9]
+    assert caplog.text.count("the state was not saved, the one before stays: [Errno 28] No space left") == 1
+
+
+def test_a_full_disk_at_an_epoch_s_end_fails_and_leaves_no_draft(make_spec: Any) -> None:
+    spec = make_spec(**RESUMED)
+    draft = (spec.work_dir / RESUME_FILE).with_suffix(".tmp")
+    draft.parent.mkdir()
+    draft.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        train(spec)
+    assert not draft.is_symlink()
 
 
 def test_a_finished_job_is_not_trained_again(make_spec: Any, run: Run) -> None:

@@ -69,6 +69,15 @@ def test_a_cancelled_attempt_ends_and_a_later_one_does_not(
     fence_of(NEWER).check()
 
 
+def test_an_attempt_whose_successor_was_cancelled_ends_too(
+    client: MlflowClient, run_id: str, fence_of: Any
+) -> None:
+    """Its successor may have had an id and not begun: its task was cleared while it ran."""
+    client.set_tag(run_id, TAG_CANCELLED_ATTEMPT, NEWER)
+    with pytest.raises(SupersededError, match="This attempt was cancelled"):
+        fence_of(OLDER).check()
+
+
 def test_a_run_that_an_older_attempt_claimed_last_is_claimed_back(
     client: MlflowClient, run_id: str, fence_of: Any
 ) -> None:
@@ -123,11 +132,19 @@ def test_without_an_answer_nothing_is_known(server: MLflowServer, fence_of: Any)
 
 
 @pytest.fixture
-def older(spec: TrainerSpec) -> Iterator[Any]:
-    """The record of an attempt, before a newer one begins."""
+def older(client: MlflowClient, run_id: str, spec: TrainerSpec) -> Iterator[Any]:
+    """The record of an attempt that has claimed the run, before a newer one begins."""
+    client.set_tag(run_id, TAG_ATTEMPT_ID, OLDER)
     record = open_record(spec.model_copy(update={"attempt_id": OLDER}), close_timeout=5.0)
     yield record
     record.close()
+
+
+def test_an_attempt_that_has_nothing_to_record_notices_the_newer_one(
+    client: MlflowClient, run_id: str, older: Any
+) -> None:
+    client.set_tag(run_id, TAG_ATTEMPT_ID, NEWER)
+    wait_until(lambda: older.superseded)
 
 
 def test_a_superseded_record_writes_nothing_of_any_kind(

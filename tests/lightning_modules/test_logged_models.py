@@ -93,6 +93,18 @@ def test_what_the_run_has_already_is_no_second_point(
     assert points(client, run_id, "train_loss_epoch") == [(10, 1.5)]
 
 
+def test_a_repeat_that_differs_in_the_last_digits_takes_the_run_s_value(
+    client: MlflowClient, run_id: str, logged: LoggedModels, folder: Path
+) -> None:
+    client.log_metric(run_id, "validation_loss", 2.0000001, timestamp=1_000, step=10)
+    client.log_metric(run_id, "train_loss_epoch", 1.6, timestamp=1_000, step=10)  # another training's
+    published(logged, folder)
+    assert points(client, run_id, "validation_loss") == [(10, 2.0000001)]
+    assert sorted(points(client, run_id, "train_loss_epoch")) == [(10, 1.5), (10, 1.6)]
+    [model] = models(client, run_id)
+    assert {m.key: m.value for m in model.metrics or []}["validation_loss"] == 2.0000001
+
+
 def test_an_epoch_has_one_model_however_often_it_is_published(
     client: MlflowClient, run_id: str, logged: LoggedModels, folder: Path
 ) -> None:

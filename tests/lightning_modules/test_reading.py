@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import pyarrow
@@ -21,6 +21,7 @@ import pytest
 from pyarrow import parquet
 
 from lightning_modules.data.reading import read_dataset
+from lightning_modules.data.sources import Limits
 from post_training.errors import DataError
 
 ROWS = [{"question": "a, b?", "answer": "1"}, {"question": 'say "é"', "answer": "2\n3"}]
@@ -32,6 +33,13 @@ def parquet_of(rows: list[dict[str, Any]]) -> bytes:
     """The bytes of a parquet file."""
     sink = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def packed(rows: int, answer: str) -> bytes:
+    """A parquet file that holds one answer once and says how often it is there."""
+    sink = io.BytesIO()
+    parquet.write_table(pyarrow.table({"answer": [answer] * rows}), sink, compression="zstd")
     return sink.getvalue()
 
 
@@ -141,6 +149,7 @@ def test_a_line_that_no_parser_can_read_is_a_bad_row(tmp_path: Path) -> None:
         ("rows.jsonl", b"\xff\xfe\x00", "cannot read the data set"),
         ("rows.json", b"3", "must hold a list of objects"),
         ("rows.parquet", b"not parquet", "cannot read the data set"),
+        ("rows.parquet", packed(0, ""), "holds no rows"),
         ("rows.txt", b"x", "unknown suffix 'txt'"),
         ("rows.jsonl.gz", b"x", "unknown suffix 'gz'"),
         ("rows.csv", b"a,b,a\n1,2,3\n", "a column's name is there twice: a, b, a"),
@@ -186,15 +195,39 @@ configs:
     "large-1.jsonl": JSONL + b" " * (401 - len(JSONL)),
 }
 COMMIT = "0" * 40
+CARDS = {
+    ("url", "README.md"): "---\nconfigs: [{config_name: a, data_files: HUB/private.jsonl}]\n---\n",
+    (
+        "other",
+        "README.md",
+    ): "---\nconfigs: [{config_name: a, data_files: {train: [x.jsonl, HUB/private.jsonl]}}]\n---\n",
+    ("chain", "README.md"): "---\nconfigs: [{config_name: a, data_files: 'a_b::HUB/private.jsonl'}]\n---\n",
+    ("zip", "README.md"): "---\nconfigs: [{config_name: a, data_files: 'zip://x::HUB/private.zip'}]\n---\n",
+    (
+        "path",
+        "README.md",
+    ): "---\nconfigs: [{config_name: a, data_files: [{split: a, path: /etc/x.csv}]}]\n---\n",
+    ("folder", "README.md"): "---\nconfigs: [{config_name: a, data_dir: /etc}]\n---\n",
+    ("yaml", ".huggingface.yaml"): "---\nconfigs: [{config_name: a, data_files: HUB/private.jsonl}]\n",
+}
+"""Cards of data sets that are outside the hub, which is HUB, by data set and file."""
 
 
 class Hub(BaseHTTPRequestHandler):
     """What the datasets library asks of a hub that has one data set, org/name."""
 
+    private: ClassVar[list[str]] = []
+    """What was asked for that is no hub's."""
+
     def do_HEAD(self) -> None:
         path = urlsplit(self.path).path
         name = path.rpartition("/")[2]
-        if path.startswith("/datasets/org/name/resolve/") and name in HUB_FILES:
+        self.private.extend([path] if path.startswith("/private") else [])
+        if path.startswith("/datasets/cards/") and (card := CARDS.get((path.split("/")[3], name))):
+            host, port = self.server.server_address[:2]
+            body = card.replace("HUB", f"http://{host!s}:{port}").encode()
+            self._answer(body, {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
+        elif path.startswith("/datasets/org/name/resolve/") and name in HUB_FILES:
             self._answer(HUB_FILES[name], {"ETag": f'"{_git_id(name)}"', "X-Repo-Commit": COMMIT})
         elif path.startswith("/api/datasets/org/name/tree/"):
             self._answer(json.dumps([_hub_entry(file) for file in HUB_FILES]).encode())
@@ -202,12 +235,13 @@ class Hub(BaseHTTPRequestHandler):
             files = [{"rfilename": file} for file in HUB_FILES]
             self._answer(json.dumps({"id": "org/name", "sha": COMMIT, "siblings": files}).encode())
         else:
-            self.send_error(404)
+            code = "RepoNotFound" if "/org/gone/" in path else "EntryNotFound"
+            self._answer(b"", {"X-Error-Code": code, "X-Repo-Commit": COMMIT}, status=404)
 
     do_GET = do_HEAD
 
-    def _answer(self, body: bytes, headers: Mapping[str, str] = {}) -> None:
-        self.send_response(200)
+    def _answer(self, body: bytes, headers: Mapping[str, str] = {}, status: int = 200) -> None:
+        self.send_response(status)
         for header in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(*header)
         self.end_headers()
@@ -253,8 +287,25 @@ for source in sys.argv[2:]:
 """
 
 
-def test_hub_data_sets(hub: str, tmp_path: Path) -> None:
+def read_all(hub: str, folder: Path, *names: str) -> list[Any]:
     """In a new process: the library reads the hub's address and its folders' when it is imported."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TQDM_DISABLE": "1"}
+    environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", READ_ALL, "1000", *names]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_data_outside_the_hub_are_not_asked_for(hub: str, tmp_path: Path) -> None:
+    Hub.private.clear()
+    names = [f"cards/{name}" for name, _ in CARDS]
+    for sentence in read_all(hub, tmp_path, *names):
+        assert sentence.endswith("has a card that names data outside the hub")
+    assert Hub.private == []
+
+
+def test_hub_data_sets(hub: str, tmp_path: Path) -> None:
     shadow = tmp_path / "org" / "name"  # which the library would prefer to the hub's data set
     shadow.mkdir(parents=True)
     (shadow / "train.jsonl").write_text('{"question": "of the working folder"}')
@@ -266,17 +317,12 @@ def test_hub_data_sets(hub: str, tmp_path: Path) -> None:
         "?name=broken": "JSON",
     }
     addresses = [*(f"org/name{query}" for query in (*read, *refused)), "org/gone"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TQDM_DISABLE": "1"}
-    environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-c", READ_ALL, "1000", *addresses]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    answers = read_all(hub, tmp_path, *addresses)
     digests, rows = zip(*answers[: len(read)], strict=True)
     assert rows == (ROWS, ROWS * 2, ROWS[1:], [{"question": "alone"}, {"answer": "as well"}])
     assert len(set(digests)) == 4
     assert digests[0] == hashlib.sha256(json.dumps(ROWS, sort_keys=True).encode()).hexdigest()
-    for sentence, reason in zip(answers[len(read) :], [*refused.values(), "'org/gone'"], strict=True):
+    for sentence, reason in zip(answers[len(read) :], [*refused.values(), "is not on the hub"], strict=True):
         assert "the data set huggingface://datasets/org/" in sentence
         assert reason in sentence.replace('"', "'")
 
@@ -295,3 +341,21 @@ def test_hub_data_sets(hub: str, tmp_path: Path) -> None:
 def test_other_hub_addresses_are_refused(address: str) -> None:
     with pytest.raises(DataError, match=r"must have the form huggingface://datasets/ORG/NAME\?split="):
         read_dataset(address)
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"),
+    [
+        (packed(20_000, ""), 19_999),  # a byte a row
+        (packed(1_000, "x" * 100), 99_999),
+        (packed(1, "x" * 100_000), 99_999),
+    ],
+)
+def test_parquet_that_unpacks_to_more_than_the_limit(tmp_path: Path, content: bytes, limit: int) -> None:
+    assert len(content) < 2_000
+    uri = "data:application/vnd.apache.parquet;base64," + base64.b64encode(content).decode()
+    with pytest.raises(DataError, match=f"is larger than the limit of {limit} bytes"):
+        read_dataset(uri, limits=Limits(max_bytes=limit))
+    rows = read_dataset(uri, limits=Limits(max_bytes=200_000)).rows
+    assert rows[-1].number == len(rows)
+    assert read_dataset(str(write(tmp_path / "rows.parquet", content)), limits=Limits(limit)).rows == rows

@@ -176,6 +176,28 @@ def test_close_is_bounded_and_a_later_attempt_sends_the_rest_once(
     assert points(client, run_id) == [(step, float(step)) for step in (1, 2, 3, 4, 5)]
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["it had trained", "it fails before it begins"])
+def test_what_another_machine_recorded_since_is_not_sent_by_a_retry_that_never_begins(
+    trained: bool, server: MLflowServer, client: MlflowClient, run_id: str, spec: TrainerSpec, tmp_path: Path
+) -> None:
+    server.stop()
+    first = open_record(spec, close_timeout=0.2)
+    for step in (1, 2):
+        first.log_metrics({"train_loss": float(step)}, step)
+    first.close()
+    server.start()
+    elsewhere = begun(retried(spec, work_dir=tmp_path / "elsewhere"))
+    for step in (1, 2):
+        elsewhere.log_metrics({"train_loss": float(step)}, step)
+    elsewhere.close()
+
+    back = open_record(retried(spec))
+    if trained:
+        back.settled([], [], lambda: False)
+    back.close()
+    assert points(client, run_id) == [(1, 1.0), (2, 2.0)]
+
+
 def test_an_attempt_on_another_machine_asks_mlflow_what_is_recorded(
     client: MlflowClient, run_id: str, spec: TrainerSpec, tmp_path: Path
 ) -> None:
@@ -203,6 +225,20 @@ def test_what_mlflow_refuses_is_reported_and_holds_nothing_up(
     assert client.get_run(run_id).data.params == {"seed": "1", "lr": "3"}
     assert points(client, run_id) == [(1, 1.0)]
     assert caplog.text.count("refused") == 2
+
+
+def test_a_run_that_is_deleted_and_restored_loses_no_point(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = open_record(spec)
+    client.delete_run(run_id)
+    for step in (1, 2):
+        record.log_metrics({"train_loss": float(step)}, step)
+    wait_until(lambda: "is kept on disk" in caplog.text)
+    client.restore_run(run_id)
+    record.log_metrics({"train_loss": 3.0}, 3)
+    record.close()
+    assert points(client, run_id) == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def noted(client: MlflowClient, run_id: str) -> dict[str, Checkpoint]:
@@ -321,6 +357,7 @@ def test_tables_wait_for_the_end_of_an_outage_and_nothing_waits_for_them(
     second.log_table("samples.json", COLUMNS, [[0, "no"], [1, "yes"]])
     assert monotonic() - started < 20.0
     server.start()
+    second.begin("x", continues=True, give_up=lambda: False)
     second.close()
     assert table_of(client, run_id, "bad_rows.json") == {"row": [7], "reason": ["no answer"]}
     assert table_of(client, run_id, "samples.json") == {"step": [0, 1], "answer": ["no", "yes"]}

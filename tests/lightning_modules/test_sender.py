@@ -141,6 +141,23 @@ def test_a_superseded_sender_ends_and_keeps_nobody_waiting(
     assert "Nothing more is recorded" in caplog.text
 
 
+def test_a_sender_that_has_nothing_to_send_watches_and_ends_when_it_is_superseded(
+    spool: Spool, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: Iterator[Exception] = iter([ConnectionError("down"), SupersededError("A newer attempt runs.")])
+
+    def watch() -> None:
+        raise next(answers)
+
+    sender = Sender(spool, receiver, watch=watch, interval=0.02)
+    sender.start()
+    wait_until(lambda: "Nothing more is recorded" in caplog.text)
+    assert "cannot be sent now" not in caplog.text
+    spool.append(numbered(1))
+    assert not sender.close(30.0)
+    assert receiver.taken == []
+
+
 def test_what_is_refused_is_left_out_alone(
     spool: Spool, receiver: Receiver, started: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -223,6 +223,27 @@ def test_what_is_shown_of_a_source(source: str, expected: str) -> None:
     assert shown(source) == expected
 
 
+def test_a_link_that_took_the_place_of_a_file_leads_nowhere(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    for file in (tmp_path / "outside.jsonl", root / "inside.jsonl"):
+        file.write_bytes(JSONL)
+    (root / "rows.jsonl").symlink_to(tmp_path / "outside.jsonl")
+    (root / "link.jsonl").symlink_to("inside.jsonl")
+    for source in (f"{root}/rows.jsonl", f"file://{root}/rows.jsonl"):
+        with pytest.raises(DataError, match=r"rows\.jsonl lies under no folder of allowed_roots") as caught:
+            read_dataset(source, roots=(root,))
+        assert is_permanent(caught.value)
+        assert [row.value for row in read_dataset(source).rows] == [ROW], "without roots all are allowed"
+    for name in ("link.jsonl", "inside.jsonl"):
+        assert [row.value for row in read_dataset(f"{root}/{name}", roots=(root,)).rows] == [ROW]
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    assert failure(f"{tmp_path}/rows.jsonl") == (f"the data set {tmp_path}/rows.jsonl does not exist", True)
+
+
 def test_a_reason_is_one_line_and_not_endless() -> None:
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"

@@ -79,12 +79,14 @@ def test_a_line_in_the_making_is_not_read(file: Path) -> None:
     assert steps(spool) == [1]
 
 
-def test_last_steps_and_times_are_found(file: Path) -> None:
+def test_last_steps_and_points_are_found(file: Path) -> None:
     spool = Spool(file, "run")
     spool.append([metrics(1, 0.5), metrics(7, 0.25), {"kind": "tag", "key": "loss", "value": "9"}])
     assert spool.last_steps() == {"loss": 7}
-    assert spool.time_of("loss", 7, 0.25) == 70
-    assert spool.time_of("loss", 7, 0.5) is None
+    assert spool.point_at("loss", 7) == (0.25, 70)
+    assert spool.point_at("loss", 8) is None
+    spool.append([{"kind": "restart"}])
+    assert spool.point_at("loss", 7) is None
 
 
 def test_steps_of_another_training_are_not_the_last_ones(file: Path) -> None:

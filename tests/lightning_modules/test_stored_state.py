@@ -64,6 +64,16 @@ def test_the_newest_state_comes_back_and_older_ones_are_deleted(
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_a_tag_that_somebody_edited_names_no_state(
+    client: MlflowClient, run_id: str, store: StateStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.set_tag(run_id, TAG_RESUME_STATE, "edited by hand")
+    assert store.newest() is None
+    assert "names no state: edited by hand" in caplog.text
+    assert not store.has(step=3, inputs="x")
+    assert announced(store, tmp_path, 3) == store.newest()
+
+
 def test_a_state_that_is_announced_again_stays(
     client: MlflowClient, run_id: str, store: StateStore, tmp_path: Path
 ) -> None:

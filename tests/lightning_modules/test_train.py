@@ -211,6 +211,23 @@ def test_a_superseded_attempt_s_failure_is_none(make_spec: Any) -> None:
     assert (spec.work_dir / RESULT_FILE).read_text() == "the newer attempt's"
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({}, []), ({"train_data": "/no/rows.jsonl"}, ["failed: the data set /no/rows.jsonl"])],
+)
+def test_a_result_that_a_full_disk_does_not_take_is_said_in_one_line(
+    changes: dict[str, Any], said: list[str], make_spec: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = make_spec(**changes)
+    (spec.work_dir / f"{RESULT_FILE}.tmp").symlink_to("/dev/full")
+    assert main([str(write(spec))]) == 1
+    assert not (spec.work_dir / RESULT_FILE).exists()
+    errors = capfd.readouterr().err
+    for line in (*said, "failed: the result cannot be written: [Errno 28] No space left on device"):
+        assert line in errors
+    assert "Traceback" not in errors
+
+
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 1
     assert "usage: " in capsys.readouterr().err

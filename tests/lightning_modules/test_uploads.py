@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from lightning_modules.mlflow_record import UPLOADS_SPOOL_FILE, open_mlflow_record
 from lightning_modules.record import SPOOL_FILE, LocalRecord, open_record
 from lightning_modules.spool import Spool
+from lightning_modules.stored_state import StateStore
 from lightning_modules.uploads import checkpoint_event
 from post_training.errors import RecordUnavailableError
 from post_training.schemas.jobs import PostTrainingMetric
@@ -60,6 +63,19 @@ def test_a_settled_checkpoint_is_ready_and_has_the_run_s_own_points(
     }
     assert points(client, run_id, "validation_loss") == [(10, 2.0)]
     assert points(client, run_id, "train_loss") == [(10, 1.1)]
+
+
+def test_a_repeat_that_differs_in_the_last_digits_is_no_second_point(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+) -> None:
+    first = open_record(spec)
+    first.log_metrics({"validation_loss": 2.0000001}, 10)
+    first.close()
+    second = begun(retried(spec))
+    second.log_metrics({"validation_loss": 2.0}, 10)
+    second.settled([second.log_checkpoint(folder, step=10, metrics=EPOCH_0)], [0], never)
+    second.close()
+    assert points(client, run_id, "validation_loss") == [(10, 2.0000001)]
 
 
 def test_what_is_not_finite_is_no_metric_of_the_model(
@@ -122,13 +138,110 @@ def test_a_checkpoint_that_was_noted_stays_where_it_is(
     assert [settled[1].path] == paths_of(client, run_id)
 
 
-def test_a_checkpoint_that_never_arrived_is_missed(spec: TrainerSpec, folder: Path, client: Any) -> None:
-    Spool(spec.work_dir / UPLOADS_SPOOL_FILE, None).append([checkpoint_event(folder, 10, EPOCH_0, [])])
-    shutil.rmtree(folder)
+def test_a_checkpoint_that_somebody_deleted_is_uploaded_again_while_its_folder_is_there(
+    client: MlflowClient,
+    run_id: str,
+    spec: TrainerSpec,
+    folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first, second = folder, Path(shutil.copytree(folder, tmp_path / "second"))
     record = open_record(spec)
-    with pytest.raises(RecordUnavailableError, match="MLflow has no checkpoint of epoch 0"):
-        record.settled([], [0], never)
+    logged = [
+        record.log_checkpoint(each, step=10 * n, metrics=of_epoch(n))
+        for n, each in enumerate((first, second))
+    ]
+    before = record.settled(logged, [0, 1], never)
     record.close()
+    for checkpoint in before:
+        client.delete_logged_model(checkpoint.path.removeprefix("models:/"))
+
+    later = impatient(retried(spec))
+    settled = later.settled(logged, [0, 1], never)
+    later.close()
+    assert [checkpoint.epoch for checkpoint in settled] == [0, 1]
+    assert {checkpoint.path for checkpoint in settled} == set(paths_of(client, run_id))
+    assert not {checkpoint.path for checkpoint in settled} & {checkpoint.path for checkpoint in before}
+
+    client.delete_logged_model(settled[0].path.removeprefix("models:/"))
+    shutil.rmtree(first)
+    last = impatient(retried(spec))
+    assert last.settled(logged, [0, 1], never) == settled[1:]
+    last.close()
+    assert "the checkpoint of epoch 0 is neither in MLflow nor on this machine" in caplog.text
+
+
+def test_a_checkpoint_that_somebody_deletes_during_its_upload_is_uploaded_again(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finalize, deleted = MlflowClient.finalize_logged_model, iter(range(1))
+
+    def deleting(self: MlflowClient, model_id: str, status: Any) -> Any:
+        if next(deleted, None) is not None:
+            self.delete_logged_model(model_id)
+        return finalize(self, model_id, status)
+
+    monkeypatch.setattr(MlflowClient, "finalize_logged_model", deleting)
+    record = impatient(spec)
+    [checkpoint] = record.settled([record.log_checkpoint(folder, step=10, metrics=EPOCH_0)], [0], never)
+    record.close()
+    assert next(deleted, None) is None
+    assert [checkpoint.path] == paths_of(client, run_id)
+
+
+def test_a_checkpoint_that_never_arrives_is_missed(
+    spec: TrainerSpec, folder: Path, monkeypatch: pytest.MonkeyPatch, client: MlflowClient
+) -> None:
+    def deleted(*args: Any) -> None:
+        raise MlflowException("deleted by someone", RESOURCE_DOES_NOT_EXIST)
+
+    monkeypatch.setattr(MlflowClient, "finalize_logged_model", deleted)
+    record = impatient(spec)
+    logged = record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
+    with pytest.raises(RecordUnavailableError, match="MLflow has no checkpoint of epoch 0"):
+        record.settled([logged], [0], never)
+    record.close()
+
+
+def refuse_states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let MLflow refuse every state; returns the names of those that it was asked to store."""
+    asked: list[str] = []
+
+    def refusing(self: StateStore, file: Path) -> str:
+        asked.append(file.name)
+        raise OSError("413 Request Entity Too Large")
+
+    monkeypatch.setattr(StateStore, "upload", refusing)
+    return asked
+
+
+def test_a_state_that_cannot_be_stored_gives_way_to_what_waits_behind_it(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = refuse_states(monkeypatch)
+    record = impatient(spec)
+    record.log_state(folder / "adapter.safetensors", step=5, inputs="x", must=True)
+    wait_until(lambda: asked)
+    record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
+    wait_until(lambda: paths_of(client, run_id))
+    record.log_state(folder / "adapter.safetensors", step=10, inputs="x", must=True)
+    wait_until(lambda: asked.count("step-10.ckpt") > 1)  # nothing waits behind it
+    record.close()
+    assert not list((spec.work_dir / "resume").rglob("step-5.ckpt"))
+
+
+def test_a_finished_training_waits_for_no_state(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_states(monkeypatch)
+    record = impatient(spec)
+    logged = record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
+    record.log_state(folder / "adapter.safetensors", step=10, inputs="x", must=True)
+    [checkpoint] = record.settled([logged], [0], never)
+    record.close()
+    assert [checkpoint.path] == paths_of(client, run_id)
+    assert not list((spec.work_dir / "resume").rglob("step-*"))
 
 
 def test_a_pruned_checkpoint_is_passed_over_and_holds_up_none(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import pytest
 
 from post_training.errors import (
@@ -65,6 +66,49 @@ def test_a_silent_server_is_told_apart(api: ApiServer) -> None:
     with pytest.raises(RecordUnavailableError, match="does not answer"):
         PostTrainingHook().list_jobs()
     assert PostTrainingHook().test_connection()[0] is False
+
+
+def answering(**answers: httpx.Response) -> PostTrainingHook:
+    """Return a hook whose network answers the login and everything else so."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return answers["login" if request.url.path == "/auth/token" else "api"]
+
+    return PostTrainingHook(transport=httpx.MockTransport(answer))
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        *((code, ForbiddenError) for code in (400, 401, 403, 422)),
+        *((code, RecordUnavailableError) for code in (200, 302, 404, 429, 500, 502, 503)),
+    ],
+)
+def test_only_a_wrong_login_is_a_refusal(api: ApiServer, code: int, error: type[Exception]) -> None:
+    with pytest.raises(error, match=str(code)):
+        answering(login=httpx.Response(code, text="<html>")).list_jobs()
+
+
+LOGIN = httpx.Response(201, json={"access_token": "token"})
+AS_JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "error"),
+    [
+        ({"login": httpx.Response(201, text="<html>")}, RecordUnavailableError),
+        ({"login": LOGIN, "api": httpx.Response(200, text="<html>")}, RecordUnavailableError),
+        ({"login": LOGIN, "api": httpx.Response(502, headers=AS_JSON)}, RecordUnavailableError),
+        ({"login": LOGIN, "api": httpx.Response(502, text="<html>")}, RecordUnavailableError),
+        ({"login": LOGIN, "api": httpx.Response(403, content=b"\xff", headers=AS_JSON)}, ForbiddenError),
+        ({"login": LOGIN, "api": httpx.Response(404, headers=AS_JSON)}, JobNotFoundError),
+    ],
+)
+def test_an_answer_without_json_is_an_error_of_the_tree(
+    api: ApiServer, answers: dict[str, httpx.Response], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        answering(**answers).job_status("job-1")
 
 
 def test_an_unavailable_record_is_told_apart(api: ApiServer) -> None:

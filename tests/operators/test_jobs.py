@@ -19,6 +19,7 @@ from post_training.operators.jobs import (
 )
 from post_training.operators.sensors import PostTrainingJobSensor
 from post_training.operators.triggers import PostTrainingJobTrigger
+from post_training.record import identity_tags
 from post_training.schemas.jobs import Checkpoint
 from tests.fakes import NOW, task
 from tests.operators.conftest import ApiServer
@@ -29,9 +30,7 @@ CONTEXT: Any = {}
 
 def test_each_operator_calls_its_method(api: ApiServer) -> None:
     api.runs.add(task(KEY, "running", {"mlflow_run_id": "run-1"}))
-    api.tracking.create_run(
-        name="", experiment=None, tags={"post_training.job_uuid": "job-1"}, params={}, request={}
-    )
+    api.tracking.create_run(name="", experiment=None, tags=identity_tags(KEY), params={}, request={})
     api.tracking.made.append(
         Checkpoint(identifier="c", created_at=NOW, epoch=0, post_training_job_id="job-1", path="models:/m-1")
     )

@@ -20,7 +20,11 @@ from post_training.errors import InvalidRequestError
 from post_training.job_ids import TaskKey
 from post_training.operators import task_record
 from post_training.operators.params import FORM_DEFAULTS
-from post_training.operators.training import PreferenceOptimizeOperator, SupervisedFineTuneOperator
+from post_training.operators.training import (
+    PreferenceOptimizeOperator,
+    SupervisedFineTuneOperator,
+    TrainingOperator,
+)
 from post_training.record import identity_tags
 from post_training.schemas.flat import flatten
 from post_training.schemas.requests import SupervisedFineTuneRequest
@@ -481,6 +485,20 @@ def test_bad_defaults_in_the_connection_are_named(
 def test_a_request_beside_single_fields_is_refused(workplace: Workplace) -> None:
     with pytest.raises(InvalidRequestError, match="training_config: was given beside request"):
         workplace.operator(request={}).build_request(KEY)
+
+
+@pytest.mark.parametrize(
+    ("base", "fields"),
+    [(SupervisedFineTuneOperator, {"custom_operator_name": "House tuner"}), (TrainingOperator, {})],
+)
+def test_a_subclass_whose_tasks_would_not_be_found_is_refused(base: type, fields: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="HouseTuner: custom_operator_name must be one of Supervised"):
+        type("HouseTuner", (base,), fields)
+
+
+def test_a_job_is_recorded_where_the_deployment_looks_for_it() -> None:
+    with pytest.raises(TypeError, match="mlflow_conn_id"):
+        SupervisedFineTuneOperator(task_id="train", mlflow_conn_id="another")
 
 
 def test_every_field_of_the_request_is_templated() -> None:

@@ -115,6 +115,23 @@ def test_an_unknown_fields_value_is_not_repeated() -> None:
     assert "hunter2" not in msg
 
 
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ('{"data_config":{"dataset_id":"https://u:hunter2@h/x.jsonl"} ', "line 1 column 61"),
+        ("hunter2", "line 1 column 1"),
+        ('"hunter2"', "valid dictionary"),
+        ('["hunter2", "\\ud800"]', "valid Unicode"),
+    ],
+)
+@pytest.mark.parametrize("field", ["training_config", "logger_config", "hyperparam_search_config", "runtime"])
+def test_text_where_an_object_belongs_is_not_repeated(text: str, rule: str, field: str) -> None:
+    loc, msg = refused(SupervisedFineTuneRequest, sft_body(**{field: text}))
+    assert loc == field
+    assert rule in msg
+    assert "hunter2" not in msg
+
+
 @pytest.mark.parametrize("job_uuid", ["a", "A-1_2.3~4:5+6", "x" * 200, "manual__2026-11-24T00:00:00+00:00"])
 def test_job_uuid_is_accepted(job_uuid: str) -> None:
     assert SupervisedFineTuneRequest.model_validate(sft_body(job_uuid=job_uuid)).job_uuid == job_uuid

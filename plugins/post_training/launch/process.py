@@ -125,12 +125,16 @@ class TrainerProcess:
 
     def _read(self) -> None:
         assert self._process.stdout is not None  # noqa: S101
-        with self._log.open("a", encoding="utf-8") as copy, self._process.stdout as output:
+        with self._process.stdout as output:
             for line in output:
-                copy.write(line)
-                copy.flush()
+                self._copy(line)
                 self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
+
+    def _copy(self, line: str) -> None:
+        """Append a line to the log, or do without where the disk refuses: the child waits for its reader."""
+        with suppress(OSError), self._log.open("a", encoding="utf-8") as copy:
+            copy.write(line)
 
 
 def bind_to_parent(number: signal.Signals) -> None:

@@ -29,6 +29,7 @@ from post_training.schemas.jobs import (
 )
 from post_training.schemas.requests import error_details
 from post_training.schemas.training import RuntimeConfig
+from post_training.settings import load_settings
 from post_training.tracking import Tracking, TrackingServer
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 60.0
 RECONCILE_SECONDS = 230.0
+LOGIN_REFUSALS = (400, 401, 403, 422)
+"""What Airflow answers to a wrong login; with anything else it may be right later."""
 
 
 class MLflowHook(BaseHook):
@@ -86,6 +89,7 @@ def tracking_server(connection: Connection) -> TrackingServer:
         username=connection.login or None,
         password=connection.password or None,
         public_url=extra.get("public_url") or None,
+        deployment=load_settings().deployment,
     )
 
 
@@ -133,9 +137,11 @@ class PostTrainingHook(BaseHook):
         login = {"username": connection.login, "password": connection.password}
         with httpx.Client(timeout=TIMEOUT_SECONDS, transport=self._transport) as client, _answers():
             answer = client.post(url, json=login)
-        if answer.status_code != httpx.codes.CREATED:
+        if answer.status_code in LOGIN_REFUSALS:
             raise ForbiddenError(f"Airflow refuses the login of {connection.login!r}: {answer.status_code}")
-        return str(answer.json()["access_token"])
+        if answer.status_code != httpx.codes.CREATED:
+            raise RecordUnavailableError(f"Airflow answers the login with {answer.status_code}")
+        return str(_content(answer)["access_token"])
 
     def runtime_defaults(self) -> dict[str, Any]:
         """Return the connection's defaults of the runtime block; none without a connection.
@@ -211,7 +217,7 @@ class PostTrainingHook(BaseHook):
         with self.get_conn() as client, _answers():
             answer = client.request(method, f"/v1alpha/post-training/{path}", **kwargs)
         if answer.is_success:
-            return answer.json()
+            return _content(answer)
         raise _error(answer, job_uuid)
 
 
@@ -231,9 +237,25 @@ def _answers() -> Iterator[None]:
         raise RecordUnavailableError(f"the post-training API does not answer: {error}") from error
 
 
+def _content(answer: httpx.Response) -> Any:
+    """Return what a successful answer holds.
+
+    :raises RecordUnavailableError: if it is no JSON: it comes from something between us and the API.
+    """
+    try:
+        return answer.json()
+    except ValueError:
+        raise RecordUnavailableError(
+            f"the post-training API answers {answer.status_code} without JSON"
+        ) from None
+
+
 def _error(answer: httpx.Response, job_uuid: str) -> PostTrainingError:
     """Return the error of the tree that the API's answer stands for."""
-    body = answer.json() if answer.headers.get("content-type", "").startswith("application/json") else {}
+    try:
+        body = answer.json()
+    except ValueError:  # a proxy's page
+        body = {}
     detail: Any = body.get("detail", answer.reason_phrase) if isinstance(body, Mapping) else answer.text
     match answer.status_code:
         case 404:

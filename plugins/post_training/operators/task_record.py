@@ -16,7 +16,7 @@ from post_training.operators.links import MLflowRunLink
 from post_training.record import identity_tags, new_run
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
-from post_training.tracking import JobRun, Tracking
+from post_training.tracking import JobRun, Tracking, run_of_task
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -123,7 +123,8 @@ class TaskRecord:
         return run is not None and self._is_cancelled(run)
 
     def _is_cancelled(self, run: JobRun) -> bool:
-        return run.tags.get(names.TAG_CANCELLED_ATTEMPT) == self.attempt_id
+        """Whether this attempt was cancelled, or a later one, which a clear makes before this one ends."""
+        return run.tags.get(names.TAG_CANCELLED_ATTEMPT, "") >= self.attempt_id
 
     def _was_finished(self, run: JobRun, request: AnyTrainingRequest) -> bool:
         """Whether this is a retry of what has been done; who clears the task raises its limit of tries."""
@@ -236,13 +237,7 @@ class TaskRecord:
                 time.sleep(PAUSE_SECONDS)
 
     def _existing(self) -> JobRun | None:
-        """Return the run of this very task: ids are made of names, and two tasks' names may add up to one."""
-        run_id = self.submitted_run_id
-        submitted = self.tracking.get(run_id) if isinstance(run_id, str) else None
-        for run in (submitted, self.tracking.find(job_uuid_of(self.key))):
-            if run is not None and identity_tags(self.key).items() <= run.tags.items():
-                return run
-        return None
+        return run_of_task(self.tracking, self.key, self.submitted_run_id)
 
     def _note(self) -> None:
         """Let task and run lead to each other."""
@@ -264,4 +259,5 @@ def _is_another_training(run: JobRun, request: AnyTrainingRequest) -> bool:
     What such a run holds is the record of what was trained then; only an attempt at the same may go on.
     """
     recorded = run.tags.get(names.TAG_PAYLOAD_HASH)
-    return run.status == "FINISHED" or (recorded is not None and recorded != request.payload_hash())
+    finished = run.status == "FINISHED" and names.TAG_MAX_TRIES in run.tags  # by its task, not by hand
+    return finished or (recorded is not None and recorded != request.payload_hash())

@@ -15,7 +15,7 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from post_training.errors import InvalidRequestError, PostTrainingError, SupersededError, TrainerError
-from post_training.job_ids import TaskKey, job_uuid_of
+from post_training.job_ids import TRAINING_OPERATORS, TaskKey, job_uuid_of
 from post_training.job_lock import claim, locked, newest_claim, note_holder
 from post_training.launch.local import trainer_argv, trainer_environment
 from post_training.launch.process import TrainerProcess, bind_to_parent
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 class TrainingOperator(BaseOperator):
     """What both training operators share: validate, record, launch, follow, conclude.
 
+    A subclass keeps ``custom_operator_name``, by which the deployment finds the tasks that are jobs, mapped
+    ones too.
+
     The task takes its slot from the pool of ``[post_training] pool``; a mapped one (``partial().expand()``)
     must name it itself.
 
@@ -49,11 +52,11 @@ class TrainingOperator(BaseOperator):
     :param logger_config: MLflow names and intervals.
     :param runtime: limits, and adapters of a preference or QAT job; what it leaves unset comes from the
         ``post_training`` connection, as far as it means something for this job.
-    :param mlflow_conn_id: connection of the tracking server; None is the deployment's setting.
     :param post_training_conn_id: connection with the defaults of ``runtime``; None is the setting.
     """
 
     method: ClassVar[str]
+    custom_operator_name: ClassVar[str]
     request_fields: ClassVar[tuple[str, ...]] = (
         "training_config",
         "algorithm_config",
@@ -66,6 +69,18 @@ class TrainingOperator(BaseOperator):
     operator_extra_links = (MLflowRunLink(),)
     ui_color = "#e8f4ea"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class whose tasks nobody would find.
+
+        :raises TypeError: if it has another ``custom_operator_name``, or none.
+        """
+        super().__init_subclass__(**kwargs)
+        if getattr(cls, "custom_operator_name", None) not in TRAINING_OPERATORS:
+            raise TypeError(
+                f"{cls.__name__}: custom_operator_name must be one of {', '.join(TRAINING_OPERATORS)}: "
+                "by it the tasks that are jobs are found"
+            )
+
     def __init__(
         self,
         *,
@@ -75,7 +90,6 @@ class TrainingOperator(BaseOperator):
         hyperparam_search_config: Mapping[str, Any] | None = None,
         logger_config: Mapping[str, Any] | None = None,
         runtime: Mapping[str, Any] | None = None,
-        mlflow_conn_id: str | None = None,
         post_training_conn_id: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -87,7 +101,6 @@ class TrainingOperator(BaseOperator):
         self.hyperparam_search_config = hyperparam_search_config
         self.logger_config = logger_config
         self.runtime = runtime
-        self.mlflow_conn_id = mlflow_conn_id
         self.post_training_conn_id = post_training_conn_id
         self.mlflow_run_url: str | None = None
         self._process: TrainerProcess | None = None
@@ -95,8 +108,8 @@ class TrainingOperator(BaseOperator):
 
     @cached_property
     def tracking(self) -> Tracking:
-        """The tracking server that holds the job's record."""
-        return MLflowHook(self.mlflow_conn_id or load_settings().mlflow_conn_id).get_conn()
+        """The tracking server that holds the job's record: the deployment's, where the API looks too."""
+        return MLflowHook(load_settings().mlflow_conn_id).get_conn()
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Train, and return the job's id, its MLflow run, its checkpoints and last metrics.
@@ -238,6 +251,7 @@ class SupervisedFineTuneOperator(TrainingOperator):
     """
 
     method = "supervised_fine_tune"
+    custom_operator_name = "SupervisedFineTuneOperator"
     request_fields = (*TrainingOperator.request_fields, "model", "checkpoint_dir")
     template_fields = ("request", *request_fields)
 
@@ -254,6 +268,7 @@ class PreferenceOptimizeOperator(TrainingOperator):
     """
 
     method = "preference_optimize"
+    custom_operator_name = "PreferenceOptimizeOperator"
     request_fields = (*TrainingOperator.request_fields, "finetuned_model")
     template_fields = ("request", *request_fields)
 

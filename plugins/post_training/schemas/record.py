@@ -38,6 +38,9 @@ TAG_TRAIN_DATA: Final = "post_training.train_data"
 TAG_VALIDATION_DATA: Final = "post_training.validation_data"
 """URI of the version of a registered data set that all attempts at the job read."""
 
+TAG_DEPLOYMENT: Final = "post_training.deployment"
+"""Which Airflow the job is of: others may write to the same MLflow."""
+
 TAG_AIRFLOW_URL: Final = "airflow.url"
 TAG_ERROR: Final = "post_training.error"
 TAG_RESOURCES: Final = "post_training.resources"

@@ -29,6 +29,11 @@ MAX_JOB_UUID_LENGTH = 200
 MAX_MESSAGE_LENGTH = 400
 """Characters of pydantic's message: that of a union's tag quotes the whole value."""
 
+_SAID = ("job_uuid", "unsupported")
+_OF_OBJECTS = ("json_invalid", "string_unicode", "dict_type", "model_type", "model_attributes_type")
+_NOT_QUOTED = ("extra_forbidden", "missing", *_SAID, *_OF_OBJECTS)
+"""Types of errors whose value is not repeated: there is none, the message has it, or it may be a secret."""
+
 _JOB_UUID = re.compile(r"[A-Za-z0-9_.~:+-]+")
 _RESERVED_PREFIXES = ("scheduled__", "backfill__", "asset_triggered__")
 
@@ -261,9 +266,9 @@ def _field_path(loc: Sequence[int | str]) -> list[int | str]:
 
 
 def _offending_value(error: Mapping[str, Any]) -> str:
-    """Quote a short scalar; never an unknown field's, which may be a secret put in the wrong place."""
+    """Quote a short scalar; never what may hold a secret: an unknown field, text where an object belongs."""
     value = error["input"]
-    if error["type"] in ("extra_forbidden", "missing", "job_uuid", "unsupported"):
+    if error["type"] in _NOT_QUOTED:
         return ""
     if isinstance(value, str | int | float | bool):
         return f", got {repr(value)[:80]}"

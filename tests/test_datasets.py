@@ -59,7 +59,6 @@ def resolver_of(
             "mlflow_conn_id": "mlflow_default",
             "post_training_conn_id": "post_training_default",
             "pool": "default_pool",
-            "deployment": "",
             "keep_state_in_mlflow": True,
             "max_body_bytes": 1000,
             "max_data_uri_bytes": 100,

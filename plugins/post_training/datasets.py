@@ -276,11 +276,7 @@ def _readable(field: str, name: str) -> Iterator[None]:
     """Turn what the standard library makes of a malformed name into an error of the field."""
     try:
         yield
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-    ) as error:  # the last is of a circle of links, before Python 3.13
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a circle of links, before 3.13
         said = (error.strerror or "") if isinstance(error, OSError) else str(error)
         reason = re.sub(r"(['\"]).*\1", "…", said, flags=re.DOTALL)  # the name, which may hold a secret
         raise InvalidRequestError.of(field, f"cannot be read: {reason}, got {shown(name)!r}") from None

@@ -19,7 +19,6 @@ class Settings:
     allowed_roots: tuple[Path, ...]
     default_model: str | None
     trainer_python: str
-    deployment: str
     mlflow_conn_id: str
     post_training_conn_id: str
     pool: str
@@ -40,7 +39,6 @@ def load_settings() -> Settings:
         allowed_roots=tuple(Path(root.strip()).expanduser().resolve() for root in roots if root.strip()),
         default_model=_get("default_model") or None,
         trainer_python=_get("trainer_python") or sys.executable,
-        deployment=_get("deployment") or conf.get("api", "base_url", fallback="") or "",
         mlflow_conn_id=_get("mlflow_conn_id"),
         post_training_conn_id=_get("post_training_conn_id"),
         pool=_get("pool"),
@@ -51,6 +49,11 @@ def load_settings() -> Settings:
         max_data_uri_bytes=_positive("max_data_uri_bytes"),
         max_data_bytes=_positive("max_data_bytes"),
     )
+
+
+def deployment_name() -> str:
+    """Return which Airflow this is, empty where nobody said; read apart, for every look into the record."""
+    return _get("deployment") or conf.get("api", "base_url", fallback="") or ""
 
 
 def _get(option: str) -> str:

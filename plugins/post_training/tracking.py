@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError
 from post_training.job_ids import MAY_BE_AN_ID, TaskKey, job_uuid_of
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
+    from mlflow.store.entities.paged_list import PagedList
+
+_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -261,26 +264,13 @@ class Tracking:
 
     def _experiments(self) -> list[str]:
         """Return the ids of all experiments, of every page."""
-        ids: list[str] = []
-        token: str | None = None
-        while True:
-            page = self.client.search_experiments(page_token=token)
-            ids.extend(experiment.experiment_id for experiment in page)
-            token = page.token
-            if not token:
-                return ids
+        found = _of_every_page(self.client.search_experiments)
+        return [experiment.experiment_id for experiment in found]
 
     def _runs(self, experiments: list[str], wanted: str, order_by: list[str] | None = None) -> Iterator[Run]:
         """Yield the runs that a filter finds, of every page."""
-        token: str | None = None
-        while True:
-            page = self.client.search_runs(
-                experiments, wanted, max_results=1000, order_by=order_by, page_token=token
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
+        search = partial(self.client.search_runs, experiments, wanted, max_results=1000, order_by=order_by)
+        return _of_every_page(search)
 
     def set_status(self, run_id: str, status: str, *, error: str | None = None) -> None:
         """Write the run's status, and the one sentence that says why it failed.
@@ -320,19 +310,24 @@ class Tracking:
 
     def _logged_models(self, run: JobRun) -> list[LoggedModel]:
         """Return the run's logged models of every page, oldest first."""
-        models: list[LoggedModel] = []
-        token: str | None = None
-        while True:
-            page = self.client.search_logged_models(
-                experiment_ids=[run.experiment_id],
-                filter_string=f"source_run_id = '{run.run_id}'",
-                order_by=[{"field_name": "creation_timestamp", "ascending": True}],
-                page_token=token,
-            )
-            models.extend(page)
-            token = page.token
-            if not token:
-                return models
+        search = partial(
+            self.client.search_logged_models,
+            experiment_ids=[run.experiment_id],
+            filter_string=f"source_run_id = '{run.run_id}'",
+            order_by=[{"field_name": "creation_timestamp", "ascending": True}],
+        )
+        return list(_of_every_page(search))
+
+
+def _of_every_page(search: Callable[..., PagedList[_T]]) -> Iterator[_T]:
+    """Yield what one of the client's searches finds, page by page."""
+    token: str | None = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def run_of_task(tracking: Tracking, key: TaskKey, submitted: Any) -> JobRun | None:

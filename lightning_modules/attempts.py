@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_modules.checkpoint import EXPORTS, RESUME_FILE, readable_step, remove_exports
+from lightning_modules.checkpoint import RESUME_FILE, readable_step, remove_exports
 from lightning_modules.trained import write_whole
 from post_training.schemas.trainer import TrainerSpec
 
@@ -50,19 +50,8 @@ class Inputs:
 
 
 def continues(spec: TrainerSpec, inputs: Inputs) -> bool:
-    """Whether the job's folder holds the state of this very training, or none; another's is removed.
-
-    A job whose data changed between two attempts trains from the start, as it would have without the first.
-    """
-    file = spec.work_dir / INPUTS_FILE
-    if _read_inputs(file) in (None, inputs.text):
-        return True
-    log.warning("the data or the request changed since the last attempt: training from the start")
-    for state in (RESUME_FILE, REFERENCES_FILE):
-        (spec.work_dir / state).unlink(missing_ok=True)
-    for folder in filter(None, (spec.work_dir / EXPORTS, spec.checkpoint_dir)):
-        remove_exports(folder)
-    return False
+    """Whether the job's folder holds the state of this very training, or none."""
+    return _read_inputs(spec.work_dir / INPUTS_FILE) in (None, inputs.text)
 
 
 def _read_inputs(file: Path) -> str | None:
@@ -76,17 +65,20 @@ def _read_inputs(file: Path) -> str | None:
 
 
 def begin(spec: TrainerSpec, inputs: Inputs, record: JobRecord, give_up: Callable[[], bool]) -> None:
-    """Go on where the attempts before ended, or start over if they trained something else.
+    """Go on where the attempts before ended, or from the start where they left no state.
 
+    :raises InputsChangedError: if they trained something else.
     :raises RecordUnavailableError: if training cannot begin without the record's answer.
     """
     record.begin(inputs.digest, continues=continues(spec, inputs), give_up=give_up)
     keep_inputs(spec, inputs)
     fetch_newest_state(spec, inputs, record, give_up)
+    if spec.checkpoint_dir is not None and not (spec.work_dir / RESUME_FILE).exists():
+        remove_exports(spec.checkpoint_dir)  # of a training before this one, perhaps of more epochs
 
 
 def keep_inputs(spec: TrainerSpec, inputs: Inputs) -> None:
-    """Say whose state the folder holds from here on; not before the record forgot another's."""
+    """Say whose state the folder holds from here on."""
     file = spec.work_dir / INPUTS_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, inputs.text)

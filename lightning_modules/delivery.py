@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
@@ -53,7 +52,6 @@ class MLflowDelivery:
             "untag": self._untags,
             "dataset": self._datasets,
             "table": self._tables,
-            "restart": lambda events: self._known_steps.clear(),  # they are another training's
         }
 
     def leave_out(self, known_steps: Mapping[str, int], before: int) -> None:
@@ -106,9 +104,9 @@ class MLflowDelivery:
         self._client.log_batch(self._run_id, tags=tags, synchronous=True)
 
     def _untags(self, events: Sequence[Event]) -> None:
-        for key in self._tags_now():  # to delete one that is not there is an error
-            if any(fnmatchcase(key, event["pattern"]) for event in events):
-                self._client.delete_tag(self._run_id, key)
+        there = self._tags_now()  # to delete one that is not there is an error
+        for key in {event["key"] for event in events} & there.keys():
+            self._client.delete_tag(self._run_id, key)
 
     def _datasets(self, events: Sequence[Event]) -> None:
         self._client.log_inputs(self._run_id, datasets=[_dataset_input(event) for event in events])

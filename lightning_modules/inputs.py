@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from lightning_modules.data.reading import RawDataset, read_dataset
 from lightning_modules.data.sources import Limits
 from lightning_modules.data.tokenize import check_bad_rows, tokenize_dataset
 from lightning_modules.setting import Notices, Setting
+from post_training.schemas.trainer import TrainerSpec
 from post_training.schemas.training import TrainingConfig
 
 if TYPE_CHECKING:
@@ -24,31 +26,45 @@ Context = Literal["training", "validation"]
 DEFAULT_STEPS_PER_EPOCH = TrainingConfig.model_fields["max_steps_per_epoch"].default
 
 
+def read_inputs(spec: TrainerSpec) -> dict[Context, RawDataset]:
+    """Read what the job trains and validates on; validation is left out where it is the training data.
+
+    :raises DataError: if it cannot be read.
+    """
+    tracking_uri = spec.tracking.tracking_uri if spec.tracking is not None else None
+    limits = Limits(spec.max_data_bytes)
+    sources: dict[Context, str] = {"training": spec.train_data}
+    if spec.validation_data is not None and spec.request.training_config.max_validation_steps != 0:
+        sources["validation"] = spec.validation_data
+    return {
+        context: read_dataset(source, tracking_uri, spec.model_roots, limits)
+        for context, source in sources.items()
+    }
+
+
 def build_data(
     setting: Setting,
+    datasets: Mapping[Context, RawDataset],
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     length: int,
     record: JobRecord,
     notices: Notices,
-) -> tuple[FineTuningData, list[str]]:
-    """Read, tokenize and arrange the rows; return them and the digests of what was read.
+) -> FineTuningData:
+    """Tokenize and arrange the rows, and put on the record what they are.
 
     :param config: the model's.
     :param length: the longest sequence in tokens.
-    :raises DataError: if they cannot be read or are bad.
+    :raises DataError: if they are bad.
     """
-    training, data, spec = setting.spec.request.training_config, setting.data, setting.spec
+    training, data = setting.spec.request.training_config, setting.data
     vocab_size = config.get_text_config().vocab_size
     reader = _Reader(setting, tokenizer, vocab_size, length, record, notices)
-    train, digest = reader.items(spec.train_data, "training")
-    validation, digests = train, [digest]
-    if spec.validation_data is not None and training.max_validation_steps != 0:
-        validation, digest = reader.items(spec.validation_data, "validation")
-        digests.append(digest)
+    items = {context: reader.items(dataset, context) for context, dataset in datasets.items()}
+    train = items["training"]
     module = FineTuningData(
         train,
-        validation,
+        items.get("validation", train),
         pad_id=tokenizer.pad_token_id,
         batch_size=data.batch_size,
         validation_batches=training.max_validation_steps,
@@ -60,11 +76,11 @@ def build_data(
         steps_per_epoch=training.max_steps_per_epoch,
     )
     _give_notice(setting, module, notices)
-    return module, digests
+    return module
 
 
 class _Reader:
-    """Reads data sets for one job."""
+    """Makes of data sets what one job trains on."""
 
     def __init__(
         self,
@@ -82,11 +98,9 @@ class _Reader:
         self._record = record
         self._notices = notices
 
-    def items(self, source: str, context: Context) -> tuple[list[Item], str]:
-        """Return a data set's rows as what batches are made of, and the digest of its content."""
-        spec, method = self._setting.spec, self._setting.algorithm.method
-        tracking_uri = spec.tracking.tracking_uri if spec.tracking is not None else None
-        dataset = read_dataset(source, tracking_uri, spec.model_roots, Limits(spec.max_data_bytes))
+    def items(self, dataset: RawDataset, context: Context) -> list[Item]:
+        """Return a data set's rows as what batches are made of."""
+        method = self._setting.algorithm.method
         tokenized = tokenize_dataset(
             dataset,
             self._tokenizer,
@@ -104,7 +118,7 @@ class _Reader:
         self._log_dataset(dataset, context)
         items = [method.item(*row) for row in tokenized.rows]
         log.info("%s data: %d rows, %d tokens", context, len(items), sum(map(len, items)))
-        return items, dataset.digest
+        return items
 
     def _tell_of_bad_rows(self, dataset: RawDataset, bad: dict[int, str], context: Context) -> None:
         """Put the table of bad rows on the record, and go on if they are few.

@@ -14,11 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from lightning_modules.attempts import (
-    REFERENCES_FILE,
-    Inputs,
-    begin,
-)
+from lightning_modules.attempts import REFERENCES_FILE, Inputs, begin
 from lightning_modules.attention import use_by_sequence
 from lightning_modules.base_model import Base, find_base, merge_adapter, meta_model
 from lightning_modules.checkpoint import (
@@ -29,7 +25,7 @@ from lightning_modules.checkpoint import (
 )
 from lightning_modules.data.datamodule import FineTuningData
 from lightning_modules.data.tokenize import Pair
-from lightning_modules.inputs import build_data
+from lightning_modules.inputs import build_data, read_inputs
 from lightning_modules.models import DTYPES, cap_sequence_length, load_config, load_model, load_tokenizer
 from lightning_modules.module import PostTraining
 from lightning_modules.optimization import Schedule, default_optimizer
@@ -115,17 +111,19 @@ def prepare_job(
     """
     base = find_base(spec.model, spec.work_dir / BASE_FOLDER, spec.tracking, spec.model_roots)
     setting = Setting.of(_with_export_form(spec, base))
-    notices = Notices(record)
     pl.seed_everything(setting.runtime.seed, verbose=False)
     tokenizer, config = load_tokenizer(base.tokenizer_source), load_config(base.source)
     outline = meta_model(config)
     setting.algorithm.weights.check(outline, setting.spec.request)
+    datasets = read_inputs(spec)
+    inputs = Inputs.of(spec, base.name, [dataset.digest for dataset in datasets.values()])
+    begin(spec, inputs, record, should_stop)
+    notices = Notices(record)
     length = cap_sequence_length(config, setting.runtime.max_seq_length)
     if length < setting.runtime.max_seq_length:
         notices.add(f"runtime.max_seq_length is {length}, as many positions as the model has")
-    data, digests = build_data(setting, tokenizer, config, length, record, notices)
-    inputs = Inputs.of(spec, base.name, digests)
-    begin(spec, inputs, record, should_stop)
+    data = build_data(setting, datasets, tokenizer, config, length, record, notices)
+    del datasets  # before the weights: the rows as they were read may take much memory
     model = build_model(setting, base, config, length)
     module = build_module(setting, model, data, record, should_stop)
     checkpoints = Checkpoints(

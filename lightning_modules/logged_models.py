@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from math import isclose
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -17,16 +16,14 @@ from post_training.schemas.jobs import Checkpoint, PostTrainingMetric, checkpoin
 from post_training.schemas.record import TAG_CHECKPOINT, TAG_JOB_UUID
 
 MODEL_SCHEME = "models:/"
-REPEATED = 1e-3
-"""Relative difference that two trainings of the same epoch may have in a metric."""
 
 
 @dataclass(frozen=True)
 class Point:
     """One value of a metric.
 
-    :param time: milliseconds since the epoch (UTC); None takes time and value of the run's point of about the
-        same value, or is now.
+    :param time: milliseconds since the epoch (UTC); None takes time and value of the run's point at the same
+        step, or is now.
     """
 
     key: str
@@ -88,15 +85,6 @@ class LoggedModels:
         """
         self._uploads.pop(epoch, None)
         for model in self._search(epoch):
-            self._client.delete_logged_model(model.model_id)
-
-    def delete_all(self) -> None:
-        """Delete every checkpoint of the run.
-
-        :raises Exception: whatever MLflow's client raises.
-        """
-        self._uploads.clear()
-        for model in self._search():
             self._client.delete_logged_model(model.model_id)
 
     def _search(self, epoch: int | None = None) -> list[LoggedModel]:
@@ -171,14 +159,10 @@ class LoggedModels:
         self._client.log_batch(self._run_id, metrics=values, synchronous=True)
 
     def _in_run(self, point: Point, step: int) -> Point:
-        """Return the point as the run has it, from an attempt on another machine; as it is if it has none.
-
-        One of another training may be at the same step: it differs by more than a repeat does.
-        """
+        """Return the point as the run has it, from an attempt on another machine; as it is if it has none."""
         history = self._client.get_metric_history(self._run_id, point.key)
-        same = [m for m in history if m.step == step and isclose(m.value, point.value, rel_tol=REPEATED)]
-        nearest = min(same, key=lambda m: abs(m.value - point.value), default=None)
-        return Point(point.key, nearest.value, nearest.timestamp) if nearest else point
+        found = next((metric for metric in history if metric.step == step), None)
+        return Point(point.key, found.value, found.timestamp) if found else point
 
     def _attach(self, model_id: str, step: int) -> None:
         """List the model among the run's outputs, once: MLflow would list it twice."""

@@ -102,33 +102,28 @@ class MLflowRecord(LocalRecord):
             Sender(self._tables, self._delivery),
             Sender(self._uploads, self._upload_delivery),
         ]
-        self._left = {each: each.size for each in (spool, self._tables, self._uploads)}
         self._started = False
-        if not self._retried:  # a retry may find that what waits is of another training
+        if not self._retried:  # a retry must know what an attempt elsewhere has recorded since
             self._start()
 
     def begin(self, inputs: str, *, continues: bool, give_up: Callable[[], bool]) -> None:
-        """Start over, or go on; only now is sent what earlier attempts on this machine have left.
+        """Go on; only now is sent what earlier attempts on this machine have left.
 
-        They may have trained something else, and one on another machine the same as this one since.
+        One on another machine may have recorded the same since.
 
+        :raises InputsChangedError: if they trained something else.
         :raises RecordUnavailableError: if MLflow does not say what earlier attempts recorded.
         """
         recorded = self._ask(give_up) if self._retried else Recorded()
-        if not continues:
-            for spool, left in self._left.items():
-                spool.skip(left)
-            self._recorded.clear()
         for key, step in recorded.steps.items():
             self._recorded[key] = max(step, self._recorded.get(key, step))
         self._delivery.leave_out(recorded.steps, self._opened_at)
-        same = continues if recorded.inputs is None else recorded.inputs == inputs
-        if not same:
-            self.start_over()
-        elif not continues:
-            self._spool.append([{"kind": "restart"}])
-        self.set_tag(TAG_INPUTS, inputs)
-        self._start()
+        try:
+            same = continues and recorded.inputs in (None, inputs)
+            super().begin(inputs, continues=same, give_up=give_up)
+            self.set_tag(TAG_INPUTS, inputs)
+        finally:
+            self._start()
 
     def _ask(self, give_up: Callable[[], bool]) -> Recorded:
         """Ask MLflow what the run holds: the attempt before may have run on another machine."""
@@ -260,11 +255,6 @@ class MLflowRecord(LocalRecord):
         """Write the table's file in the job's folder, and have it sent."""
         super().log_table(name, columns, rows)
         self._tables.append([{"kind": "table", "name": name}])
-
-    def start_over(self) -> None:
-        """Take every step as new, and have the run's checkpoints deleted."""
-        super().start_over()
-        self._uploads.append([{"kind": "clear"}])
 
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Have the epoch's logged model deleted, and its tag removed."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from lightning_modules.spool import Spool
 from lightning_modules.tables import write_table
+from post_training.errors import InputsChangedError
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric, checkpoint_identifier
 from post_training.schemas.record import TAG_CHECKPOINT_COPY_PREFIX
 from post_training.schemas.trainer import TrainerSpec
@@ -99,13 +100,12 @@ class JobRecord(Protocol):
         """
 
     def begin(self, inputs: str, *, continues: bool, give_up: Callable[[], bool]) -> None:
-        """Say what is trained; what earlier attempts recorded of something else is forgotten.
-
-        Tables stay until they are logged again.
+        """Say what is trained; nothing else may be recorded before.
 
         :param inputs: digest of request, model and data.
         :param continues: whether what earlier attempts left on this machine is of the same.
         :param give_up: asked while waiting.
+        :raises InputsChangedError: if earlier attempts trained something else, here or elsewhere.
         :raises RecordUnavailableError: if training cannot begin without the record's answer.
         """
 
@@ -192,26 +192,21 @@ class LocalRecord:
         write_table(self._spool.folder, name, columns, rows)
 
     def begin(self, inputs: str, *, continues: bool, give_up: Callable[[], bool]) -> None:
-        """Start over, or go on."""
-        if not continues:
-            self.start_over()
+        """Refuse to go on where something else was trained.
 
-    def start_over(self) -> None:
-        """Take every step as new, and remove the tags of noted checkpoints."""
-        self._recorded.clear()
-        self._spool.append([{"kind": "restart"}])  # a later attempt reads it too
-        self._remove_tags(f"{TAG_CHECKPOINT_COPY_PREFIX}*")
+        :raises InputsChangedError: if earlier attempts have.
+        """
+        if not continues:
+            raise InputsChangedError(
+                "The data, the model or the defaults are no longer what the attempts before trained from."
+            )
 
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Remove the checkpoint's tag; whoever made the folder removes it."""
-        self._remove_tags(f"{TAG_CHECKPOINT_COPY_PREFIX}{checkpoint.epoch}")
+        self._spool.append([{"kind": "untag", "key": f"{TAG_CHECKPOINT_COPY_PREFIX}{checkpoint.epoch}"}])
 
     def close(self) -> None:
         """Do nothing: every line is on disk."""
-
-    def _remove_tags(self, pattern: str) -> None:
-        """Spool the removal of the tags that a shell pattern matches, behind whatever sets them."""
-        self._spool.append([{"kind": "untag", "pattern": pattern}])
 
     def _warn_of_non_finite(self, metrics: Mapping[str, float], step: int) -> None:
         for key, value in metrics.items():

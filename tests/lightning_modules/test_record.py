@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from mlflow import MlflowClient
 
-from lightning_modules.mlflow_record import UPLOADS_SPOOL_FILE
 from lightning_modules.record import (
     HTTP_LIMITS,
     SPOOL_FILE,
@@ -24,7 +23,7 @@ from lightning_modules.record import (
     open_record,
 )
 from lightning_modules.spool import Spool
-from lightning_modules.uploads import checkpoint_event
+from post_training.errors import InputsChangedError
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.record import TAG_CHECKPOINT_COPY_PREFIX
 from post_training.schemas.trainer import TrainerSpec
@@ -278,32 +277,6 @@ def test_a_discarded_note_is_gone_and_others_stay(
     assert noted(client, run_id).keys() == {"0", "10"}
 
 
-def test_an_attempt_on_another_machine_that_starts_over_removes_notes_and_no_other_tag(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, tmp_path: Path
-) -> None:
-    first = open_record(spec)
-    first.set_tag("color", "blue")
-    for epoch in (0, 1):
-        first.note_checkpoint(folder, metrics=of_epoch(epoch))
-    first.close()
-    second = begun(retried(spec, work_dir=tmp_path / "elsewhere"))
-    second.start_over()
-    checkpoint = second.note_checkpoint(folder, metrics=EPOCH_0)
-    second.close()
-    assert noted(client, run_id) == {"0": checkpoint}
-    assert client.get_run(run_id).data.tags["color"] == "blue"
-
-
-def test_starting_over_removes_notes_that_were_not_sent(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
-) -> None:
-    LocalRecord(Spool(spec.work_dir / SPOOL_FILE, run_id), "job-1").note_checkpoint(folder, metrics=EPOCH_0)
-    record = begun(retried(spec))
-    record.start_over()
-    record.close()
-    assert noted(client, run_id) == {}
-
-
 COLUMNS = ("step", "answer")
 
 
@@ -407,7 +380,7 @@ def test_without_tracking_the_folder_is_the_record(tmp_path: Path, spec: Trainer
     record.close()
     lines = [json.loads(line) for line in (spec.work_dir / SPOOL_FILE).read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["metrics", "tag", "tag", "untag"]
-    assert lines[2]["key"] == lines[3]["pattern"] == "post_training.checkpoint.0"
+    assert lines[2]["key"] == lines[3]["key"] == "post_training.checkpoint.0"
     assert Checkpoint.model_validate_json(lines[2]["value"]) == checkpoint
     assert read_table(spec.work_dir, "samples.json") == [[0, "no"]]
 
@@ -453,54 +426,20 @@ def test_an_attempt_elsewhere_waits_for_mlflow_to_say_what_is_recorded(
     assert points(client, run_id) == [(1, 1.0), (2, 2.0)]
 
 
-def test_what_this_attempt_recorded_before_it_began_is_not_given_up(
-    client: MlflowClient, run_id: str, spec: TrainerSpec
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_attempt_that_would_train_something_else_is_refused_and_sends_what_was_left(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, tmp_path: Path, elsewhere: bool
 ) -> None:
-    """It reads its data first, and finds only then that it is another training's."""
-    first = begun(spec, "old data")
-    first.close()
-    Spool(spec.work_dir / SPOOL_FILE, run_id).append([{"kind": "tag", "key": "old", "value": "1"}])
-    second = open_record(retried(spec))
-    second.set_tag("new", "1")
-    second.begin("new data", continues=False, give_up=lambda: False)
-    second.close()
-    tags = client.get_run(run_id).data.tags
-    assert "new" in tags
-    assert "old" not in tags
-
-
-def test_an_attempt_elsewhere_that_trains_something_else_starts_over(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, tmp_path: Path
-) -> None:
+    """Its own training belongs into another run; what the one before spooled last belongs into this one."""
     first = begun(spec, "old data")
     first.log_metrics({"train_loss": 1.0}, 1)
-    first.log_checkpoint(folder, step=1, metrics=EPOCH_0)
     first.close()
-    second = begun(retried(spec, work_dir=tmp_path / "elsewhere"), "new data")
-    second.log_metrics({"train_loss": 5.0}, 1)
+    Spool(spec.work_dir / SPOOL_FILE, run_id).append([{"kind": "tag", "key": "old", "value": "1"}])
+    second = open_record(retried(spec, work_dir=tmp_path / "elsewhere") if elsewhere else retried(spec))
+    with pytest.raises(InputsChangedError, match="no longer what the attempts before trained from"):
+        second.begin("new data", continues=elsewhere, give_up=lambda: False)
     second.close()
-    assert models(client, run_id) == []
-    assert sorted(points(client, run_id)) == [(1, 1.0), (1, 5.0)]
-
-
-def test_what_waits_of_another_training_is_not_sent_into_the_one_that_began_elsewhere(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, tmp_path: Path
-) -> None:
-    """The folder's machine trained the old data, another one the new; now the first trains the new too."""
-    first = begun(spec, "old data")
-    first.close()
-    for file, event in (
-        (SPOOL_FILE, {"kind": "metrics", "time": 1, "step": 9, "values": {"train_loss": 9.0}}),
-        (UPLOADS_SPOOL_FILE, checkpoint_event(folder, 9, of_epoch(4), [])),
-    ):
-        Spool(spec.work_dir / file, run_id).append([event])
-    second = begun(retried(spec, work_dir=tmp_path / "elsewhere"), "new data")
-    second.log_metrics({"train_loss": 1.0}, 1)
-    second.log_checkpoint(folder, step=1, metrics=EPOCH_0)
-    second.close()
-    third = begun(spec.model_copy(update={"attempt": 3}), "new data", continues=False)
-    for step in (1, 2):
-        third.log_metrics({"train_loss": float(step)}, step)
-    third.close()
-    assert points(client, run_id) == [(1, 1.0), (2, 2.0)]
-    assert [model.name for model in models(client, run_id)] == ["epoch-0"]
+    assert points(client, run_id) == [(1, 1.0)]
+    tags = client.get_run(run_id).data.tags
+    assert tags["post_training.inputs"] == "old data"
+    assert ("old" in tags) is not elsewhere

@@ -85,14 +85,6 @@ def test_last_steps_and_points_are_found(file: Path) -> None:
     assert spool.last_steps() == {"loss": 7}
     assert spool.point_at("loss", 7) == (0.25, 70)
     assert spool.point_at("loss", 8) is None
-    spool.append([{"kind": "restart"}])
-    assert spool.point_at("loss", 7) is None
-
-
-def test_steps_of_another_training_are_not_the_last_ones(file: Path) -> None:
-    spool = Spool(file, "run")
-    spool.append([metrics(9), {"kind": "restart"}, metrics(3)])
-    assert spool.last_steps() == {"loss": 3}
 
 
 def test_a_disk_that_has_room_for_half_a_line_leaves_none_of_it(tmp_path: Path) -> None:

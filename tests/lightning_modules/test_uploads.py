@@ -269,21 +269,6 @@ def test_a_discarded_checkpoint_is_gone_and_another_stays(
     assert len(models(client, run_id)) == 1
 
 
-def test_starting_over_forgets_checkpoints_and_steps(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
-) -> None:
-    first = open_record(spec)
-    first.log_metrics({"train_loss": 1.0}, 1)
-    first.settled([first.log_checkpoint(folder, step=1, metrics=EPOCH_0)], [0], never)
-    first.close()
-    second = begun(retried(spec))
-    second.start_over()
-    second.log_metrics({"train_loss": 5.0}, 1)
-    second.close()
-    assert models(client, run_id) == []
-    assert sorted(points(client, run_id)) == [(1, 1.0), (1, 5.0)]
-
-
 def test_a_retry_finds_the_checkpoint_that_is_there(
     client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
 ) -> None:

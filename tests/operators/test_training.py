@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -359,6 +360,64 @@ def test_a_cleared_job_that_had_completed_is_a_new_training(workplace: Workplace
     assert (first.status, second.status) == ("FINISHED", "FINISHED")
     assert first.tags["post_training.job_uuid"] == "job-1 (superseded)"
     assert second.tags["post_training.job_uuid"] == "job-1"
+
+
+def test_the_end_of_the_attempt_before_is_at_no_moment_this_one_s(workplace: Workplace) -> None:
+    """Who reads the job while it begins anew would report that it has ended."""
+    workplace.trains("sys.exit(4)")
+    with pytest.raises(AirflowException):
+        workplace.operator().execute(workplace.context())
+    tracking, seen = workplace.tracking, []
+    assert tracking.runs["run-1"].status == "FAILED"
+    for name in ("set_tags", "set_status"):
+        write = getattr(tracking, name)
+
+        def watched(*args: Any, write: Any = write, **kwargs: Any) -> None:
+            write(*args, **kwargs)
+            run = tracking.runs["run-1"]
+            seen.append((run.tags["post_training.attempt_id"] == attempt_id(2), run.status))
+
+        setattr(tracking, name, watched)
+    workplace.trains(f"result = {RESULT!r}")
+    workplace.operator().execute(workplace.context(attempt=2, max_tries=1))
+    assert (True, "FAILED") not in seen
+    assert seen[-1] == (True, "FINISHED")
+
+
+def test_what_is_trained_from_changed_data_has_a_run_of_its_own(workplace: Workplace) -> None:
+    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
+    with pytest.raises(AirflowException):
+        workplace.operator().execute(workplace.context(max_tries=1))
+    changed = {"status": "inputs_changed", "error": "The data changed."}
+    workplace.trains(f"result = {changed!r} if (spec.parent / 'state').exists() else {RESULT!r}")
+    result = workplace.operator().execute(workplace.context(attempt=2, max_tries=1))
+    first, second = workplace.tracking.runs.values()
+    assert (first.status, second.status) == ("FAILED", "FINISHED")
+    assert first.tags["post_training.error"] == "The data changed."
+    assert first.tags["post_training.job_uuid"] == "job-1 (superseded)"
+    assert second.tags["post_training.job_uuid"] == "job-1"
+    assert second.tags["post_training.supersedes"] == first.run_id
+    assert result["mlflow_run_id"] == second.run_id
+    assert first.run_id in workplace.tracking.forgotten
+    assert not workplace.work_dir.exists()
+
+
+def test_a_cancel_while_a_run_is_left_for_another_stays_with_the_job(workplace: Workplace) -> None:
+    workplace.trains("result = {'status': 'inputs_changed', 'error': 'The data changed.'}")
+    tracking = workplace.tracking
+    write = tracking.set_tags
+
+    def cancel_first(run_id: str, tags: Mapping[str, str]) -> None:
+        if "(superseded)" in tags.get("post_training.job_uuid", ""):
+            write(run_id, CANCELLED)
+            tracking.set_status(run_id, "KILLED")
+        write(run_id, tags)
+
+    tracking.set_tags = cancel_first  # type: ignore[method-assign]
+    with pytest.raises(AirflowFailException, match="was cancelled"):
+        workplace.operator().execute(workplace.context(max_tries=3))
+    [run] = tracking.runs.values()
+    assert (run.status, run.tags["post_training.job_uuid"]) == ("KILLED", "job-1")
 
 
 def test_a_failed_job_goes_on_unless_it_asks_for_something_else(workplace: Workplace) -> None:

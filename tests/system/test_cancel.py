@@ -120,6 +120,37 @@ def test_a_cancelled_job_that_is_cleared_goes_on_in_the_same_run(deployment: Dep
     assert status_in_mlflow(deployment, "resumed") == "FINISHED"
 
 
+def test_a_job_whose_data_changed_meanwhile_is_trained_anew_in_a_run_of_its_own(
+    deployment: Deployment,
+) -> None:
+    data = deployment.data / "changing.jsonl"
+    rows = (deployment.data / "train.jsonl").read_text() * 30
+    data.write_text(rows)
+    body = deployment.body("changed", max_steps_per_epoch=150, max_validation_steps=0)
+    body["training_config"]["data_config"]["dataset_id"] = str(data)
+    client = deployment.client()
+    client.post_training.supervised_fine_tune(**body)
+    wait_until(lambda: "train_loss" in metrics_of(deployment, "changed"), 120)
+    (before,) = deployment.runs_of("changed")
+    client.post_training.job.cancel(job_uuid="changed")
+    wait_until(lambda: not trainers_of("changed"), 60)
+    data.write_text(rows[rows.index("\n") + 1 :])
+    with deployment.http() as http:
+        clear = {"dry_run": False, "dag_run_id": "changed", "only_failed": False}
+        http.post(f"{DAG}/clearTaskInstances", json=clear).raise_for_status()
+    status = deployment.wait("changed")
+    assert status.status == "completed"
+    (run,) = deployment.runs_of("changed")
+    assert run.data.tags["post_training.supersedes"] == before.info.run_id
+    history = deployment.mlflow.get_metric_history(run.info.run_id, "train_loss")
+    assert [point.step for point in history] == list(range(1, 301))
+    assert {each.dataset.digest for each in run.inputs.dataset_inputs} != {
+        each.dataset.digest for each in before.inputs.dataset_inputs
+    }
+    left = deployment.mlflow.get_run(before.info.run_id)
+    assert (left.info.status, left.data.tags["post_training.job_uuid"]) == ("FAILED", "changed (superseded)")
+
+
 def test_reconciling_mends_what_nobody_asks_for(deployment: Deployment) -> None:
     """A run that a submit left behind is young: it stays; a job of Airflow's own page has its end."""
     with deployment.http() as http:

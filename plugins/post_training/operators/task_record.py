@@ -10,13 +10,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
-from post_training.errors import RecordUnavailableError, SupersededError, TrainerError
+from post_training.errors import PostTrainingError, RecordUnavailableError, SupersededError, TrainerError
 from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.operators.links import MLflowRunLink
 from post_training.record import identity_tags, new_run
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
-from post_training.tracking import JobRun, Tracking, run_of_task
+from post_training.tracking import OPEN, JobRun, Tracking, run_of_task
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -35,12 +35,10 @@ class PermanentFailureError(TrainerError):
 class Opened:
     """A job's run at the start of an attempt.
 
-    :param continues: whether an earlier attempt's state may go on in it.
     :param finished: whether an earlier attempt had completed the job, and only Airflow did not learn of it.
     """
 
     run: JobRun
-    continues: bool
     finished: bool = False
 
 
@@ -65,6 +63,7 @@ class TaskRecord:
     give_up: Callable[[], bool] = lambda: False
     patience: float = PATIENCE_SECONDS
     run: JobRun | None = None
+    superseded_run_id: str | None = None
 
     @property
     def url(self) -> str | None:
@@ -93,17 +92,51 @@ class TaskRecord:
             self._check(run)
             if self._was_finished(run, request):
                 self.run = run
-                return Opened(run, continues=True, finished=True)
-        continues = run is None or not _is_another_training(run, request)
-        if run is not None and not continues:
-            logger.info("MLflow run %s stays as it is: this is another training", run.run_id)
-            self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: f"{request.job_uuid} (superseded)"})
-            run = None
-        self.run = run or self.tracking.create_run(**new_run(request, self.key))
-        self._note()
+                return Opened(run, finished=True)
+            if _is_another_training(run, request):
+                self._supersede(run, "The task was cleared, or asks for something else by now.")
+                run = None
+        self.run = run or self.tracking.create_run(**self._new_run(request))
+        # Before the attempt's id: with it, the end of the attempt before would be read as this one's.
         self._set_status("RUNNING")
+        self._note()
         self._check(self.tracking.get(self.run.run_id))
-        return Opened(self.run, continues)
+        return Opened(self.run)
+
+    def renew(self, request: AnyTrainingRequest, reason: str) -> Opened:
+        """Leave the run to what earlier attempts trained, and open another.
+
+        :param reason: why it is another training from here on.
+        :raises PermanentFailureError: if this attempt was cancelled meanwhile.
+        :raises SupersededError: if a newer attempt has begun.
+        :raises RecordUnavailableError: if MLflow does not answer in time.
+        """
+        assert self.run is not None  # noqa: S101
+        run = self.run
+        self.persist(lambda: self._supersede(run, reason))
+        return self.open(request)
+
+    def _supersede(self, run: JobRun, reason: str) -> None:
+        """End a run with what it holds: it is no longer the job's."""
+        job_uuid = job_uuid_of(self.key)
+        self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: f"{job_uuid} (superseded)"})
+        now = self.tracking.get(run.run_id)
+        try:
+            self._check(now)  # a cancel that came before finds no run any more
+        except PostTrainingError:
+            self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: job_uuid})
+            raise
+        if now is not None and now.status in OPEN:
+            self.tracking.set_status(run.run_id, "FAILED", error=reason)
+        self.tracking.forget_state(run.run_id)
+        self.superseded_run_id = run.run_id
+        logger.info("MLflow run %s ends with what it holds: %s", run.run_id, reason)
+
+    def _new_run(self, request: AnyTrainingRequest) -> dict[str, Any]:
+        arguments = new_run(request, self.key)
+        if self.superseded_run_id is not None:
+            arguments["tags"][names.TAG_SUPERSEDES] = self.superseded_run_id
+        return arguments
 
     def _check(self, run: JobRun | None) -> None:
         """Refuse to begin an attempt that was cancelled, or is no longer the newest."""

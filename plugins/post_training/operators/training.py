@@ -23,7 +23,7 @@ from post_training.operators.hooks import MLflowHook, PostTrainingHook
 from post_training.operators.links import MLflowRunLink
 from post_training.operators.request import build_request, with_runtime_defaults
 from post_training.operators.spec import run_of, write_spec
-from post_training.operators.task_record import Opened, PermanentFailureError, TaskRecord
+from post_training.operators.task_record import PermanentFailureError, TaskRecord
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest
@@ -153,28 +153,31 @@ class TrainingOperator(BaseOperator):
             if opened.finished:
                 self.log.info("An earlier attempt has completed the job.")
             else:
-                result = self._attempt(request, opened, work_dir, record, lock)
+                result = self._attempt(request, opened.run, work_dir, record, lock)
+                if result.status == "inputs_changed":
+                    opened = record.renew(request, _reason(result))
+                    result = self._attempt(request, opened.run, work_dir, record, lock)
             record.forget_state()
             if newest_claim(work_dir) == record.attempt_id:
                 shutil.rmtree(work_dir, ignore_errors=True)
-        if result is not None and result.status == "failed":
-            raise PermanentFailureError(result.error or "The trainer failed without a reason.")
+        if result is not None and result.status != "completed":
+            raise PermanentFailureError(_reason(result))
         return record.persist(lambda: self._outcome(request, opened.run, result))
 
     def _attempt(
-        self, request: AnyTrainingRequest, opened: Opened, work_dir: Path, record: TaskRecord, lock: int
+        self, request: AnyTrainingRequest, run: JobRun, work_dir: Path, record: TaskRecord, lock: int
     ) -> TrainerResult:
         """Train, and conclude the record of a job that is completed.
 
         :raises TrainerError: if it failed, and another attempt may succeed.
         """
-        if not opened.continues or run_of(work_dir) != opened.run.run_id:
+        if run_of(work_dir) != run.run_id:  # what lies there is of another training
             shutil.rmtree(work_dir, ignore_errors=True)
         work_dir.mkdir(exist_ok=True, mode=0o700)
-        spec = record.persist(lambda: self._write_spec(request, opened.run, work_dir, record))
+        spec = record.persist(lambda: self._write_spec(request, run, work_dir, record))
         result = self._train(spec, record, lock)
         if result.status == "failed" and not result.permanent:
-            raise TrainerError(result.error or "The trainer failed without a reason.")
+            raise TrainerError(_reason(result))
         if result.status == "completed":
             record.conclude("FINISHED")
         return result
@@ -289,6 +292,10 @@ class PreferenceOptimizeOperator(TrainingOperator):
         if isinstance(request, PostTrainingRLHFRequest):
             request = request.model_dump(mode="json", exclude_unset=True)
         return cls(request=request, **operator_kwargs)
+
+
+def _reason(result: TrainerResult) -> str:
+    return result.error or "The trainer failed without a reason."
 
 
 def _was_there(error: InvalidRequestError) -> bool:

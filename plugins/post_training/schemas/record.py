@@ -31,6 +31,9 @@ TAG_RESUME_STATE: Final = "post_training.resume_state"
 TAG_INPUTS: Final = "post_training.inputs"
 """SHA-256 of what the run's metrics and checkpoints were trained from: request, model and data."""
 
+TAG_SUPERSEDES: Final = "post_training.supersedes"
+"""The run that holds what earlier attempts at the job trained, of other data or by another request."""
+
 TAG_CANCELLED_ATTEMPT: Final = "post_training.cancelled_attempt"
 """Id of the attempt that somebody asked to stop."""
 

@@ -60,8 +60,8 @@ class TrainerResult(LenientModel):
     """Written once, by rename, as the trainer's last act."""
 
     attempt_id: str = Field(default="", description="The spec's.")
-    status: Literal["completed", "failed"]
-    error: str | None = Field(default=None, description="Why it failed, in one sentence.")
+    status: Literal["completed", "failed", "inputs_changed"]
+    error: str | None = Field(default=None, description="Why it is not completed, in one sentence.")
     permanent: bool = Field(default=False, description="Whether another attempt would fail the same way.")
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     metrics: dict[str, FiniteOrNull] = Field(default_factory=dict, description="Last value of each metric.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_modules.checkpoint import RESUME_FILE, readable_step, remove_exports
+from lightning_modules.checkpoint import RESUME_FILE, readable_step, remove_exports, unmoved
 from lightning_modules.trained import write_whole
 from post_training.schemas.trainer import TrainerSpec
 
@@ -74,7 +74,7 @@ def begin(spec: TrainerSpec, inputs: Inputs, record: JobRecord, give_up: Callabl
     keep_inputs(spec, inputs)
     fetch_newest_state(spec, inputs, record, give_up)
     if spec.checkpoint_dir is not None and not (spec.work_dir / RESUME_FILE).exists():
-        remove_exports(spec.checkpoint_dir)  # of a training before this one, perhaps of more epochs
+        remove_exports(unmoved(spec.checkpoint_dir))  # of a training before this one, perhaps of more epochs
 
 
 def keep_inputs(spec: TrainerSpec, inputs: Inputs) -> None:

@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lightning_modules.mlflow_uris import LOOKUPS, lies_under, may_be_read, resolve
+from lightning_modules.mlflow_uris import LOOKUPS, resolve
 from lightning_modules.models import TOKENIZER_FILE, as_model_error
 from post_training.errors import ModelError
+from post_training.places import lies_under, may_be_used
 from post_training.schemas.trainer import TrackingTarget
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def _download(uri: str, target: Path, tracking_uri: str, roots: Sequence[Path]) 
     from mlflow.artifacts import download_artifacts  # noqa: PLC0415
 
     name, location = resolve(MlflowClient(tracking_uri, registry_uri=tracking_uri), uri)
-    if not may_be_read(location, roots):
+    if not may_be_used(location, roots):
         raise ModelError(f"MLflow keeps the model {uri} in {location}, under no folder of allowed_roots")
     temporary = target.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -104,6 +104,16 @@ def _replace(temporary: Path, folder: Path) -> None:
     os.replace(temporary, folder)
 
 
+def unmoved(folder: Path) -> Path:
+    """Return a folder whose path, once resolved, still leads where it led when it was allowed.
+
+    :raises NotADirectoryError: if a symbolic link has come to stand in it since.
+    """
+    if folder.resolve() != folder:
+        raise NotADirectoryError(f"checkpoint_dir has become a symbolic link to elsewhere: {folder.name}")
+    return folder
+
+
 def prune(parent: Path, keep: int) -> None:
     """Remove all but the newest exports under a folder."""
     exports = sorted(parent.glob("epoch-*"), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -257,7 +267,7 @@ class Checkpoints(CheckpointCallback):
                 self.record.log_checkpoint(folder, step=module.optimizer_steps, metrics=metrics)
             )
         if self.copies is not None:
-            self.copies.mkdir(parents=True, exist_ok=True)
+            unmoved(self.copies).mkdir(parents=True, exist_ok=True)
             copy = copy_folder(folder, self.copies / folder.name)
             if not upload:
                 self.saved.append(self.record.note_checkpoint(copy, metrics=metrics))
@@ -267,7 +277,7 @@ class Checkpoints(CheckpointCallback):
             return
         prune(self.exports, self.keep)
         if self.copies is not None:
-            prune(self.copies, self.keep)
+            prune(unmoved(self.copies), self.keep)
         for checkpoint in self.saved[: -self.keep]:
             self.record.discard_checkpoint(checkpoint)
         self.saved = self.saved[-self.keep :]

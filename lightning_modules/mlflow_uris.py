@@ -7,10 +7,9 @@ whatever tracking URI it is given, and makes a database in the working folder fo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from post_training.errors import ModelError
 
@@ -35,21 +34,6 @@ def resolve(client: MlflowClient, uri: str) -> tuple[str, str]:
     if urlsplit(location).scheme == "runs":  # a version that was registered from a run's artifact
         _, location = _look_up(client, location)
     return name, location
-
-
-def may_be_read(location: str, roots: Sequence[Path]) -> bool:
-    """Whether a place that MLflow named may be read: on this machine's disks, only under one of ``roots``.
-
-    Whoever writes to MLflow chooses the place; what is read here is the deployment's choice.
-    """
-    parts = urlsplit(location)
-    return parts.scheme not in ("", "file") or lies_under(unquote(parts.path), roots)
-
-
-def lies_under(path: str, roots: Sequence[Path]) -> bool:
-    """Whether a path, symbolic links followed, lies under one of the folders."""
-    resolved = Path(path).resolve()
-    return any(resolved.is_relative_to(root.resolve()) for root in roots)
 
 
 def _look_up(client: MlflowClient, uri: str) -> tuple[str, str]:

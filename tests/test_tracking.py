@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
-from post_training.errors import RecordUnavailableError
+from post_training.errors import InvalidRequestError, RecordUnavailableError
 from post_training.job_ids import TaskKey
 from post_training.record import identity_tags
 from post_training.schemas import record as names
@@ -55,6 +55,39 @@ def test_a_new_run_is_scheduled_and_holds_the_request(tracking: Tracking, client
     assert json.loads(Path(path).read_text()) == {"job_uuid": "new"}
 
 
+def test_an_experiment_does_not_choose_a_folder_of_who_writes_to_it(
+    tracking: Tracking, client: MlflowClient, tmp_path: Path
+) -> None:
+    """MLflow lets who may make an experiment say where its artifacts go, and its clients write there."""
+    private, shared = tmp_path / "private-folder", tmp_path / "shared-folder"
+    for folder in (private, shared):
+        client.create_experiment(folder.name, artifact_location=folder.as_uri())
+    (shared / "link").parent.mkdir()
+    (shared / "link").symlink_to(private)
+    client.create_experiment("linked", artifact_location=str(shared / "link"))
+    tracking.server = replace(tracking.server, roots=(shared,))
+    for name in ("private-folder", "linked"):
+        with pytest.raises(InvalidRequestError, match=rf"outside .* allowed_roots, got '{name}'") as caught:
+            create(tracking, "refused", experiment=name)
+        assert caught.value.errors[0]["loc"] == ["logger_config", "experiment_name"]
+    assert tracking.find("refused") is None
+    assert not private.exists()
+    run = create(tracking, "allowed", experiment="shared-folder")
+    assert (shared / run.run_id / "artifacts" / names.ARTIFACT_REQUEST).exists()
+    own = Tracking(replace(tracking.server, experiment="private-folder"))
+    create(own, "by the deployment")
+    assert private.exists()
+
+
+def test_where_mlflow_itself_places_experiments_is_the_deployments_choice(tmp_path: Path) -> None:
+    """A server that does not pass artifacts on: its clients write to a disk that they share."""
+    tracking = Tracking(TrackingServer(f"sqlite:///{tmp_path / 'mlflow.db'}"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        create(tracking, "first", experiment="named")
+        assert create(tracking, "again", experiment="named").status == "SCHEDULED"
+
+
 def test_runs_are_found_by_job_over_all_experiments(tracking: Tracking) -> None:
     mine = create(tracking, "find-me", experiment="another experiment")
     create(tracking, "not-me")
@@ -93,7 +126,7 @@ def test_a_run_is_found_among_more_experiments_than_mlflow_lists_at_once(
         name="", experiment="old", tags={"post_training.job_uuid": "old"}, params={}, request={}
     )
     for number in range(2):
-        tracking.experiment_id(f"newer-{number}")
+        tracking.experiment(f"newer-{number}")
     paged = partial(tracking.client.search_experiments, max_results=1)
     monkeypatch.setattr(tracking.client, "search_experiments", paged)
     found = tracking.find("old")

@@ -86,7 +86,12 @@ def _read_file(source: str, tracking_uri: str | None, roots: Sequence[Path], lim
 
 
 def _parse(source: str, content: bytes, kind: str, limits: Limits) -> RawDataset:
-    rows = _parse_parquet(source, content, limits) if kind == "parquet" else PARSERS[kind](content)
+    """Parse a file's content, of which a local one has no limit."""
+    limit = sys.maxsize if urlsplit(source).scheme in LOCAL_SCHEMES else limits.max_bytes
+    try:
+        rows = PARSERS[kind](content, limit)
+    except _UnpackedError:
+        raise too_large(source, limits) from None
     return RawDataset(shown(source), hashlib.sha256(content).hexdigest(), rows)
 
 
@@ -139,17 +144,18 @@ def _read_hub(source: str, limits: Limits) -> RawDataset:
 
 
 def _checked_revision(source: str, name: str) -> str | None:
-    """Return the commit of a hub data set's cards, None where it has none or the hub is not asked.
+    """Return the commit that a hub data set is at, its cards checked; None where the hub is not asked.
 
     The library asks wherever a card says that the data files are, while it loads the card.
 
     :raises DataError: if that is outside the hub, or there is no such data set.
     """
     import yaml  # noqa: PLC0415 - only hub data needs them
-    from huggingface_hub import DatasetCard, hf_hub_download  # noqa: PLC0415
+    from huggingface_hub import DatasetCard, HfApi, hf_hub_download  # noqa: PLC0415
     from huggingface_hub.constants import HF_HUB_OFFLINE  # noqa: PLC0415
     from huggingface_hub.errors import (  # noqa: PLC0415
         EntryNotFoundError,
+        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -158,17 +164,23 @@ def _checked_revision(source: str, name: str) -> str | None:
         "README.md": lambda card: DatasetCard.load(card).data.to_dict(),
         ".huggingface.yaml": lambda card: yaml.safe_load(card.read_bytes()),
     }
-    revision = None
-    for file, read in readers.items() if not HF_HUB_OFFLINE else ():
+    if HF_HUB_OFFLINE:
+        return None
+    try:
+        revision = HfApi().dataset_info(name).sha
+    except RepositoryNotFoundError:  # one that is gated, too
+        raise DataError(f"the data set {source} is not on the hub, or may not be read") from None
+    except HfHubHTTPError:
+        raise
+    except Exception as error:  # of its HTTP client, which are no OSErrors
+        raise ConnectionError(first_line(error)) from error
+    for file, read in readers.items():
         try:
             card = Path(hf_hub_download(name, file, repo_type="dataset", revision=revision))
         except LocalEntryNotFoundError as error:
             raise ConnectionError(first_line(error)) from error
         except EntryNotFoundError:
             continue
-        except RepositoryNotFoundError:  # one that is gated, too
-            raise DataError(f"the data set {source} is not on the hub, or may not be read") from None
-        revision = card.parent.name
         for place in _places(read(card)):
             if "::" in place or place.startswith("/") or urlsplit(place).scheme not in ("", "hf"):
                 raise DataError(f"the data set {source} has a card that names data outside the hub")
@@ -207,7 +219,11 @@ def _hub_address(source: str) -> tuple[str, dict[str, str]]:
     return name, query
 
 
-def _parse_jsonl(content: bytes) -> list[Row]:
+class _UnpackedError(Exception):
+    """A file holds more than its content's size tells, and more than the limit."""
+
+
+def _parse_jsonl(content: bytes, limit: int) -> list[Row]:
     lines = content.decode("utf-8-sig").split("\n")
     return [_parse_line(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
@@ -228,12 +244,12 @@ def _as_row(number: int, value: Any) -> Row:
     return Row(number, value)
 
 
-def _parse_json(content: bytes) -> list[Row]:
+def _parse_json(content: bytes, limit: int) -> list[Row]:
     """Read a list of objects, an object that holds one under ``data`` or ``rows``, or JSON lines."""
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError:
-        return _parse_jsonl(content)
+        return _parse_jsonl(content, limit)
     if isinstance(value, dict):
         lists = [value[key] for key in ("data", "rows") if isinstance(value.get(key), list)]
         value = lists[0] if lists else [value]
@@ -242,7 +258,7 @@ def _parse_json(content: bytes) -> list[Row]:
     return _number(value)
 
 
-def _parse_csv(content: bytes) -> list[Row]:
+def _parse_csv(content: bytes, limit: int) -> list[Row]:
     """Read rows under a header; empty cells are left out, as a column that a row lacks."""
     csv.field_size_limit(2**31 - 1)
     # Not strict, a quote that is never closed would swallow the rest of the file.
@@ -262,25 +278,24 @@ def _csv_row(number: int, value: dict[Any, Any]) -> Row:
     return Row(number, {column: cell for column, cell in value.items() if cell not in (None, "")})
 
 
-def _parse_parquet(source: str, content: bytes, limits: Limits) -> list[Row]:
+def _parse_parquet(content: bytes, limit: int) -> list[Row]:
     """Read a file that was fetched only if what it holds, unpacked, has the limit too, a byte a row at least.
 
     A few bytes can stand for any number of rows: a batch has as many as cannot be over the limit together.
     """
     from pyarrow import parquet  # noqa: PLC0415 - only parquet needs it
 
-    limit = sys.maxsize if urlsplit(source).scheme in LOCAL_SCHEMES else limits.max_bytes
     file = parquet.ParquetFile(io.BytesIO(content))
     groups = [file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups)]
     if sum(groups) > limit or file.metadata.num_rows > limit:
-        raise too_large(source, limits)
+        raise _UnpackedError
     values: list[Any] = []
     unpacked = 0
     rows = min(BATCH_ROWS, max(1, limit // max([1, *groups])))
     for batch in file.iter_batches(rows):
         unpacked += batch.nbytes
         if unpacked > limit:
-            raise too_large(source, limits)
+            raise _UnpackedError
         values.extend(map(_without_nulls, batch.to_pylist()))
     return _number(values)
 
@@ -304,11 +319,12 @@ READERS: dict[str, Callable[[str, Limits], RawDataset]] = {
 }
 """Reader of each scheme whose content is no file with a name."""
 
-PARSERS: dict[str, Callable[[bytes], list[Row]]] = {
+PARSERS: dict[str, Callable[[bytes, int], list[Row]]] = {
     "jsonl": _parse_jsonl,
     "json": _parse_json,
     "csv": _parse_csv,
+    "parquet": _parse_parquet,
 }
-"""Parser of each kind of text file."""
+"""Parser of each kind of file, of its content and how many bytes that may unpack to; text is as it is."""
 
 SUFFIXES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "parquet": "parquet"}

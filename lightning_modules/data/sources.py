@@ -17,9 +17,10 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
-from lightning_modules.mlflow_uris import LOOKUPS, lies_under, may_be_read, resolve
+from lightning_modules.mlflow_uris import LOOKUPS, resolve
 from post_training.addresses import is_public
 from post_training.errors import DataError
+from post_training.places import lies_under, may_be_used
 from post_training.uris import without_secrets
 
 LOCAL_SCHEMES = ("", "file")
@@ -237,7 +238,7 @@ def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path]
         raise DataError(f"the data set {shown(source)} must be {parts.scheme}:/PATH, without a host or '..'")
     try:
         _, location = resolve(MlflowClient(tracking_uri, registry_uri=tracking_uri), source)
-        if not may_be_read(location, roots):
+        if not may_be_used(location, roots):
             raise DataError(
                 f"MLflow keeps the data set {source} in {location}, under no folder of allowed_roots"
             )

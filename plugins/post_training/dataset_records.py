@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from pydantic import TypeAdapter
 from post_training.errors import PostTrainingError, RecordUnavailableError
 from post_training.schemas.base import load_json
 from post_training.schemas.datasets import DatasetPurpose, Metadata, SourceType
-from post_training.tracking import Tracking, answers
+from post_training.tracking import Tracking, answers, of_every_page
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -103,7 +104,7 @@ class DatasetRecords:
             TAG_METADATA: json.dumps(new.metadata),
         }
         with answers():
-            experiment_id = tracking.experiment_id(_experiment(tracking))
+            experiment_id = tracking.experiment(_experiment(tracking)).experiment_id
             run = client.create_run(experiment_id, tags=tags, run_name=new.dataset_id)
         run_id = run.info.run_id
         try:
@@ -159,22 +160,19 @@ class DatasetRecords:
 
     def _search(self, condition: str, page: int = _PAGE_RUNS) -> Iterator[DatasetVersion]:
         """Yield the versions, the newest first."""
-        tracking, token = self._tracking(), None
+        tracking = self._tracking()
         with answers():
             experiment = tracking.client.get_experiment_by_name(_experiment(tracking))
-        while experiment is not None:
-            with answers():
-                runs = tracking.client.search_runs(
-                    [experiment.experiment_id],
-                    condition,
-                    max_results=page,
-                    order_by=["attributes.start_time DESC"],
-                    page_token=token,
-                )
-            yield from _versions(runs)
-            token = runs.token
-            if not token:
-                return
+        if experiment is None:
+            return
+        search = partial(
+            tracking.client.search_runs,
+            [experiment.experiment_id],
+            condition,
+            max_results=page,
+            order_by=["attributes.start_time DESC"],
+        )
+        yield from _versions(of_every_page(search))
 
 
 def _experiment(tracking: Tracking) -> str:

@@ -33,10 +33,9 @@ def load_settings() -> Settings:
 
     :raises ValueError: if a size is no positive number of bytes.
     """
-    roots = _get("allowed_roots").split(",")
     return Settings(
         home=Path(_get("home").replace("{AIRFLOW_HOME}", AIRFLOW_HOME)).expanduser(),
-        allowed_roots=tuple(Path(root.strip()).expanduser().resolve() for root in roots if root.strip()),
+        allowed_roots=allowed_roots(),
         default_model=_get("default_model") or None,
         trainer_python=_get("trainer_python") or sys.executable,
         mlflow_conn_id=_get("mlflow_conn_id"),
@@ -49,6 +48,12 @@ def load_settings() -> Settings:
         max_data_uri_bytes=_positive("max_data_uri_bytes"),
         max_data_bytes=_positive("max_data_bytes"),
     )
+
+
+def allowed_roots() -> tuple[Path, ...]:
+    """Return the folders of this machine that requests may name; read apart, as the deployment's name."""
+    roots = _get("allowed_roots").split(",")
+    return tuple(Path(root.strip()).expanduser().resolve() for root in roots if root.strip())
 
 
 def deployment_name() -> str:

@@ -14,16 +14,19 @@ from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
+from post_training.checkpoints import recorded_checkpoints
 from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError
 from post_training.job_ids import MAY_BE_AN_ID, TaskKey, job_uuid_of
+from post_training.places import may_be_used
 from post_training.record import identity_tags
 from post_training.schemas import record as names
-from post_training.schemas.jobs import Checkpoint, PostTrainingMetric, checkpoint_identifier
+from post_training.schemas.jobs import Checkpoint
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities import Experiment, LoggedModel, Run
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
     from mlflow.store.entities.paged_list import PagedList
 
@@ -36,6 +39,8 @@ MAX_PARAM_LENGTH = 6_000
 
 _EXPERIMENT_KIND = "mlflow.experimentKind"
 """Without it MLflow's pages show the experiment as one of traces and prompts."""
+
+_DEFAULT_EXPERIMENT = "0"
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -59,6 +64,7 @@ class TrackingServer:
 
     :param public_url: its address in a browser.
     :param deployment: which Airflow it is that writes here; others' jobs are left alone. Empty is unknown.
+    :param roots: folders of this machine in which experiments that a request names may store.
     """
 
     uri: str
@@ -67,6 +73,7 @@ class TrackingServer:
     password: str | None = field(default=None, repr=False)
     public_url: str | None = None
     deployment: str = ""
+    roots: tuple[Path, ...] = ()
 
     def environment(self) -> dict[str, str]:
         """Return the variables by which an MLflow client finds the credentials."""
@@ -132,14 +139,17 @@ class Tracking:
         deleted now or when all open runs are reconciled.
 
         :param experiment: the experiment's name; None is the server's default.
+        :raises InvalidRequestError: if it stores where nothing may be written, or MLflow refuses it.
         """
         with answers("logger_config"):
-            experiment_id = self.experiment_id(experiment or self.server.experiment)
+            found = self.experiment(experiment or self.server.experiment)
+            if experiment is not None:
+                self._check_place(found)
             whose = {names.TAG_DAG_ID} & tags.keys()
             draft = {names.TAG_METHOD: "", **{key: tags[key] for key in whose}}
             if self.server.deployment:
                 draft[names.TAG_DEPLOYMENT] = self.server.deployment
-            run = self.client.create_run(experiment_id, tags=draft, run_name=name)
+            run = self.client.create_run(found.experiment_id, tags=draft, run_name=name)
         run_id = run.info.run_id
         try:
             with answers("logger_config"):
@@ -165,22 +175,40 @@ class Tracking:
 
         return get_artifact_repository(run.info.artifact_uri, tracking_uri=self.server.uri)
 
-    def experiment_id(self, name: str) -> str:
-        """Return the experiment's id; it is made if it is not there."""
+    def experiment(self, name: str) -> Experiment:
+        """Return an experiment by its name; it is made if it is not there."""
         from mlflow.exceptions import MlflowException
 
         found = self.client.get_experiment_by_name(name)
         if found is not None:
-            return str(found.experiment_id)
+            return found
         try:
-            return str(
-                self.client.create_experiment(name, tags={_EXPERIMENT_KIND: "custom_model_development"})
-            )
+            made = self.client.create_experiment(name, tags={_EXPERIMENT_KIND: "custom_model_development"})
         except MlflowException:
             found = self.client.get_experiment_by_name(name)
             if found is None:
                 raise
-            return str(found.experiment_id)
+            return found
+        return self.client.get_experiment(made)
+
+    def _check_place(self, experiment: Experiment) -> None:
+        """Refuse an experiment that somebody has made to store where they like, on the disks of who uses it.
+
+        Where MLflow itself places experiments is the deployment's choice: beside the default one.
+
+        :raises InvalidRequestError: if it stores elsewhere on this machine and under no root.
+        """
+        location = experiment.artifact_location
+        if experiment.name == self.server.experiment or may_be_used(location, self.server.roots):
+            return
+        of_default = self.client.get_experiment(_DEFAULT_EXPERIMENT).artifact_location
+        beside = Path(unquote(urlsplit(of_default).path)).parent
+        if urlsplit(of_default).scheme not in ("", "file") or not may_be_used(location, [beside]):
+            raise InvalidRequestError.of(
+                "logger_config.experiment_name",
+                "must not name an experiment that stores in a folder outside [post_training] allowed_roots,"
+                f" got {experiment.name[:200]!r}",
+            )
 
     def _log_params(
         self, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None
@@ -264,13 +292,13 @@ class Tracking:
 
     def _experiments(self) -> list[str]:
         """Return the ids of all experiments, of every page."""
-        found = _of_every_page(self.client.search_experiments)
+        found = of_every_page(self.client.search_experiments)
         return [experiment.experiment_id for experiment in found]
 
     def _runs(self, experiments: list[str], wanted: str, order_by: list[str] | None = None) -> Iterator[Run]:
         """Yield the runs that a filter finds, of every page."""
         search = partial(self.client.search_runs, experiments, wanted, max_results=1000, order_by=order_by)
-        return _of_every_page(search)
+        return of_every_page(search)
 
     def set_status(self, run_id: str, status: str, *, error: str | None = None) -> None:
         """Write the run's status, and the one sentence that says why it failed.
@@ -302,11 +330,7 @@ class Tracking:
         """Return the run's finished checkpoints by epoch: models, and copies of epochs that have none."""
         with answers():
             models = self._logged_models(run)
-        job_uuid = run.tags.get(names.TAG_JOB_UUID, "")
-        uploaded = [_checkpoint(model, job_uuid) for model in models if _is_checkpoint(model)]
-        epochs = {checkpoint.epoch for checkpoint in uploaded}
-        copies = [copy for copy in _copies(run.tags) if copy.epoch not in epochs]
-        return sorted([*uploaded, *copies], key=lambda checkpoint: checkpoint.epoch)
+        return recorded_checkpoints(run.tags, models)
 
     def _logged_models(self, run: JobRun) -> list[LoggedModel]:
         """Return the run's logged models of every page, oldest first."""
@@ -316,14 +340,18 @@ class Tracking:
             filter_string=f"source_run_id = '{run.run_id}'",
             order_by=[{"field_name": "creation_timestamp", "ascending": True}],
         )
-        return list(_of_every_page(search))
+        return list(of_every_page(search))
 
 
-def _of_every_page(search: Callable[..., PagedList[_T]]) -> Iterator[_T]:
-    """Yield what one of the client's searches finds, page by page."""
+def of_every_page(search: Callable[..., PagedList[_T]]) -> Iterator[_T]:
+    """Yield what one of the client's searches finds, page by page.
+
+    :raises RecordUnavailableError: whichever page MLflow does not answer.
+    """
     token: str | None = None
     while True:
-        page = search(page_token=token)
+        with answers():
+            page = search(page_token=token)
         yield from page
         token = page.token
         if not token:
@@ -373,29 +401,6 @@ def _job_run(run: Run) -> JobRun:
         tags=dict(run.data.tags),
         metrics=dict(run.data.metrics),
     )
-
-
-def _is_checkpoint(model: LoggedModel) -> bool:
-    return names.TAG_CHECKPOINT in model.tags and str(model.status) == "READY"
-
-
-def _checkpoint(model: LoggedModel, job_uuid: str) -> Checkpoint:
-    metrics = PostTrainingMetric.model_validate_json(model.tags[names.TAG_CHECKPOINT])
-    return Checkpoint(
-        identifier=checkpoint_identifier(job_uuid, metrics.epoch),
-        created_at=_time(model.creation_timestamp),
-        epoch=metrics.epoch,
-        post_training_job_id=job_uuid,
-        path=f"models:/{model.model_id}",
-        training_metrics=metrics,
-    )
-
-
-def _copies(tags: Mapping[str, str]) -> Iterator[Checkpoint]:
-    """Yield the checkpoints that the trainer noted in the run instead of uploading them."""
-    for key, value in tags.items():
-        if key.startswith(names.TAG_CHECKPOINT_COPY_PREFIX):
-            yield Checkpoint.model_validate_json(value)
 
 
 def _time(milliseconds: int) -> datetime:

@@ -27,6 +27,7 @@ from lightning_modules.checkpoint import (
     random_state,
     readable_step,
     restore_random_state,
+    unmoved,
 )
 from lightning_modules.job import prepare_job
 from lightning_modules.module import PostTraining, StopRequestedError
@@ -86,6 +87,32 @@ def test_a_full_model_is_read_by_transformers(make_spec: Any, tokenizer: PreTrai
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(module.model))
     assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
     assert not list(folder.glob("*.bin"))
+
+
+def test_copies_do_not_follow_a_link_that_has_come_since(tmp_path: Path) -> None:
+    folder = tmp_path.resolve() / "copies" / "job-1"
+    assert unmoved(folder) == folder
+    (tmp_path / "private").mkdir()
+    (tmp_path / "copies").symlink_to(tmp_path / "private")
+    with pytest.raises(NotADirectoryError, match="checkpoint_dir has become a symbolic link"):
+        unmoved(folder)
+
+
+def test_a_job_whose_checkpoint_dir_becomes_a_link_while_it_trains_fails(
+    make_spec: Any, tmp_path: Path
+) -> None:
+    private, copies = tmp_path / "private", tmp_path / "copies"
+    private.mkdir()
+    spec = make_spec(checkpoint_dir=copies / "job-1")
+
+    def replace_it() -> bool:
+        if not copies.exists():
+            copies.symlink_to(private)
+        return False
+
+    with pytest.raises(NotADirectoryError):
+        train(spec, should_stop=replace_it)
+    assert list(private.iterdir()) == []
 
 
 def test_copies_and_the_limit(make_spec: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -218,11 +219,14 @@ class Hub(BaseHTTPRequestHandler):
 
     private: ClassVar[list[str]] = []
     """What was asked for that is no hub's."""
+    revisions: ClassVar[set[str]] = set()
+    """Of which files were asked for."""
 
     def do_HEAD(self) -> None:
         path = urlsplit(self.path).path
         name = path.rpartition("/")[2]
         self.private.extend([path] if path.startswith("/private") else [])
+        self.revisions.update(re.findall("/resolve/([^/]+)/", path))
         if path.startswith("/datasets/cards/") and (card := CARDS.get((path.split("/")[3], name))):
             host, port = self.server.server_address[:2]
             body = card.replace("HUB", f"http://{host!s}:{port}").encode()
@@ -231,11 +235,13 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(HUB_FILES[name], {"ETag": f'"{_git_id(name)}"', "X-Repo-Commit": COMMIT})
         elif path.startswith("/api/datasets/org/name/tree/"):
             self._answer(json.dumps([_hub_entry(file) for file in HUB_FILES]).encode())
-        elif path.startswith("/api/datasets/org/name/revision/"):
+        elif path.startswith("/api/datasets/cards/") and path.count("/") == 4:
+            self._answer(json.dumps({"id": path[len("/api/datasets/") :], "sha": COMMIT}).encode())
+        elif path == "/api/datasets/org/name" or path.startswith("/api/datasets/org/name/revision/"):
             files = [{"rfilename": file} for file in HUB_FILES]
             self._answer(json.dumps({"id": "org/name", "sha": COMMIT, "siblings": files}).encode())
         else:
-            code = "RepoNotFound" if "/org/gone/" in path else "EntryNotFound"
+            code = "RepoNotFound" if "/org/gone" in path else "EntryNotFound"
             self._answer(b"", {"X-Error-Code": code, "X-Repo-Commit": COMMIT}, status=404)
 
     do_GET = do_HEAD
@@ -283,7 +289,7 @@ for source in sys.argv[2:]:
         dataset = read_dataset("huggingface://datasets/" + source, limits=limits)
         print(json.dumps([dataset.digest, [row.value for row in dataset.rows]]))
     except DataError as error:
-        print(json.dumps(str(error)))
+        print(json.dumps([str(error), "later"] if isinstance(error.__cause__, OSError) else str(error)))
 """
 
 
@@ -305,7 +311,15 @@ def test_data_outside_the_hub_are_not_asked_for(hub: str, tmp_path: Path) -> Non
     assert Hub.private == []
 
 
+def test_a_hub_that_does_not_answer_may_do_so_later(hub: str, tmp_path: Path) -> None:
+    nobody = hub.rpartition(":")[0] + ":9"
+    (answer,) = read_all(nobody, tmp_path, "org/name")
+    assert answer[1:] == ["later"]
+    assert "cannot read the data set huggingface://datasets/org/name: " in answer[0]
+
+
 def test_hub_data_sets(hub: str, tmp_path: Path) -> None:
+    Hub.revisions.clear()
     shadow = tmp_path / "org" / "name"  # which the library would prefer to the hub's data set
     shadow.mkdir(parents=True)
     (shadow / "train.jsonl").write_text('{"question": "of the working folder"}')
@@ -321,6 +335,7 @@ def test_hub_data_sets(hub: str, tmp_path: Path) -> None:
     digests, rows = zip(*answers[: len(read)], strict=True)
     assert rows == (ROWS, ROWS * 2, ROWS[1:], [{"question": "alone"}, {"answer": "as well"}])
     assert len(set(digests)) == 4
+    assert Hub.revisions == {COMMIT}, "what the cards, of which there are none, and the files are read at"
     assert digests[0] == hashlib.sha256(json.dumps(ROWS, sort_keys=True).encode()).hexdigest()
     for sentence, reason in zip(answers[len(read) :], [*refused.values(), "is not on the hub"], strict=True):
         assert "the data set huggingface://datasets/org/" in sentence

@@ -29,7 +29,7 @@ from post_training.schemas.jobs import (
 )
 from post_training.schemas.requests import error_details
 from post_training.schemas.training import RuntimeConfig
-from post_training.settings import deployment_name
+from post_training.settings import allowed_roots, deployment_name
 from post_training.tracking import Tracking, TrackingServer
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def tracking_server(connection: Connection) -> TrackingServer:
         password=connection.password or None,
         public_url=extra.get("public_url") or None,
         deployment=deployment_name(),
+        roots=allowed_roots(),
     )
 
 

@@ -49,6 +49,7 @@ class FakeRuns:
     stopped: list[tuple[str, str]] = field(default_factory=list)
     cancel_error: Exception | None = None
     logs: dict[str, list[list[str]]] = field(default_factory=dict)
+    young_lines: int = 0
     down: bool = False
 
     def trigger(self, dag_id: str, run_id: str, conf: dict[str, Any], user_name: str | None) -> None:
@@ -88,9 +89,10 @@ class FakeRuns:
     def was_stopped(self, task: JobTask) -> bool:
         return task.job_uuid in {job_uuid for job_uuid, _ in self.stopped}
 
-    def log_lines(self, key: TaskKey, attempt: int) -> Iterator[str]:
+    def log_lines(self, key: TaskKey, attempt: int, until: datetime | None = None) -> Iterator[str]:
         attempts = self.logs.get(job_uuid_of(key), [])
-        yield from attempts[attempt - 1] if attempt <= len(attempts) else []
+        lines = attempts[attempt - 1] if attempt <= len(attempts) else []
+        yield from lines if until is None else lines[: len(lines) - self.young_lines]
 
 
 @dataclass

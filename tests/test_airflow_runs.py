@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,31 @@ def test_each_attempt_has_its_log(runs: Any) -> None:
     ]
     assert list(runs.log_lines(key, 2)) == [f"progress step {step}/20000" for step in range(20_000)]
     assert list(runs.log_lines(key, 3)) == []
+
+
+def begun(runs: Any, job_uuid: str) -> TaskKey:
+    """Trigger a job whose first attempt runs."""
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.utils.session import create_session
+
+    runs.trigger("supervised_fine_tune", job_uuid, CONF, None)
+    with create_session() as session:
+        instance = session.query(TaskInstance).filter_by(run_id=job_uuid).one()
+        instance.try_number, instance.state = 1, "running"
+    key: TaskKey = runs.find(job_uuid).key
+    return key
+
+
+def test_lines_are_sorted_by_their_time_and_read_up_to_one(runs: Any) -> None:
+    """The supervisor's line was in the log before an older one of its task."""
+    key = begun(runs, "late")
+    times = {"first": "1", "of the supervisor": "4Z", "late": "3Z"}
+    write_log(
+        key, 1, [{"event": event, "timestamp": f"2026-11-27T12:00:0{at}"} for event, at in times.items()]
+    )
+    assert list(runs.log_lines(key, 1)) == ["first", "late", "of the supervisor"]
+    until = datetime(2026, 11, 27, 12, 0, 3, tzinfo=UTC)
+    assert list(runs.log_lines(key, 1, until)) == ["first", "late"]
 
 
 @pytest.mark.parametrize("state", ["running", "success"])

@@ -123,6 +123,20 @@ def test_steps_go_through_the_attempts_and_wait_for_the_newest(
 
 
 @pytest.mark.parametrize(
+    ("attempt", "state", "counted"),
+    [(3, "running", 4), (3, "up_for_retry", 4), (3, "failed", 5), (4, "running", 5)],
+)
+def test_a_line_counts_when_no_older_one_can_come_before_it(
+    logs: LogService, runs: FakeRuns, attempt: int, state: str, counted: int
+) -> None:
+    """In the newest attempt, while it may still log something."""
+    runs.young_lines = 1
+    runs.add(replace(task(KEY, state), attempt=attempt))
+    assert len(logs.page(JOB, ALL, 0, 10).log_lines) == counted
+    assert logs.step(JOB, ALL, Cursor(3, 1, 4)).lines == ["c1"][: counted - 4]
+
+
+@pytest.mark.parametrize(
     ("state", "mlflow", "status"),
     [
         ("running", "FINISHED", None),

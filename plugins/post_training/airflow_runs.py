@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from airflow.api.common.mark_tasks import set_state
@@ -215,14 +215,18 @@ class AirflowRuns:
             entries = session.scalars(query).all()
         return any(json.loads(extra or "{}").get("attempt_id") == task.attempt_id for extra in entries)
 
-    def log_lines(self, key: TaskKey, attempt: int) -> Iterator[str]:
+    def log_lines(self, key: TaskKey, attempt: int, until: datetime | None = None) -> Iterator[str]:
         """Yield the lines that one attempt of the task has logged so far; none where there is no log (yet).
+
+        Airflow sorts them by their time in milliseconds. The supervisor's own may be in the log before older
+        ones of its task.
 
         They come from wherever Airflow keeps them: local files, the worker that runs the task, remote
         storage. Airflow reads an attempt's log as a whole, spilling it to a temporary file: 4 s for 100,000
         lines.
 
         :param attempt: counted from 1.
+        :param until: time of the last line; None is all of them.
         """
         with _database(), create_session() as session:
             instance = _attempt(session, key, attempt)
@@ -233,6 +237,8 @@ class AirflowRuns:
                 instance, attempt, {"end_of_log": False, "log_pos": 0}
             )
             for message in messages:
+                if until is not None and _time(message, until) > until:
+                    return
                 yield from _log_line(message)
 
 
@@ -323,6 +329,11 @@ def _job_task(task: TaskInstance, run: DagRun) -> JobTask:
         attempt_id=str(task.id),
         conf=dict(run.conf or {}),
     )
+
+
+def _time(message: StructuredLogMessage, default: datetime) -> datetime:
+    moment = message.timestamp or default
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)  # code of a task may write it
 
 
 def _log_line(message: StructuredLogMessage) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Protocol
 
@@ -20,12 +21,16 @@ MAX_PAGE_CHARACTERS = 4 * 2**20
 """A page is cut before the line that would exceed it; its first line is whole, however long."""
 
 
+SETTLED_AFTER = timedelta(seconds=2)
+"""A line is counted when it is so old: until then an older one may still come before it."""
+
+
 class Runs(Protocol):
     """The jobs' tasks and their logs in Airflow; ``airflow_runs.AirflowRuns`` says what each method does."""
 
     def find(self, job_uuid: str) -> JobTask | None: ...
 
-    def log_lines(self, key: TaskKey, attempt: int) -> Iterator[str]: ...
+    def log_lines(self, key: TaskKey, attempt: int, until: datetime | None = None) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class LogService:
         task = self._task(job_uuid, access)
         attempt, before = 1, 0
         while task is not None and attempt < task.attempt:
-            count = sum(1 for _ in self._runs.log_lines(task.key, attempt))
+            count = sum(1 for _ in self._lines(task, attempt))
             if offset < before + count:
                 break
             attempt, before = attempt + 1, before + count
@@ -120,7 +125,7 @@ class LogService:
         if task is not None:
             if cursor.attempt > max(1, task.attempt):  # the DAG run was deleted and submitted again
                 return Step([], Cursor(), more=True)
-            lines = islice(self._runs.log_lines(task.key, cursor.attempt), cursor.position, None)
+            lines = islice(self._lines(task, cursor.attempt), cursor.position, None)
             taken, more = _take(lines, MAX_PAGE_LINES)
             if taken:
                 return Step(taken, cursor.after(len(taken)), more)
@@ -133,7 +138,13 @@ class LogService:
 
     def _all_lines(self, task: JobTask) -> Iterator[str]:
         for attempt in range(1, task.attempt + 1):
-            yield from self._runs.log_lines(task.key, attempt)
+            yield from self._lines(task, attempt)
+
+    def _lines(self, task: JobTask, attempt: int) -> Iterator[str]:
+        """Yield an attempt's lines whose places are settled."""
+        grows = attempt == task.attempt and Evidence(None, task.state).task_lives
+        until = datetime.now(UTC) - SETTLED_AFTER if grows else None
+        return self._runs.log_lines(task.key, attempt, until)
 
     def _task(self, job_uuid: str, access: Access) -> JobTask | None:
         """Find the task whose log the caller may read; None where only MLflow remembers the job."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_modules.checkpoint import RESUME_FILE, readable_step, remove_exports, unmoved
+from lightning_modules.checkpoint import RESUME_FILE, readable_step
 from lightning_modules.trained import write_whole
 from post_training.schemas.trainer import TrainerSpec
 
@@ -49,19 +49,14 @@ class Inputs:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def continues(spec: TrainerSpec, inputs: Inputs) -> bool:
-    """Whether the job's folder holds the state of this very training, or none."""
-    return _read_inputs(spec.work_dir / INPUTS_FILE) in (None, inputs.text)
-
-
-def _read_inputs(file: Path) -> str | None:
-    """Return what the folder's state was trained from; None if the file is not there whole."""
+def inputs_here(work_dir: Path) -> Inputs | None:
+    """Return what the state in a job's folder is trained from; None where there is none, or nobody knows."""
     try:
-        text = file.read_text()
+        text = (work_dir / INPUTS_FILE).read_text()
         json.loads(text)
     except (FileNotFoundError, ValueError):  # a disk that was full can leave an empty file
         return None
-    return text
+    return Inputs(text)
 
 
 def begin(spec: TrainerSpec, inputs: Inputs, record: JobRecord, give_up: Callable[[], bool]) -> None:
@@ -70,11 +65,10 @@ def begin(spec: TrainerSpec, inputs: Inputs, record: JobRecord, give_up: Callabl
     :raises InputsChangedError: if they trained something else.
     :raises RecordUnavailableError: if training cannot begin without the record's answer.
     """
-    record.begin(inputs.digest, continues=continues(spec, inputs), give_up=give_up)
+    before = inputs_here(spec.work_dir)
+    record.begin(inputs.digest, here=before.digest if before is not None else None, give_up=give_up)
     keep_inputs(spec, inputs)
     fetch_newest_state(spec, inputs, record, give_up)
-    if spec.checkpoint_dir is not None and not (spec.work_dir / RESUME_FILE).exists():
-        remove_exports(unmoved(spec.checkpoint_dir))  # of a training before this one, perhaps of more epochs
 
 
 def keep_inputs(spec: TrainerSpec, inputs: Inputs) -> None:
@@ -95,7 +89,7 @@ def fetch_newest_state(
     """
     file = spec.work_dir / RESUME_FILE
     here = readable_step(file)
-    if spec.attempt == 1:
+    if not spec.begun:
         return
     step = record.restore_state(file, step=here, inputs=inputs.digest, give_up=give_up)
     if step is not None:

@@ -121,12 +121,6 @@ def prune(parent: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def remove_exports(parent: Path) -> None:
-    """Remove every export under a folder."""
-    for path in parent.glob("epoch-*"):
-        shutil.rmtree(path)
-
-
 def random_state() -> dict[str, Any]:
     """Take the state of every random generator, in types that ``weights_only`` loading accepts."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()

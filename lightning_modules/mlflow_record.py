@@ -80,7 +80,7 @@ class MLflowRecord(LocalRecord):
         super().__init__(spool, spec.request.job_uuid)
         assert spec.tracking is not None  # noqa: S101
         run_id = spec.tracking.run_id
-        self._retried = spec.attempt > 1
+        self._retried = spec.begun
         self._opened_at = now_ms()
         self._client = client
         self._run_id = run_id
@@ -106,10 +106,10 @@ class MLflowRecord(LocalRecord):
         if not self._retried:  # a retry must know what an attempt elsewhere has recorded since
             self._start()
 
-    def begin(self, inputs: str, *, continues: bool, give_up: Callable[[], bool]) -> None:
-        """Go on; only now is sent what earlier attempts on this machine have left.
+    def begin(self, inputs: str, *, here: str | None, give_up: Callable[[], bool]) -> None:
+        """Go on; only now is sent what earlier attempts on this machine have left, if it is of the run.
 
-        One on another machine may have recorded the same since.
+        One on another machine may have recorded the same since, or begun something else.
 
         :raises InputsChangedError: if they trained something else.
         :raises RecordUnavailableError: if MLflow does not say what earlier attempts recorded.
@@ -119,11 +119,12 @@ class MLflowRecord(LocalRecord):
             self._recorded[key] = max(step, self._recorded.get(key, step))
         self._delivery.leave_out(recorded.steps, self._opened_at)
         try:
-            same = continues and recorded.inputs in (None, inputs)
-            super().begin(inputs, continues=same, give_up=give_up)
+            for before in (here, recorded.inputs):
+                super().begin(inputs, here=before, give_up=give_up)
             self.set_tag(TAG_INPUTS, inputs)
         finally:
-            self._start()
+            if recorded.inputs is None or here in (None, recorded.inputs):
+                self._start()
 
     def _ask(self, give_up: Callable[[], bool]) -> Recorded:
         """Ask MLflow what the run holds: the attempt before may have run on another machine."""

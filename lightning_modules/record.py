@@ -99,11 +99,11 @@ class JobRecord(Protocol):
         :param name: a file's name that ends in ``.json``.
         """
 
-    def begin(self, inputs: str, *, continues: bool, give_up: Callable[[], bool]) -> None:
+    def begin(self, inputs: str, *, here: str | None, give_up: Callable[[], bool]) -> None:
         """Say what is trained; nothing else may be recorded before.
 
         :param inputs: digest of request, model and data.
-        :param continues: whether what earlier attempts left on this machine is of the same.
+        :param here: the same of what earlier attempts left on this machine; None is nothing.
         :param give_up: asked while waiting.
         :raises InputsChangedError: if earlier attempts trained something else, here or elsewhere.
         :raises RecordUnavailableError: if training cannot begin without the record's answer.
@@ -191,12 +191,12 @@ class LocalRecord:
         """Write the table's file in the job's folder."""
         write_table(self._spool.folder, name, columns, rows)
 
-    def begin(self, inputs: str, *, continues: bool, give_up: Callable[[], bool]) -> None:
+    def begin(self, inputs: str, *, here: str | None, give_up: Callable[[], bool]) -> None:
         """Refuse to go on where something else was trained.
 
         :raises InputsChangedError: if earlier attempts have.
         """
-        if not continues:
+        if here not in (None, inputs):
             raise InputsChangedError(
                 "The data, the model or the defaults are no longer what the attempts before trained from."
             )

@@ -14,7 +14,7 @@ from post_training.schemas.jobs import Checkpoint, FiniteOrNull
 from post_training.schemas.trainer import TrainerSpec
 
 TRAINED_FILE = "trained.json"
-OF_AN_ATTEMPT = {"attempt", "attempt_id", "keep_state_in_mlflow", "max_data_bytes"}
+OF_AN_ATTEMPT = {"attempt", "attempt_id", "begun", "keep_state_in_mlflow", "max_data_bytes"}
 """What in a spec may differ between two attempts at the same."""
 
 

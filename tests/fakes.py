@@ -128,7 +128,13 @@ class FakeTracking:
     def find(self, job_uuid: str) -> JobRun | None:
         self._answer()
         found = [run for run in self.runs.values() if run.tags.get("post_training.job_uuid") == job_uuid]
-        return found[0] if found else None
+        superseding = [run for run in found if "post_training.supersedes" in run.tags]
+        return next(iter(superseding[-1:] or found), None)
+
+    def successor(self, run_id: str) -> JobRun | None:
+        self._answer()
+        runs = reversed(self.runs.values())
+        return next((run for run in runs if run.tags.get("post_training.supersedes") == run_id), None)
 
     def get(self, run_id: str) -> JobRun | None:
         self._answer()

@@ -165,6 +165,16 @@ def test_a_task_that_cannot_be_stopped_does_not_hide_that_its_job_is_cancelled()
     assert job.mended() is JobStatus.cancelled
 
 
+def test_a_superseded_run_that_was_left_open_does_not_end_as_the_job_did() -> None:
+    """The DAG run names it: it was made at submit."""
+    job = Job("success", "RUNNING", **{"post_training.attempt": "1"})
+    job.tracking.set_tags("run-1", {"post_training.job_uuid": "job-1 (superseded)"})
+    long_ago = datetime.now(UTC) - SUBMIT_TIME - timedelta(seconds=1)
+    job.tracking.runs["run-1"] = replace(job.tracking.runs["run-1"], created_at=long_ago)
+    assert job.reconcile() == ReconcileJobsResponse(checked=1, mended=1)
+    assert job.status == "FAILED"
+
+
 def test_the_run_of_a_job_that_waits_is_left_alone() -> None:
     job = Job("queued", "SCHEDULED")
     assert job.reconcile() == ReconcileJobsResponse(checked=1)

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,12 +154,7 @@ def _checked_revision(source: str, name: str) -> str | None:
     import yaml  # noqa: PLC0415 - only hub data needs them
     from huggingface_hub import DatasetCard, HfApi, hf_hub_download  # noqa: PLC0415
     from huggingface_hub.constants import HF_HUB_OFFLINE  # noqa: PLC0415
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
 
     readers: dict[str, Callable[[Path], Any]] = {
         "README.md": lambda card: DatasetCard.load(card).data.to_dict(),
@@ -166,17 +162,12 @@ def _checked_revision(source: str, name: str) -> str | None:
     }
     if HF_HUB_OFFLINE:
         return None
-    try:
+    with _hub_errors(source):
         revision = HfApi().dataset_info(name).sha
-    except RepositoryNotFoundError:  # one that is gated, too
-        raise DataError(f"the data set {source} is not on the hub, or may not be read") from None
-    except HfHubHTTPError:
-        raise
-    except Exception as error:  # of its HTTP client, which are no OSErrors
-        raise ConnectionError(first_line(error)) from error
     for file, read in readers.items():
         try:
-            card = Path(hf_hub_download(name, file, repo_type="dataset", revision=revision))
+            with _hub_errors(source):
+                card = Path(hf_hub_download(name, file, repo_type="dataset", revision=revision))
         except LocalEntryNotFoundError as error:
             raise ConnectionError(first_line(error)) from error
         except EntryNotFoundError:
@@ -185,6 +176,25 @@ def _checked_revision(source: str, name: str) -> str | None:
             if "::" in place or place.startswith("/") or urlsplit(place).scheme not in ("", "hf"):
                 raise DataError(f"the data set {source} has a card that names data outside the hub")
     return revision
+
+
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
+    """Tell what another attempt would meet too from what it may overcome.
+
+    :raises DataError: if there is no such data set, or it is gated.
+    :raises ConnectionError: if the hub does not answer; its HTTP client's own errors are no OSErrors.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError  # noqa: PLC0415
+
+    try:
+        yield
+    except RepositoryNotFoundError:
+        raise DataError(f"the data set {source} is not on the hub, or may not be read") from None
+    except (EntryNotFoundError, OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ConnectionError(first_line(error)) from error
 
 
 def _places(card: Any) -> Iterator[str]:

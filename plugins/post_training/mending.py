@@ -11,7 +11,7 @@ from typing import Protocol
 from post_training.airflow_runs import JobTask
 from post_training.job_ids import TaskKey
 from post_training.reconcile import OF_MLFLOW, WORKING, Evidence, Verdict, reconcile
-from post_training.record import task_key
+from post_training.record import identity_tags, task_key
 from post_training.schemas import record as names
 from post_training.schemas.jobs import JobStatus, ReconcileJobsResponse
 from post_training.tracking import OPEN, JobRun, Tracking, run_of_task
@@ -138,7 +138,8 @@ class Mender:
         """Return the task whose record this run is, None where it has another one or is gone."""
         key = task_key(run.tags)
         task = self._tasks.find_task(key) if key is not None else None
-        if task is None or task.conf.get(names.CONF_MLFLOW_RUN) == run.run_id:
+        is_the_jobs = key is not None and identity_tags(key).items() <= run.tags.items()
+        if task is None or (is_the_jobs and task.conf.get(names.CONF_MLFLOW_RUN) == run.run_id):
             return task
         own = run_of_task(self._tracking(), task.key, task.conf.get(names.CONF_MLFLOW_RUN))
         return task if own is not None and own.run_id == run.run_id else None
@@ -160,7 +161,7 @@ def is_unused(run: JobRun, task: JobTask | None) -> bool:
     """Whether a run was made by a submit that was cut off, and the job, if there is one, has another."""
     if names.TAG_JOB_UUID not in run.tags:
         return True
-    begun = names.TAG_ATTEMPT in run.tags
+    begun = names.TAG_ATTEMPT in run.tags or names.TAG_SUPERSEDES in run.tags
     submitted = task.conf.get(names.CONF_MLFLOW_RUN) if task is not None else None
     return not begun and submitted != run.run_id and run.status == "SCHEDULED"
 

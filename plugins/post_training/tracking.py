@@ -261,13 +261,23 @@ class Tracking:
         return [run for run in runs if names.TAG_METHOD in run.tags and self._is_ours(run)]
 
     def find(self, job_uuid: str) -> JobRun | None:
-        """Return the job's run, the oldest if there are several, or None."""
+        """Return the job's run, or None: the newest that supersedes another, else the oldest there is."""
         if not MAY_BE_AN_ID.fullmatch(job_uuid):  # nor is it anything but text to MLflow's filter language
             return None
         with answers():
             of_this_id = f"tags.`{names.TAG_JOB_UUID}` = '{job_uuid}'"
             oldest_first = ["attributes.start_time ASC"]
             runs = map(_job_run, self._runs(self._experiments(), of_this_id, oldest_first))
+            ours = list(filter(self._is_ours, runs))
+        superseding = [run for run in ours if names.TAG_SUPERSEDES in run.tags]
+        return next(iter(superseding[-1:] or ours), None)
+
+    def successor(self, run_id: str) -> JobRun | None:
+        """Return the run that supersedes another, the newest if there are several, or None."""
+        with answers():
+            superseding = f"tags.`{names.TAG_SUPERSEDES}` = '{run_id}'"
+            newest_first = ["attributes.start_time DESC"]
+            runs = map(_job_run, self._runs(self._experiments(), superseding, newest_first))
             return next(filter(self._is_ours, runs), None)
 
     def get(self, run_id: str) -> JobRun | None:

@@ -136,7 +136,7 @@ def make_spec(tiny_model_dir: Path, rows_file: Path, pairs_file: Path, tmp_path:
             "attempt": 1,
             "tracking": None,
         }
-        made = TrainerSpec.model_validate(fields | spec)
+        made = TrainerSpec.model_validate(fields | {"begun": spec.get("attempt", 1) > 1} | spec)
         made.work_dir.mkdir(parents=True, exist_ok=True)
         return made
 

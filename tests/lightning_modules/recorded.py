@@ -25,7 +25,7 @@ def of_epoch(epoch: int) -> PostTrainingMetric:
 
 def retried(spec: TrainerSpec, **changes: Any) -> TrainerSpec:
     """The spec of the second attempt."""
-    return spec.model_copy(update={"attempt": 2, **changes})
+    return spec.model_copy(update={"attempt": 2, "begun": True, **changes})
 
 
 def points(client: MlflowClient, run_id: str, key: str = "train_loss") -> list[tuple[int, float]]:
@@ -65,8 +65,8 @@ def read_table(work_dir: Path, name: str) -> list[list[Any]]:
     return rows
 
 
-def begun(spec: TrainerSpec, inputs: str = "x", *, continues: bool = True) -> JobRecord:
+def begun(spec: TrainerSpec, inputs: str = "x", *, here: str | None = None) -> JobRecord:
     """Open a spec's record and say what it trains, as a trainer does when it has read its data."""
     record = open_record(spec)
-    record.begin(inputs, continues=continues, give_up=lambda: False)
+    record.begin(inputs, here=here, give_up=lambda: False)
     return record

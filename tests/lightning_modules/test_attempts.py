@@ -12,8 +12,8 @@ from lightning_modules.attempts import (
     INPUTS_FILE,
     Inputs,
     begin,
-    continues,
     fetch_newest_state,
+    inputs_here,
     keep_inputs,
 )
 from lightning_modules.checkpoint import RESUME_FILE
@@ -26,10 +26,11 @@ from post_training.schemas.trainer import TrainerSpec
 def test_a_state_of_the_same_training_goes_on(make_spec: Any) -> None:
     spec = make_spec()
     inputs = Inputs.of(spec, "base", ["a"])
-    assert continues(spec, inputs)
+    assert inputs_here(spec.work_dir) is None
     keep_inputs(spec, inputs)
-    (spec.work_dir / RESUME_FILE).write_text("state")
-    assert continues(spec, inputs)
+    save_state(spec, 3)
+    begin(spec, inputs, open_record(spec), lambda: False)
+    assert inputs_here(spec.work_dir) == inputs
     assert (spec.work_dir / RESUME_FILE).exists()
 
 
@@ -43,25 +44,10 @@ def test_a_state_of_another_training_stays_and_is_not_gone_on_from(
     spec = make_spec(**changes)
     inputs = Inputs.of(spec, "base", digests)
     (spec.work_dir / RESUME_FILE).write_text("3")
-    assert not continues(spec, inputs)
     with pytest.raises(InputsChangedError):
         begin(spec, inputs, open_record(spec), lambda: False)
     assert (spec.work_dir / RESUME_FILE).exists()
-    assert not continues(spec, inputs)
-
-
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_a_training_from_the_start_removes_copies_of_one_before(
-    make_spec: Any, tmp_path: Path, goes_on: bool
-) -> None:
-    """It may have had more epochs."""
-    spec = make_spec(attempt=2, checkpoint_dir=tmp_path / "copies")
-    copy = tmp_path / "copies" / "epoch-7"
-    copy.mkdir(parents=True)
-    if goes_on:
-        save_state(spec, 3)
-    begin(spec, Inputs.of(spec, "base", ["a"]), open_record(spec), lambda: False)
-    assert copy.exists() is goes_on
+    assert inputs_here(spec.work_dir) != inputs
 
 
 @pytest.mark.parametrize("left", [b"", b"\0\0", b'{"data": ["a'])
@@ -69,8 +55,8 @@ def test_inputs_that_were_cut_off_remove_no_state(left: bytes, make_spec: Any) -
     spec = make_spec()
     keep_inputs(spec, Inputs.of(spec, "base", ["a"]))
     (spec.work_dir / INPUTS_FILE).write_bytes(left)
-    (spec.work_dir / RESUME_FILE).write_text("state")
-    assert continues(spec, Inputs.of(spec, "base", ["a"]))
+    save_state(spec, 3)
+    begin(spec, Inputs.of(spec, "base", ["a"]), open_record(spec), lambda: False)
     assert (spec.work_dir / RESUME_FILE).exists()
 
 
@@ -104,7 +90,7 @@ def test_a_digest_is_that_of_all_inputs_and_of_no_attempt(make_spec: Any, tmp_pa
 def save_state(spec: TrainerSpec, step: int) -> Path:
     """Leave the state of a step in the spec's folder, as the attempt before did."""
     file = spec.work_dir / RESUME_FILE
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({STATE_KEY: {"optimizer_steps": step}, "weights": torch.ones(1000)}, file)
     return file
 

@@ -235,6 +235,10 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(HUB_FILES[name], {"ETag": f'"{_git_id(name)}"', "X-Repo-Commit": COMMIT})
         elif path.startswith("/api/datasets/org/name/tree/"):
             self._answer(json.dumps([_hub_entry(file) for file in HUB_FILES]).encode())
+        elif path == "/api/datasets/org/gated":
+            self._answer(json.dumps({"id": "org/gated", "sha": COMMIT}).encode())
+        elif path.startswith("/datasets/org/gated/"):
+            self._answer(b"", {"X-Error-Code": "GatedRepo", "X-Repo-Commit": COMMIT}, status=403)
         elif path.startswith("/api/datasets/cards/") and path.count("/") == 4:
             self._answer(json.dumps({"id": path[len("/api/datasets/") :], "sha": COMMIT}).encode())
         elif path == "/api/datasets/org/name" or path.startswith("/api/datasets/org/name/revision/"):
@@ -330,14 +334,15 @@ def test_hub_data_sets(hub: str, tmp_path: Path) -> None:
         "?name=none": "'none' not found",
         "?name=broken": "JSON",
     }
-    addresses = [*(f"org/name{query}" for query in (*read, *refused)), "org/gone"]
+    absent = dict.fromkeys(("org/gone", "org/gated"), "is not on the hub, or may not be read")
+    addresses = [*(f"org/name{query}" for query in (*read, *refused)), *absent]
     answers = read_all(hub, tmp_path, *addresses)
     digests, rows = zip(*answers[: len(read)], strict=True)
     assert rows == (ROWS, ROWS * 2, ROWS[1:], [{"question": "alone"}, {"answer": "as well"}])
     assert len(set(digests)) == 4
     assert Hub.revisions == {COMMIT}, "what the cards, of which there are none, and the files are read at"
     assert digests[0] == hashlib.sha256(json.dumps(ROWS, sort_keys=True).encode()).hexdigest()
-    for sentence, reason in zip(answers[len(read) :], [*refused.values(), "is not on the hub"], strict=True):
+    for sentence, reason in zip(answers[len(read) :], [*refused.values(), *absent.values()], strict=True):
         assert "the data set huggingface://datasets/org/" in sentence
         assert reason in sentence.replace('"', "'")
 

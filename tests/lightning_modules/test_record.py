@@ -330,7 +330,7 @@ def test_tables_wait_for_the_end_of_an_outage_and_nothing_waits_for_them(
     second.log_table("samples.json", COLUMNS, [[0, "no"], [1, "yes"]])
     assert monotonic() - started < 20.0
     server.start()
-    second.begin("x", continues=True, give_up=lambda: False)
+    second.begin("x", here=None, give_up=lambda: False)
     second.close()
     assert table_of(client, run_id, "bad_rows.json") == {"row": [7], "reason": ["no answer"]}
     assert table_of(client, run_id, "samples.json") == {"step": [0, 1], "answer": ["no", "yes"]}
@@ -437,9 +437,37 @@ def test_an_attempt_that_would_train_something_else_is_refused_and_sends_what_wa
     Spool(spec.work_dir / SPOOL_FILE, run_id).append([{"kind": "tag", "key": "old", "value": "1"}])
     second = open_record(retried(spec, work_dir=tmp_path / "elsewhere") if elsewhere else retried(spec))
     with pytest.raises(InputsChangedError, match="no longer what the attempts before trained from"):
-        second.begin("new data", continues=elsewhere, give_up=lambda: False)
+        second.begin("new data", here=None if elsewhere else "old data", give_up=lambda: False)
     second.close()
     assert points(client, run_id) == [(1, 1.0)]
     tags = client.get_run(run_id).data.tags
     assert tags["post_training.inputs"] == "old data"
     assert ("old" in tags) is not elsewhere
+
+
+def test_what_waits_of_one_training_is_not_sent_into_the_run_of_another(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, tmp_path: Path
+) -> None:
+    """This machine had no way to MLflow; another one began the run with other data since."""
+    Spool(spec.work_dir / SPOOL_FILE, run_id).append([{"kind": "tag", "key": "of old data", "value": "1"}])
+    begun(retried(spec, work_dir=tmp_path / "elsewhere"), "new data").close()
+    third = open_record(retried(spec, attempt=3))
+    with pytest.raises(InputsChangedError):
+        third.begin("new data", here="old data", give_up=lambda: False)
+    third.close()
+    tags = client.get_run(run_id).data.tags
+    assert tags["post_training.inputs"] == "new data"
+    assert "of old data" not in tags
+
+
+def test_the_first_attempt_of_a_dag_run_that_was_triggered_again_goes_on_in_the_run(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, tmp_path: Path
+) -> None:
+    first = begun(spec)
+    first.log_metrics({"train_loss": 1.0}, 1)
+    first.close()
+    again = begun(spec.model_copy(update={"begun": True, "work_dir": tmp_path / "anew"}))
+    for step in (1, 2):
+        again.log_metrics({"train_loss": float(step)}, step)
+    again.close()
+    assert points(client, run_id) == [(1, 1.0), (2, 2.0)]

@@ -186,7 +186,7 @@ def test_what_is_trained_is_not_trained_again(
     assert (spec.work_dir / TRAINED_FILE).exists()
     shutil.rmtree(spec.work_dir / "resume")  # the training would begin anew
     rows.unlink()
-    again = spec.model_copy(update={"attempt": 2})
+    again = spec.model_copy(update={"begun": True, "attempt": 2})
     assert main([str(write(again))]) == 0
     assert result_of(again) == first
     assert read_metrics(spec.work_dir, "train_loss") == losses

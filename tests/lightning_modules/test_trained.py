@@ -41,7 +41,10 @@ def test_another_training_or_another_run_is_not_taken_for_it(make_spec: Any) -> 
     write_trained(
         spec.work_dir, Trained(job=job_of(spec), checkpoints=[], uploaded=[], metrics={}, resources={})
     )
-    assert read_trained(spec.model_copy(update={"attempt": 2, "attempt_id": "0199-b"})) is not None
+    assert (
+        read_trained(spec.model_copy(update={"begun": True, "attempt": 2, "attempt_id": "0199-b"}))
+        is not None
+    )
     for other in (
         make_spec(training={"n_epochs": 3}, tracking=spec.tracking.model_dump()),
         make_spec(tracking={"tracking_uri": "http://mlflow", "run_id": "b"}),

@@ -416,8 +416,117 @@ def test_a_cancel_while_a_run_is_left_for_another_stays_with_the_job(workplace: 
     tracking.set_tags = cancel_first  # type: ignore[method-assign]
     with pytest.raises(AirflowFailException, match="was cancelled"):
         workplace.operator().execute(workplace.context(max_tries=3))
-    [run] = tracking.runs.values()
-    assert (run.status, run.tags["post_training.job_uuid"]) == ("KILLED", "job-1")
+    run = tracking.find("job-1")
+    assert run is not None
+    assert (run.run_id, run.status) == ("run-2", "KILLED")
+
+
+@pytest.mark.parametrize("write", range(1, 9))
+def test_an_attempt_that_is_cut_off_between_two_runs_leaves_one_job(workplace: Workplace, write: int) -> None:
+    """Whichever of its writes to MLflow is the last: the next attempt ends what it began."""
+    tracking = workplace.tracking
+    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
+    with pytest.raises(AirflowException):
+        workplace.operator().execute(workplace.context(max_tries=3))
+    changed = {"status": "inputs_changed", "error": "The data changed."}
+    workplace.trains(f"result = {changed!r} if (spec.parent / 'state').exists() else {RESULT!r}")
+    operator, writes = workplace.operator(), []
+
+    class Cut(BaseException):
+        pass
+
+    def cut_off(call: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if tracking.cutting:  # type: ignore[attr-defined]
+                writes.append(call)
+                if len(writes) >= write:
+                    raise Cut
+            return call(*args, **kwargs)
+
+        return called
+
+    tracking.cutting = False  # type: ignore[attr-defined]
+    for name in ("create_run", "set_tags", "set_status", "forget_state"):
+        setattr(tracking, name, cut_off(getattr(tracking, name)))
+    train = operator._train
+
+    def then_cut(*args: Any) -> Any:
+        result = train(*args)
+        tracking.cutting = result.status == "inputs_changed"  # type: ignore[attr-defined]
+        return result
+
+    operator._train = then_cut  # type: ignore[method-assign]
+    with suppress(Cut, AirflowException):
+        operator.execute(workplace.context(attempt=2, max_tries=3))
+    assert len(writes) >= write or write > 6
+    tracking.cutting = False  # type: ignore[attr-defined]
+    workplace.operator().execute(workplace.context(attempt=3, max_tries=3))
+    first, second = tracking.runs.values()
+    assert (first.status, second.status) == ("FAILED", "FINISHED")
+    assert first.tags["post_training.job_uuid"] == "job-1 (superseded)"
+    assert second.tags["post_training.supersedes"] == first.run_id
+    assert tracking.find("job-1") == second
+    assert first.run_id in tracking.forgotten
+
+
+def test_what_ended_before_it_was_superseded_keeps_its_end(workplace: Workplace) -> None:
+    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
+    with pytest.raises(AirflowException):
+        workplace.operator().execute(workplace.context())
+    tracking = workplace.tracking
+    tracking.set_tags("run-1", CANCELLED)
+    tracking.set_status("run-1", "KILLED")
+    changed = {"status": "inputs_changed", "error": "The data changed."}
+    workplace.trains(f"result = {changed!r} if (spec.parent / 'state').exists() else {RESULT!r}")
+    workplace.operator().execute(workplace.context(attempt=2, max_tries=1))
+    assert [run.status for run in tracking.runs.values()] == ["KILLED", "FINISHED"]
+    assert "exit code 4" in tracking.runs["run-1"].tags["post_training.error"]
+
+
+def test_an_older_run_of_the_same_id_is_not_taken_for_the_one_that_supersedes(workplace: Workplace) -> None:
+    """Airflow has forgotten its DAG run, and the id was submitted again."""
+    tracking = workplace.tracking
+    workplace.operator().execute(workplace.context())
+    tracking.create_run(name="", experiment=None, tags=identity_tags(KEY), params={}, request={})
+    workplace.trains(
+        "result = {'status': 'inputs_changed', 'error': 'The data changed.'}"
+        f" if json.loads(spec.read_text())['tracking']['run_id'] == 'run-2' else {RESULT!r}"
+    )
+    workplace.operator().execute(workplace.context(conf={"mlflow_run_id": "run-2"}, attempt=2, max_tries=1))
+    assert [run.status for run in tracking.runs.values()] == ["FINISHED", "FAILED", "FINISHED"]
+    assert tracking.runs["run-3"].tags["post_training.supersedes"] == "run-2"
+
+
+def test_a_dag_run_that_was_triggered_again_under_its_id_trains_again(workplace: Workplace) -> None:
+    workplace.operator().execute(workplace.context())
+    workplace.operator().execute(workplace.context())
+    first, second = workplace.tracking.runs.values()
+    assert (first.status, second.status) == ("FINISHED", "FINISHED")
+    assert second.tags["post_training.supersedes"] == first.run_id
+
+
+def test_a_run_that_supersedes_reads_the_same_versions_and_has_copies_of_its_own(
+    workplace: Workplace,
+) -> None:
+    version = {"post_training.train_data": "runs:/" + "a" * 32 + "/rows.jsonl"}
+    tracking = workplace.tracking
+    tracking.create_run(name="", experiment=None, tags=identity_tags(KEY) | version, params={}, request={})
+    copies = workplace.data.parent / "copies"
+    workplace.trains(
+        "told = json.loads(spec.read_text())\n"
+        "with (spec.parents[4] / 'told').open('a') as file: print(json.dumps(told), file=file)\n"
+        "result = {'status': 'inputs_changed', 'error': 'The default changed.'}"
+        f" if told['tracking']['run_id'] == 'run-1' else {RESULT!r}"
+    )
+    operator = workplace.operator(checkpoint_dir=str(copies))
+    operator.execute(workplace.context(conf={"mlflow_run_id": "run-1"}))
+    told = [json.loads(line) for line in (workplace.home / "told").read_text().splitlines()]
+    assert {spec["train_data"] for spec in told} == set(version.values())
+    assert [spec["checkpoint_dir"] for spec in told] == [
+        str(copies / "job-1"),
+        str(copies / "job-1" / "run-2"),
+    ]
+    assert tracking.runs["run-2"].tags.items() >= version.items()
 
 
 def test_a_failed_job_goes_on_unless_it_asks_for_something_else(workplace: Workplace) -> None:

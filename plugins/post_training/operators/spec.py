@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from post_training.dataset_records import DatasetRecords
 from post_training.datasets import Resolver
 from post_training.record import run_params
-from post_training.schemas.record import TAG_TRAIN_DATA, TAG_VALIDATION_DATA
+from post_training.schemas.record import TAG_ATTEMPT, TAG_SUPERSEDES, TAG_TRAIN_DATA, TAG_VALIDATION_DATA
 from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTuneRequest
 from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrackingTarget, TrainerSpec
 from post_training.settings import load_settings
@@ -29,6 +29,8 @@ def write_spec(
     settings = load_settings()
     resolver = Resolver(settings, registered=DatasetRecords(lambda: tracking).uri)
     folder = resolver.checkpoint_dir(request) if isinstance(request, SupervisedFineTuneRequest) else None
+    if folder is not None and TAG_SUPERSEDES in run.tags:
+        folder = folder / run.run_id  # the copies of what it supersedes stay
     tracking.add_params(run.run_id, run_params(request))
     pins = _pins(resolver, request, run, tracking)
     spec = TrainerSpec(
@@ -41,11 +43,14 @@ def write_spec(
         work_dir=work_dir,
         attempt=ti.try_number,
         attempt_id=str(ti.id),
+        begun=ti.try_number > 1 or TAG_ATTEMPT in run.tags,
         keep_state_in_mlflow=settings.keep_state_in_mlflow,
         max_data_bytes=settings.max_data_bytes,
         tracking=TrackingTarget(tracking_uri=tracking.server.uri, run_id=run.run_id),
     )
-    (work_dir / SPEC_FILE).write_text(spec.model_dump_json(indent=2), encoding="utf-8")
+    draft = work_dir / f"{SPEC_FILE}.tmp"
+    draft.write_text(spec.model_dump_json(indent=2), encoding="utf-8")
+    draft.replace(work_dir / SPEC_FILE)  # without it nobody would know whose state the folder holds
     (work_dir / RESULT_FILE).unlink(missing_ok=True)
     return spec
 

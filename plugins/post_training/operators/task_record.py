@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
-from post_training.errors import PostTrainingError, RecordUnavailableError, SupersededError, TrainerError
+from post_training.datasets import PINNED
+from post_training.errors import RecordUnavailableError, SupersededError, TrainerError
 from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.operators.links import MLflowRunLink
 from post_training.record import identity_tags, new_run
@@ -63,7 +64,7 @@ class TaskRecord:
     give_up: Callable[[], bool] = lambda: False
     patience: float = PATIENCE_SECONDS
     run: JobRun | None = None
-    superseded_run_id: str | None = None
+    _found: JobRun | None = None
 
     @property
     def url(self) -> str | None:
@@ -93,15 +94,24 @@ class TaskRecord:
             if self._was_finished(run, request):
                 self.run = run
                 return Opened(run, finished=True)
+            self._found = run
+            self._end_superseded_half(run)
             if _is_another_training(run, request):
-                self._supersede(run, "The task was cleared, or asks for something else by now.")
-                run = None
-        self.run = run or self.tracking.create_run(**self._new_run(request))
-        # Before the attempt's id: with it, the end of the attempt before would be read as this one's.
+                run = self._supersede(
+                    run, request, "The task was cleared, or asks for something else by now."
+                )
+        return self._begin(run or self.tracking.create_run(**new_run(request, self.key)))
+
+    def _begin(self, run: JobRun) -> Opened:
+        """Make a run this attempt's.
+
+        Its status comes before the attempt's id: with that the end of the attempt before would be this one's.
+        """
+        self.run = run
         self._set_status("RUNNING")
         self._note()
-        self._check(self.tracking.get(self.run.run_id))
-        return Opened(self.run)
+        self._check(self.tracking.get(run.run_id))
+        return Opened(run)
 
     def renew(self, request: AnyTrainingRequest, reason: str) -> Opened:
         """Leave the run to what earlier attempts trained, and open another.
@@ -113,30 +123,56 @@ class TaskRecord:
         """
         assert self.run is not None  # noqa: S101
         run = self.run
-        self.persist(lambda: self._supersede(run, reason))
-        return self.open(request)
+        return self.persist(lambda: self._renew(run, request, reason))
 
-    def _supersede(self, run: JobRun, reason: str) -> None:
-        """End a run with what it holds: it is no longer the job's."""
+    def _renew(self, run: JobRun, request: AnyTrainingRequest, reason: str) -> Opened:
+        now = self.tracking.get(run.run_id)
+        self._check(now)
+        if now is None:  # somebody has deleted it
+            return self._begin(self.tracking.create_run(**new_run(request, self.key)))
+        pins = {tag: now.tags[tag] for tag in PINNED if tag in now.tags}
+        return self._begin(self._supersede(now, request, reason, pins))
+
+    def _supersede(
+        self, run: JobRun, request: AnyTrainingRequest, reason: str, pins: Mapping[str, str] | None = None
+    ) -> JobRun:
+        """End a run with what it holds, and return the one that is the job's from here on.
+
+        That one comes first, and is found by whoever does this again: nothing is lost if it is cut off.
+
+        :param pins: tags with the versions of registered data sets that are read as before.
+        """
+        successor = self.tracking.successor(run.run_id)
+        if successor is None:
+            new = new_run(request, self.key, pins)
+            new["tags"][names.TAG_SUPERSEDES] = run.run_id
+            successor = self.tracking.create_run(**new)
+        self._retire(run, successor, reason)
+        return successor
+
+    def _retire(self, run: JobRun, successor: JobRun, reason: str) -> None:
+        """End a run that another supersedes; one that had ended before this attempt gets its end back."""
         job_uuid = job_uuid_of(self.key)
         self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: f"{job_uuid} (superseded)"})
-        now = self.tracking.get(run.run_id)
-        try:
-            self._check(now)  # a cancel that came before finds no run any more
-        except PostTrainingError:
-            self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: job_uuid})
-            raise
-        if now is not None and now.status in OPEN:
+        before = self._found if self._found is not None and self._found.run_id == run.run_id else run
+        if before.status in OPEN:
             self.tracking.set_status(run.run_id, "FAILED", error=reason)
+        elif before.status != run.status:
+            self.tracking.set_status(run.run_id, before.status, error=before.tags.get(names.TAG_ERROR))
         self.tracking.forget_state(run.run_id)
-        self.superseded_run_id = run.run_id
+        now = self.tracking.get(run.run_id)
+        if now is not None and self._is_cancelled(now):  # by somebody who found it as the job's
+            cancelled = {names.TAG_CANCELLED_ATTEMPT: now.tags[names.TAG_CANCELLED_ATTEMPT]}
+            self.tracking.set_tags(successor.run_id, cancelled)
         logger.info("MLflow run %s ends with what it holds: %s", run.run_id, reason)
 
-    def _new_run(self, request: AnyTrainingRequest) -> dict[str, Any]:
-        arguments = new_run(request, self.key)
-        if self.superseded_run_id is not None:
-            arguments["tags"][names.TAG_SUPERSEDES] = self.superseded_run_id
-        return arguments
+    def _end_superseded_half(self, run: JobRun) -> None:
+        """Retire the run that this one supersedes, where an attempt was cut off before it had."""
+        superseded = run.tags.get(names.TAG_SUPERSEDES)
+        if superseded is not None and names.TAG_ATTEMPT not in run.tags:
+            left = self.tracking.get(superseded)
+            if left is not None:
+                self._retire(left, run, "Another run of the job supersedes it.")
 
     def _check(self, run: JobRun | None) -> None:
         """Refuse to begin an attempt that was cancelled, or is no longer the newest."""
@@ -160,9 +196,14 @@ class TaskRecord:
         return run.tags.get(names.TAG_CANCELLED_ATTEMPT, "") >= self.attempt_id
 
     def _was_finished(self, run: JobRun, request: AnyTrainingRequest) -> bool:
-        """Whether this is a retry of what has been done; who clears the task raises its limit of tries."""
+        """Whether this is a retry of what has been done.
+
+        Who clears the task raises its limit of tries; the first try of a DAG run is of one that was triggered
+        anew under its id.
+        """
         return (
             run.status == "FINISHED"
+            and self.ti.try_number > 1
             and run.tags.get(names.TAG_MAX_TRIES) == str(self.ti.max_tries)
             and run.tags.get(names.TAG_PAYLOAD_HASH) == request.payload_hash()
         )

@@ -155,6 +155,7 @@ class TrainingOperator(BaseOperator):
             else:
                 result = self._attempt(request, opened.run, work_dir, record, lock)
                 if result.status == "inputs_changed":
+                    claim(work_dir, record.attempt_id)  # not where a newer attempt begins in the same run
                     opened = record.renew(request, _reason(result))
                     result = self._attempt(request, opened.run, work_dir, record, lock)
             record.forget_state()

@@ -49,6 +49,11 @@ class TrainerSpec(LenientModel):
     attempt_id: str = Field(
         default="", description="Greater than that of every attempt before; empty is never superseded."
     )
+    begun: bool = Field(
+        default=False,
+        description="Whether the run may hold something of an attempt before: also of a DAG run that was"
+        " deleted and triggered again.",
+    )
     keep_state_in_mlflow: bool = Field(
         default=True, description="Whether a retry on another machine may go on from what MLflow holds."
     )

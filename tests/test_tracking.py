@@ -119,6 +119,18 @@ def test_the_runs_of_another_airflow_are_left_alone(tracking: Tracking) -> None:
         assert other.run_id not in unsettled
 
 
+def test_a_run_that_supersedes_another_is_the_jobs_before_older_ones(tracking: Tracking) -> None:
+    forgotten, first = create(tracking, "again"), create(tracking, "again")
+    assert tracking.find("again") == forgotten
+    assert tracking.successor(first.run_id) is None
+    tags = {names.TAG_JOB_UUID: "again", names.TAG_SUPERSEDES: first.run_id}
+    second = create(tracking, "again", tags=tags, experiment="of another name")
+    assert tracking.successor(first.run_id) == second
+    assert tracking.find("again") == second
+    last = create(tracking, "again", tags=tags | {names.TAG_SUPERSEDES: second.run_id})
+    assert tracking.find("again") == last
+
+
 def test_a_run_is_found_among_more_experiments_than_mlflow_lists_at_once(
     tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,3 +141,12 @@ def test_only_a_later_attempt_is_progress(tmp_path: Path) -> None:
     assert not progressed()
     second.write_text("loading\nprogress step 2/2\n")
     assert progressed()
+
+
+@pytest.mark.parametrize(("jobs", "kills", "parallel"), [(50, 100, 4), (5, 6, 2), (2, 9, 4), (30, 7, 1)])
+def test_no_job_waits_for_a_strike_that_waits_for_a_job(jobs: int, kills: int, parallel: int) -> None:
+    options = Options(jobs=jobs, kills=kills, seed=1, parallel=parallel)
+    for number in range(jobs):
+        ended = max(number - options.at_once + 1, 0)  # all others that have started still run
+        assert options.strikes_due(number) <= options.strikes_allowed(ended)
+    assert options.strikes_due(jobs - 1) == (kills if jobs >= options.at_once else 0)

@@ -42,6 +42,8 @@ class Killer:
 
     :param choices: more than are wanted: some find nothing to strike.
     :param wanted: number of strikes.
+    :param allowed: how many there may be once so many jobs have ended: on a slow machine they would all meet
+        the first ones.
     :param done: the strikes so far.
     :param recoveries: seconds from strike to recovery, by name; an outage counts with its own length.
     :param finished: whether there will be no further strike.
@@ -50,6 +52,7 @@ class Killer:
     servers: Standalone
     choices: Sequence[Choice]
     wanted: int
+    allowed: Callable[[int], int]
     console: Console
     done: list[Done] = field(default_factory=list)
     recoveries: dict[str, list[float]] = field(default_factory=dict)
@@ -94,6 +97,9 @@ class Killer:
         _, needed, action = STRIKES[name]
         while not self._halted.is_set():
             self._tick()
+            if len(self.done) >= self.allowed(len(self._ended)):
+                due = max(due, monotonic())
+                continue
             down = {server for _, struck in self._restarts for server in struck.servers}
             if monotonic() < due or down & set(needed):
                 continue

@@ -63,6 +63,18 @@ class Options:
         """Jobs that have not ended at the same time: some of them wait for a slot."""
         return self.parallel + 2
 
+    def strikes_due(self, number: int) -> int:
+        """Return how many strikes a job waits for before it starts: all of them, for the last one."""
+        return max(number - self.at_once + 2, 0) * self.kills // self._shares
+
+    def strikes_allowed(self, ended: int) -> int:
+        """Return how many strikes there may be once so many jobs have ended; at least what one waits for."""
+        return -(-(ended + 2) * self.kills // self._shares)
+
+    @property
+    def _shares(self) -> int:
+        return max(self.jobs - self.at_once + 1, 1)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -118,7 +130,7 @@ def run(options: Options, home: Path, console: Console) -> Outcome:
             references = train_references(client, records, workload)
         rng = random.Random(f"strikes {options.seed}")
         choices = draw(rng, 2 * options.kills, every=options.every, names=options.only)
-        killer = Killer(servers, choices, options.kills, console)
+        killer = Killer(servers, choices, options.kills, options.strikes_allowed, console)
         ends = disturb(client, killer, workload, options)
         servers.wait_until_ready()
         sleep(SETTLE_SECONDS)
@@ -183,10 +195,8 @@ def disturb(client: Client, killer: Killer, workload: Workload, options: Options
 
 
 def pace(killer: Killer, number: int, options: Options) -> None:
-    """Hold a job back until its share of the strikes is done: all of them, before the last job starts."""
-    rest = max(options.jobs - options.at_once + 1, 1)
-    due = max(number - options.at_once + 2, 0) * options.kills // rest
-    while len(killer.done) < due and not killer.finished:
+    """Hold a job back until its share of the strikes is done."""
+    while len(killer.done) < options.strikes_due(number) and not killer.finished:
         sleep(0.5)
 
 

@@ -33,7 +33,6 @@ from tests.lightning_modules.trainers import finish, kill, let_go, result_of, st
 if TYPE_CHECKING:
     from tests.conftest import MLflowServer
 
-pytestmark = pytest.mark.timeout(400)  # each starts up to three trainers, and importing takes them seconds
 
 EPOCHS, STEPS = 3, 9
 JOB: dict[str, Any] = {

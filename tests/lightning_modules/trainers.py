@@ -15,7 +15,7 @@ from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerResult,
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 120
+SECONDS = 600
 
 
 def write(spec: TrainerSpec) -> Path:
@@ -50,7 +50,7 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], Any]) -> No
         assert process.poll() is None, process.communicate()[0]
         return bool(condition())
 
-    wait_until(holds, SECONDS)
+    wait_until(holds)
 
 
 def wait_for_pause(process: subprocess.Popen[str], spec: TrainerSpec) -> None:

@@ -23,7 +23,6 @@ from tests.waiting import wait_until
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ENDED = ("completed", "failed", "cancelled")
-JOB_SECONDS = 150.0
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Deployment:
     def http(self, user: str = "admin") -> httpx.Client:
         """Plain HTTP below Airflow's address, logged in."""
         headers = {"Authorization": f"Bearer {self.servers.token(user)}"}
-        return httpx.Client(base_url=self.servers.airflow_url, headers=headers, timeout=60)
+        return httpx.Client(base_url=self.servers.airflow_url, headers=headers, timeout=120)
 
     @property
     def mlflow(self) -> MlflowClient:
@@ -95,7 +94,7 @@ class Deployment:
             assert status.status not in ENDED, status
             return None
 
-        return wait_until(reached, JOB_SECONDS)
+        return wait_until(reached)
 
 
 def trainers_of(job_uuid: str) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.system.conftest import Deployment
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.system
 
 PROMPTS = ["How many are 3 apples?"]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from tests.chaos.report import faults, figures, show
 from tests.chaos.run import Options, run
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.system
 
 STRIKES = ("trainer", "scheduler", "api-server", "mlflow", "task", "airflow")
 

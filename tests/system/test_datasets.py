@@ -10,7 +10,7 @@ import pytest
 
 from tests.system.conftest import Deployment
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.system
 
 ROWS = [{"question": f"How many are {i} pears?", "answer": f"There are {i} pears."} for i in range(8)]
 OTHER_ROWS = [{"question": "What is left?", "answer": "Nothing."}] * 4

@@ -20,7 +20,7 @@ from tests.hostile import JOB_IDS, near, raw_bodies
 from tests.requests_of import changed
 from tests.system.conftest import Deployment
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.system
 API = "/post-training/v1/post-training"
 SUBMIT = f"{API}/supervised-fine-tune"
 JSON = {"Content-Type": "application/json"}
@@ -82,7 +82,7 @@ def test_every_route(deployment: Deployment, before: Jobs, mode: GenerationMode,
         @bounded(3)
         @given(case=operation.ok().as_strategy(generation_mode=mode))
         def call(case: Any) -> None:
-            answer = case.call(base_url=deployment.servers.service_url, headers=caller, timeout=30)
+            answer = case.call(base_url=deployment.servers.service_url, headers=caller, timeout=120)
             assert_decent(answer)
             if caller is not headers:
                 assert answer.status_code in (401, 413), (case.as_curl_command(), answer.text)

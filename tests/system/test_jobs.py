@@ -24,7 +24,7 @@ from post_training.schemas.trainer import TrainerSpec
 from tests.system.conftest import Deployment
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.system
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_a_stage_of_a_users_dag_is_a_job_and_the_job_operators_see_it(deployment
             state: str = http.get("/api/v2/dags/stage/dagRuns/r1").json()["state"]
             return None if state in ("queued", "running") else state
 
-        state = wait_until(ended, 150)
+        state = wait_until(ended)
         xcoms = {
             task: http.get(
                 f"/api/v2/dags/stage/dagRuns/r1/taskInstances/{task}/xcomEntries/return_value"

@@ -11,7 +11,7 @@ from benchmarks.load import Jobs, jobs, pause, poll, submit_at_once
 from post_training.standalone import DAG_IDS
 from tests.system.conftest import Deployment
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.system
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from tests.sse import events, lines_of
 from tests.system.conftest import Deployment, trainers_of
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.system
 
 PATH = "/post-training/v1alpha/post-training/jobs/followed/logs"
 STREAM = {"Accept": "text/event-stream"}
@@ -19,7 +19,7 @@ STREAM = {"Accept": "text/event-stream"}
 
 def the_trainer_of(job_uuid: str) -> psutil.Process:
     """Wait for a job's trainer process."""
-    return wait_until(lambda: trainers_of(job_uuid), 120)[0]
+    return wait_until(lambda: trainers_of(job_uuid))[0]
 
 
 def test_a_job_is_followed_over_a_killed_trainer_to_its_end(deployment: Deployment) -> None:

@@ -23,7 +23,7 @@ from post_training.standalone import DAG_IDS
 from tests.system.conftest import Deployment, deploy
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.system
 
 SUBMIT = "/post-training/v1/post-training/supervised-fine-tune"
 ON_A_SMALL_DISK = """#!/bin/sh

@@ -10,7 +10,7 @@ import pytest
 from tests.requests_of import changed
 from tests.system.conftest import Deployment
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.system
 SUBMIT = "/post-training/v1/post-training/supervised-fine-tune"
 
 

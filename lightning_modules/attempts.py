@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,14 +33,14 @@ class Inputs:
     text: str
 
     @classmethod
-    def of(cls, spec: TrainerSpec, model: str, digests: list[str]) -> Inputs:
+    def of(cls, spec: TrainerSpec, model: Sequence[str], digests: Sequence[str]) -> Inputs:
         """Describe a spec's.
 
-        :param model: what the model's name stands for now: an alias may have moved.
+        :param model: what its name stands for now: an alias may have moved, a folder been overwritten.
         :param digests: of the data that was read.
         """
         request = spec.request.model_dump(mode="json", exclude={"job_uuid"})
-        content = {"request": request, "model": [spec.model, model], "data": digests}
+        content = {"request": request, "model": [spec.model, *model], "data": list(digests)}
         return cls(json.dumps(content, sort_keys=True))
 
     @property

@@ -40,6 +40,11 @@ MAX_ADAPTERS = 8
 MAX_REASON = 300
 """Characters of another library's error that are passed on."""
 
+MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
+"""What a model, an adapter or their tokenizer is loaded from."""
+
+SAMPLES, SAMPLE_BYTES = 64, 65_536
+
 HUB_ADAPTER_FILES = [SAFETENSORS_WEIGHTS_NAME, "*.json", "*.jinja", "*.model", "*.txt"]
 ADAPTER_LIMITS: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),  # PEFT would import the module that it names, from the working folder too
@@ -90,6 +95,38 @@ def find_base(model: str, folder: Path, tracking: TrackingTarget | None, roots: 
         log.info("the adapter %s is merged into %s", adapter, base_name)
     tokenizers = [str(adapter) for adapter in adapters if (adapter / TOKENIZER_FILE).is_file()]
     return Base(name, source, [*tokenizers, source][0], tuple(reversed(adapters)))
+
+
+def identity_of(base: Base, config: PretrainedConfig) -> list[str]:
+    """Return what tells a base from others of its name: its version, or commit, and the content of its files.
+
+    :param config: the base model's, as it was loaded: it knows the hub's commit.
+    """
+    places = [*base.adapters, *([Path(base.source)] if Path(base.source).is_absolute() else [])]
+    commit = getattr(config, "_commit_hash", None)
+    return [base.name, *([commit] if commit else []), *map(fingerprint, places)]
+
+
+def fingerprint(place: Path) -> str:
+    """Return a SHA-256 of a model's files, in hexadecimal digits: of their names, sizes and samples.
+
+    A file of up to 4 MiB is read whole; of a larger one parts are, evenly from its begin to its end: training
+    changes weights everywhere, and a model may have more gigabytes than its job has minutes.
+
+    :param place: a folder, or a single file.
+    """
+    files = [place]
+    if place.is_dir():
+        files = sorted(file for pattern in MODEL_FILES for file in place.glob(pattern) if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name if file != place else ''}\0{size}\0".encode())
+        with file.open("rb") as content:
+            for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+                content.seek(start)
+                digest.update(content.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

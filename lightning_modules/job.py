@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from lightning_modules.attempts import REFERENCES_FILE, Inputs, begin
 from lightning_modules.attention import use_by_sequence
-from lightning_modules.base_model import Base, find_base, merge_adapter, meta_model
+from lightning_modules.base_model import Base, find_base, identity_of, merge_adapter, meta_model
 from lightning_modules.checkpoint import (
     RESUME_FILE,
     Checkpoints,
@@ -116,7 +116,8 @@ def prepare_job(
     outline = meta_model(config)
     setting.algorithm.weights.check(outline, setting.spec.request)
     datasets = read_inputs(spec)
-    inputs = Inputs.of(spec, base.name, [dataset.digest for dataset in datasets.values()])
+    identity = identity_of(base, config)
+    inputs = Inputs.of(spec, identity, [dataset.digest for dataset in datasets.values()])
     begin(spec, inputs, record, should_stop)
     notices = Notices(record)
     length = cap_sequence_length(config, setting.runtime.max_seq_length)

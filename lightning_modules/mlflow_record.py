@@ -23,7 +23,7 @@ from lightning_modules.spool import Spool
 from lightning_modules.stored_state import StateStore
 from lightning_modules.tables import TABLES
 from lightning_modules.uploads import UploadDelivery, checkpoint_event
-from post_training.errors import RecordUnavailableError
+from post_training.errors import InputsChangedError, RecordUnavailableError
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 from post_training.schemas.record import (
     METRIC_PERPLEXITY,
@@ -111,8 +111,9 @@ class MLflowRecord(LocalRecord):
 
         One on another machine may have recorded the same since, or begun something else.
 
-        :raises InputsChangedError: if they trained something else.
-        :raises RecordUnavailableError: if MLflow does not say what earlier attempts recorded.
+        :raises InputsChangedError: if they trained something else, and all of it was sent.
+        :raises RecordUnavailableError: if MLflow does not say what earlier attempts recorded, or does not
+            take the rest of it.
         """
         recorded = self._ask(give_up) if self._retried else Recorded()
         for key, step in recorded.steps.items():
@@ -121,10 +122,13 @@ class MLflowRecord(LocalRecord):
         try:
             for before in (here, recorded.inputs):
                 super().begin(inputs, here=before, give_up=give_up)
-            self.set_tag(TAG_INPUTS, inputs)
-        finally:
-            if recorded.inputs is None or here in (None, recorded.inputs):
+        except InputsChangedError:
+            if recorded.inputs is None or here in (None, recorded.inputs):  # what waits here is this run's
                 self._start()
+                self._wait_until_sent(give_up)
+            raise
+        self.set_tag(TAG_INPUTS, inputs)
+        self._start()
 
     def _ask(self, give_up: Callable[[], bool]) -> Recorded:
         """Ask MLflow what the run holds: the attempt before may have run on another machine."""
@@ -186,12 +190,15 @@ class MLflowRecord(LocalRecord):
 
         :raises RecordUnavailableError: after an outage as long as this record's patience.
         """
+        self._wait_until_sent(give_up)
+        return self._persist(self._models.ready, monotonic() + self._patience, give_up)
+
+    def _wait_until_sent(self, give_up: Callable[[], bool]) -> None:
         if not all(sender.drained(self._patience, give_up) for sender in self._senders):
             raise RecordUnavailableError(
-                f"The training is finished, and MLflow did not take its record in {self._patience:g} s:"
-                " another attempt sends the rest without training again."
+                f"MLflow did not take its record in {self._patience:g} s:"
+                " another attempt sends the rest without training it again."
             )
-        return self._persist(self._models.ready, monotonic() + self._patience, give_up)
 
     def _upload_again(self, missing: Collection[int]) -> set[int]:
         """Have the checkpoints of these epochs uploaded once more; return those whose folder is there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from post_training.dataset_records import DatasetFile, DatasetVersion, NewVersio
 from post_training.errors import RecordUnavailableError
 from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.schemas.jobs import Checkpoint
-from post_training.tracking import JobRun, TrackingServer
+from post_training.tracking import JobRun, TrackingServer, precedence
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
@@ -103,6 +103,7 @@ class FakeTracking:
     statuses: list[str] = field(default_factory=list)
     made: list[Checkpoint] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
+    created: int = 0
     down: bool = False
     asked: bool = False
     server: TrackingServer = field(default_factory=lambda: TrackingServer("http://mlflow"))
@@ -117,7 +118,9 @@ class FakeTracking:
         request: dict[str, Any],
     ) -> JobRun:
         self._answer()
-        run = JobRun(f"run-{len(self.runs) + 1}", "1", "SCHEDULED", NOW, None, dict(tags), {})
+        self.created += 1
+        made = NOW + timedelta(seconds=self.created)
+        run = JobRun(f"run-{self.created}", "1", "SCHEDULED", made, None, dict(tags), {})
         self.runs[run.run_id] = run
         return run
 
@@ -128,8 +131,7 @@ class FakeTracking:
     def find(self, job_uuid: str) -> JobRun | None:
         self._answer()
         found = [run for run in self.runs.values() if run.tags.get("post_training.job_uuid") == job_uuid]
-        superseding = [run for run in found if "post_training.supersedes" in run.tags]
-        return next(iter(superseding[-1:] or found), None)
+        return max(found, key=precedence, default=None)
 
     def successor(self, run_id: str) -> JobRun | None:
         self._answer()
@@ -140,12 +142,14 @@ class FakeTracking:
         self._answer()
         return self.runs.get(run_id)
 
-    def set_status(self, run_id: str, status: str, *, error: str | None = None) -> None:
+    def set_status(
+        self, run_id: str, status: str, *, error: str | None = None, ended_at: datetime | None = None
+    ) -> None:
         self._answer()
         self.statuses.append(status)
         run = self.runs[run_id]
         tags = {**run.tags, **({"post_training.error": error} if error else {})}
-        ended = NOW if status in ("FINISHED", "FAILED", "KILLED") else None
+        ended = (ended_at or NOW) if status in ("FINISHED", "FAILED", "KILLED") else None
         self.runs[run_id] = replace(run, status=status, tags=tags, ended_at=ended)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:

@@ -295,6 +295,21 @@ def test_a_job_that_finishes_cannot_be_cancelled_any_more(
     assert (runs.tasks["job-1"].state, tracking.runs["run-1"].status) == ("running", "FINISHED")
 
 
+def test_a_completed_job_that_is_cleared_and_cancelled_keeps_what_was_completed(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    submitted(runs, tracking, service, "queued", "FINISHED")
+    before = {"post_training.max_tries": "5", "post_training.attempt_id": "attempt-0"}
+    tracking.set_tags("run-1", before)
+    runs.cancel_error = RecordUnavailableError("Airflow's database is busy")
+    with pytest.raises(RecordUnavailableError):
+        service.cancel("job-1", FakeAccess())
+    runs.cancel_error = None
+    assert service.status("job-1", FakeAccess()).status is JobStatus.cancelled
+    assert (runs.tasks["job-1"].state, tracking.runs["run-1"].status) == ("failed", "FINISHED")
+    assert service.status("job-1", FakeAccess()).status is JobStatus.cancelled
+
+
 def test_a_job_without_a_record_is_cancelled_too(service: JobService, runs: FakeRuns) -> None:
     """It came from the form and waits: its task makes the run when it begins."""
     runs.add(task(KEY, "queued"))

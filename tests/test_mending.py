@@ -130,6 +130,14 @@ def test_a_record_that_has_changed_since_it_was_read_is_not_overwritten() -> Non
     assert job.status == "FINISHED"
 
 
+def test_a_record_that_was_left_for_another_since_it_was_read_keeps_its_end() -> None:
+    job = Job("running", "FAILED", **{"post_training.attempt_id": "attempt-0"})
+    seen = job.tracking.runs["run-1"]
+    job.tracking.set_tags("run-1", {"post_training.job_uuid": "job-1 (superseded)"})
+    job.mender.mended(job.runs.find("job-1"), seen)
+    assert job.status == "FAILED"
+
+
 def test_a_task_that_was_cleared_since_it_was_read_keeps_its_record() -> None:
     job = Job("failed", "RUNNING")
     seen = job.runs.find("job-1")

@@ -83,12 +83,16 @@ def test_a_forgotten_task(record: str | None, entry: str) -> None:
     assert (verdict.status, verdict.mend, verdict.stop) == (*expected(entry, record, None), False)
 
 
-@pytest.mark.parametrize(("record", "state", "cancelled"), list(product(RECORDS, KINDS, (True, False))))
+@pytest.mark.parametrize(
+    ("record", "state", "same_attempt", "cancelled"),
+    list(product(RECORDS, KINDS, (True, False), (True, False))),
+)
 def test_a_task_is_stopped_where_its_job_is_cancelled_and_it_lives(
-    record: str | None, state: str | None, cancelled: bool
+    record: str | None, state: str | None, same_attempt: bool, cancelled: bool
 ) -> None:
-    verdict = reconcile(Evidence(record, state, cancelled=cancelled))
-    assert verdict.stop is (cancelled and KINDS[state] != "ended" and record != "FINISHED")
+    verdict = reconcile(Evidence(record, state, same_attempt=same_attempt, cancelled=cancelled))
+    about_to_end = record == "FINISHED" and same_attempt
+    assert verdict.stop is (cancelled and KINDS[state] != "ended" and not about_to_end)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,19 @@ def test_where_mlflow_itself_places_experiments_is_the_deployments_choice(tmp_pa
         assert create(tracking, "again", experiment="named").status == "SCHEDULED"
 
 
+def test_without_mlflows_own_experiment_a_deployments_place_is_beside_its_own(tmp_path: Path) -> None:
+    tracking = Tracking(TrackingServer(f"sqlite:///{tmp_path / 'mlflow.db'}"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        create(tracking, "first")
+        tracking.client.rename_experiment("0", "gone")
+        assert create(tracking, "second", experiment="named").status == "SCHEDULED"
+        elsewhere = (tmp_path / "elsewhere").as_uri()
+        tracking.client.create_experiment("elsewhere", artifact_location=elsewhere)
+        with pytest.raises(InvalidRequestError, match=r"outside .* allowed_roots"):
+            create(tracking, "third", experiment="elsewhere")
+
+
 def test_runs_are_found_by_job_over_all_experiments(tracking: Tracking) -> None:
     mine = create(tracking, "find-me", experiment="another experiment")
     create(tracking, "not-me")
@@ -129,6 +142,14 @@ def test_a_run_that_supersedes_another_is_the_jobs_before_older_ones(tracking: T
     assert tracking.find("again") == second
     last = create(tracking, "again", tags=tags | {names.TAG_SUPERSEDES: second.run_id})
     assert tracking.find("again") == last
+    tracking.set_tags(second.run_id, {names.TAG_ATTEMPT_ID: "0199-a"})
+    found = tracking.find("again")
+    assert found is not None
+    assert found.run_id == second.run_id, "in the last one no attempt has begun"
+    tracking.set_tags(forgotten.run_id, {names.TAG_ATTEMPT_ID: "0199-b"})
+    found = tracking.find("again")
+    assert found is not None
+    assert found.run_id == forgotten.run_id, "its attempt is the newest"
 
 
 def test_a_run_is_found_among_more_experiments_than_mlflow_lists_at_once(
@@ -168,6 +189,14 @@ def test_status_and_reason(tracking: Tracking) -> None:
     assert again is not None
     assert (again.status, again.ended_at) == ("RUNNING", None)
     assert names.TAG_ERROR not in again.tags
+    tracking.set_status(run.run_id, "FINISHED", ended_at=failed.ended_at)
+    ended = tracking.get(run.run_id)
+    assert ended is not None
+    assert (ended.status, ended.ended_at, ended.completed) == ("FINISHED", failed.ended_at, False)
+    tracking.set_tags(run.run_id, {names.TAG_MAX_TRIES: "3"})
+    completed = tracking.get(run.run_id)
+    assert completed is not None
+    assert completed.completed
 
 
 def test_params_are_added_and_never_changed(tracking: Tracking, client: MlflowClient) -> None:

@@ -210,10 +210,14 @@ class JobService:
                 raise
 
     def _kill(self, run: JobRun, task: JobTask) -> None:
-        """Write that the job is cancelled: with the tag it is, whatever fails and however its task ends."""
+        """Write that the job is cancelled: with the tag it is, whatever fails and however its task ends.
+
+        What was completed before the task was cleared stays so.
+        """
         tracking = self._tracking()
         tracking.set_tags(run.run_id, {names.TAG_CANCELLED_ATTEMPT: task.attempt_id})
-        tracking.set_status(run.run_id, "KILLED")
+        if not run.completed:
+            tracking.set_status(run.run_id, "KILLED")
 
     def reconcile(self, access: Access) -> ReconcileJobsResponse:
         """Bring MLflow's open runs and Airflow's tasks to agree, as far as the caller may change them.

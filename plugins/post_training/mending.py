@@ -73,7 +73,8 @@ class Mender:
         """Write the record's status, unless one of the two has changed since they were looked at."""
         now = self._tracking().get(run.run_id)
         same_task = task is None or _identity(self._tasks.find_task(task.key)) == _identity(task)
-        if now is not None and now.status == run.status and same_task:
+        same_run = now is not None and _identity_of(now) == _identity_of(run)
+        if now is not None and same_run and same_task:
             assert verdict.mend is not None  # noqa: S101
             self._tracking().set_status(run.run_id, verdict.mend, error=failure(verdict, now))
 
@@ -149,6 +150,11 @@ def _identity(task: JobTask | None) -> tuple[str, str | None] | None:
     return (task.attempt_id, task.state) if task is not None else None
 
 
+def _identity_of(run: JobRun) -> tuple[str, str | None]:
+    """Return what tells a run that was mended, or left for another one, since it was read."""
+    return run.status, run.tags.get(names.TAG_JOB_UUID)
+
+
 def failure(verdict: Verdict, run: JobRun | None) -> str | None:
     """Return why a failed job failed, None for another."""
     if verdict.status is not JobStatus.failed:
@@ -174,7 +180,7 @@ def _status_of(run: JobRun | None, task: JobTask | None) -> str | None:
     if run is None or task is None:
         return run.status if run is not None else None
     works = task.state in WORKING and run.tags.get(names.TAG_ATTEMPT_ID) == task.attempt_id
-    finished = run.status == "FINISHED" and names.TAG_MAX_TRIES not in run.tags and task.state != "success"
+    finished = run.status == "FINISHED" and not run.completed and task.state != "success"
     cancelled = run.tags.get(names.TAG_CANCELLED_ATTEMPT, "") >= task.attempt_id
     killed = run.status == "KILLED" and not cancelled and works
     return "RUNNING" if finished or killed else run.status

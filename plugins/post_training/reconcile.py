@@ -90,7 +90,8 @@ def reconcile(evidence: Evidence) -> Verdict:
     is_open = recorded in ("SCHEDULED", "RUNNING")
     goes_on = recorded == "FAILED" and status is JobStatus.in_progress
     mend = wanted if recorded is not None and ((is_open and status.ended) or goes_on) else None
-    stop = evidence.cancelled and evidence.task_lives and recorded != "FINISHED"
+    about_to_end = recorded == "FINISHED" and evidence.same_attempt
+    stop = evidence.cancelled and evidence.task_lives and not about_to_end
     return Verdict(status, mend, stop)
 
 

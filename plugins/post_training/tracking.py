@@ -40,7 +40,8 @@ MAX_PARAM_LENGTH = 6_000
 _EXPERIMENT_KIND = "mlflow.experimentKind"
 """Without it MLflow's pages show the experiment as one of traces and prompts."""
 
-_DEFAULT_EXPERIMENT = "0"
+_DEFAULT_EXPERIMENT = "Default"
+"""MLflow makes it itself."""
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -97,6 +98,11 @@ class JobRun:
     ended_at: datetime | None
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
+
+    @property
+    def completed(self) -> bool:
+        """Whether its task has completed it; whoever opens a run in a notebook writes FINISHED, too."""
+        return self.status == "FINISHED" and names.TAG_MAX_TRIES in self.tags
 
 
 class Tracking:
@@ -194,16 +200,17 @@ class Tracking:
     def _check_place(self, experiment: Experiment) -> None:
         """Refuse an experiment that somebody has made to store where they like, on the disks of who uses it.
 
-        Where MLflow itself places experiments is the deployment's choice: beside the default one.
+        Where MLflow itself places experiments is the deployment's choice: beside its default one and ours.
 
         :raises InvalidRequestError: if it stores elsewhere on this machine and under no root.
         """
         location = experiment.artifact_location
         if experiment.name == self.server.experiment or may_be_used(location, self.server.roots):
             return
-        of_default = self.client.get_experiment(_DEFAULT_EXPERIMENT).artifact_location
-        beside = Path(unquote(urlsplit(of_default).path)).parent
-        if urlsplit(of_default).scheme not in ("", "file") or not may_be_used(location, [beside]):
+        placed = map(self.client.get_experiment_by_name, (_DEFAULT_EXPERIMENT, self.server.experiment))
+        places = [urlsplit(each.artifact_location) for each in placed if each is not None]
+        beside = [Path(unquote(place.path)).parent for place in places if place.scheme in ("", "file")]
+        if not may_be_used(location, beside):
             raise InvalidRequestError.of(
                 "logger_config.experiment_name",
                 "must not name an experiment that stores in a folder outside [post_training] allowed_roots,"
@@ -245,7 +252,8 @@ class Tracking:
             run = self.client.get_run(run_id)
             if names.TAG_RESUME_STATE not in run.data.tags:
                 return
-            self._artifacts(run).delete_artifacts(names.ARTIFACT_RESUME)  # type: ignore[no-untyped-call]
+            with suppress(NotImplementedError):  # not every store can delete
+                self._artifacts(run).delete_artifacts(names.ARTIFACT_RESUME)  # type: ignore[no-untyped-call]
             self.client.delete_tag(run_id, names.TAG_RESUME_STATE)
 
     def unsettled_runs(self, killed_since: datetime) -> list[JobRun]:
@@ -261,16 +269,18 @@ class Tracking:
         return [run for run in runs if names.TAG_METHOD in run.tags and self._is_ours(run)]
 
     def find(self, job_uuid: str) -> JobRun | None:
-        """Return the job's run, or None: the newest that supersedes another, else the oldest there is."""
+        """Return the job's run, or None.
+
+        It is that of the newest attempt; before there is any, the newest that supersedes another, else the
+        oldest.
+        """
         if not MAY_BE_AN_ID.fullmatch(job_uuid):  # nor is it anything but text to MLflow's filter language
             return None
         with answers():
             of_this_id = f"tags.`{names.TAG_JOB_UUID}` = '{job_uuid}'"
             oldest_first = ["attributes.start_time ASC"]
             runs = map(_job_run, self._runs(self._experiments(), of_this_id, oldest_first))
-            ours = list(filter(self._is_ours, runs))
-        superseding = [run for run in ours if names.TAG_SUPERSEDES in run.tags]
-        return next(iter(superseding[-1:] or ours), None)
+            return max(filter(self._is_ours, runs), key=precedence, default=None)
 
     def successor(self, run_id: str) -> JobRun | None:
         """Return the run that supersedes another, the newest if there are several, or None."""
@@ -310,16 +320,20 @@ class Tracking:
         search = partial(self.client.search_runs, experiments, wanted, max_results=1000, order_by=order_by)
         return of_every_page(search)
 
-    def set_status(self, run_id: str, status: str, *, error: str | None = None) -> None:
+    def set_status(
+        self, run_id: str, status: str, *, error: str | None = None, ended_at: datetime | None = None
+    ) -> None:
         """Write the run's status, and the one sentence that says why it failed.
 
         :param status: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED.
+        :param ended_at: when it ended, if that was not now.
         """
         with answers():
             if error is not None:
                 self.client.set_tag(run_id, names.TAG_ERROR, error)
             if status in TERMINAL:
-                self.client.set_terminated(run_id, status=status)
+                milliseconds = int(ended_at.timestamp() * 1000) if ended_at is not None else None
+                self.client.set_terminated(run_id, status=status, end_time=milliseconds)
             else:
                 self.client.update_run(run_id, status=status)
                 self._forget_error(run_id)
@@ -411,6 +425,12 @@ def _job_run(run: Run) -> JobRun:
         tags=dict(run.data.tags),
         metrics=dict(run.data.metrics),
     )
+
+
+def precedence(run: JobRun) -> tuple[str, datetime]:
+    """Return what is greatest in the job's run among those that bear its id, and in the first of equals."""
+    supersedes = names.TAG_SUPERSEDES in run.tags
+    return run.tags.get(names.TAG_ATTEMPT_ID, ""), run.created_at if supersedes else _time(0)
 
 
 def _time(milliseconds: int) -> datetime:

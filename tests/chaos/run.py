@@ -219,7 +219,8 @@ def look_at(
 ) -> Ended:
     """Collect all that is known of a job."""
     status = client.status(job.job_uuid)
-    runs = [run for run in records.runs() if run.data.tags["post_training.job_uuid"] == job.job_uuid]
+    # A run that another one supersedes keeps this name: nothing of the inputs changes here.
+    runs = [run for run in records.runs() if run.info.run_name == job.job_uuid]
     models = [model for run in runs for model in records.checkpoints(run)]
     completed = status["status"] == "completed" and len(runs) == 1
     return Ended(

@@ -25,7 +25,7 @@ from post_training.schemas.trainer import TrainerSpec
 
 def test_a_state_of_the_same_training_goes_on(make_spec: Any) -> None:
     spec = make_spec()
-    inputs = Inputs.of(spec, "base", ["a"])
+    inputs = Inputs.of(spec, ["base"], ["a"])
     assert inputs_here(spec.work_dir) is None
     keep_inputs(spec, inputs)
     save_state(spec, 3)
@@ -40,7 +40,7 @@ def test_a_state_of_the_same_training_goes_on(make_spec: Any) -> None:
 def test_a_state_of_another_training_stays_and_is_not_gone_on_from(
     make_spec: Any, changes: dict[str, Any], digests: list[str]
 ) -> None:
-    keep_inputs(make_spec(), Inputs.of(make_spec(), "base", ["a"]))
+    keep_inputs(make_spec(), Inputs.of(make_spec(), ["base"], ["a"]))
     spec = make_spec(**changes)
     inputs = Inputs.of(spec, "base", digests)
     (spec.work_dir / RESUME_FILE).write_text("3")
@@ -53,38 +53,39 @@ def test_a_state_of_another_training_stays_and_is_not_gone_on_from(
 @pytest.mark.parametrize("left", [b"", b"\0\0", b'{"data": ["a'])
 def test_inputs_that_were_cut_off_remove_no_state(left: bytes, make_spec: Any) -> None:
     spec = make_spec()
-    keep_inputs(spec, Inputs.of(spec, "base", ["a"]))
+    keep_inputs(spec, Inputs.of(spec, ["base"], ["a"]))
     (spec.work_dir / INPUTS_FILE).write_bytes(left)
     save_state(spec, 3)
-    begin(spec, Inputs.of(spec, "base", ["a"]), open_record(spec), lambda: False)
+    begin(spec, Inputs.of(spec, ["base"], ["a"]), open_record(spec), lambda: False)
     assert (spec.work_dir / RESUME_FILE).exists()
 
 
 def test_inputs_that_a_full_disk_does_not_take_are_the_ones_before(make_spec: Any) -> None:
     spec = make_spec()
-    before = Inputs.of(spec, "base", ["a"])
+    before = Inputs.of(spec, ["base"], ["a"])
     keep_inputs(spec, before)
     file = spec.work_dir / INPUTS_FILE
     file.with_name(f"{file.name}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        keep_inputs(spec, Inputs.of(spec, "base", ["b"]))
+        keep_inputs(spec, Inputs.of(spec, ["base"], ["b"]))
     assert file.read_text() == before.text
 
 
 def test_a_digest_is_that_of_all_inputs_and_of_no_attempt(make_spec: Any, tmp_path: Path) -> None:
-    digest = Inputs.of(make_spec(), "base", ["a"]).digest
+    digest = Inputs.of(make_spec(), ["base"], ["a"]).digest
     assert len(digest) == 64
     same = make_spec(
         attempt=3, attempt_id="0199-b", work_dir=tmp_path / "elsewhere", train_data="/copy.jsonl"
     )
-    assert Inputs.of(same, "base", ["a"]).digest == digest
+    assert Inputs.of(same, ["base"], ["a"]).digest == digest
     others = [
-        Inputs.of(make_spec(), "base", ["b"]),
-        Inputs.of(make_spec(model="/other"), "base", ["a"]),
-        Inputs.of(make_spec(runtime={"seed": 8}), "base", ["a"]),
-        Inputs.of(make_spec(), "models:/base/2", ["a"]),
+        Inputs.of(make_spec(), ["base"], ["b"]),
+        Inputs.of(make_spec(model="/other"), ["base"], ["a"]),
+        Inputs.of(make_spec(runtime={"seed": 8}), ["base"], ["a"]),
+        Inputs.of(make_spec(), ["models:/base/2"], ["a"]),
+        Inputs.of(make_spec(), ["base", "overwritten"], ["a"]),
     ]
-    assert len({digest, *(other.digest for other in others)}) == 5
+    assert len({digest, *(other.digest for other in others)}) == 6
 
 
 def save_state(spec: TrainerSpec, step: int) -> Path:
@@ -111,7 +112,7 @@ def test_the_record_is_asked_for_what_is_newer_than_the_folder_s(step: int | Non
     spec, record = make_spec(attempt=2), Asked()
     if step is not None:
         save_state(spec, step)
-    fetch_newest_state(spec, Inputs.of(spec, "base", ["a"]), record, lambda: False)  # type: ignore[arg-type]
+    fetch_newest_state(spec, Inputs.of(spec, ["base"], ["a"]), record, lambda: False)  # type: ignore[arg-type]
     assert record.steps == [step]
 
 
@@ -122,7 +123,7 @@ def test_the_record_is_asked_for_its_state_where_the_folder_s_cannot_be_read(
     spec, record = make_spec(attempt=2), Asked()
     file = save_state(spec, 3)
     file.write_bytes(file.read_bytes()[:kept_bytes])
-    fetch_newest_state(spec, Inputs.of(spec, "base", ["a"]), record, lambda: False)  # type: ignore[arg-type]
+    fetch_newest_state(spec, Inputs.of(spec, ["base"], ["a"]), record, lambda: False)  # type: ignore[arg-type]
     assert record.steps == [None]
     assert not file.exists()
     assert "last.ckpt cannot be read and is removed" in caplog.text
@@ -130,5 +131,5 @@ def test_the_record_is_asked_for_its_state_where_the_folder_s_cannot_be_read(
 
 def test_a_first_attempt_asks_for_no_state(make_spec: Any) -> None:
     spec, record = make_spec(), Asked()
-    fetch_newest_state(spec, Inputs.of(spec, "base", ["a"]), record, lambda: False)  # type: ignore[arg-type]
+    fetch_newest_state(spec, Inputs.of(spec, ["base"], ["a"]), record, lambda: False)  # type: ignore[arg-type]
     assert record.steps == []

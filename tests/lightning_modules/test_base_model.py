@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, ViTConfig
 
 from lightning_modules.adapters import target_modules
-from lightning_modules.base_model import MAX_ADAPTERS, Base, merge_adapter, meta_model
+from lightning_modules.base_model import (
+    MAX_ADAPTERS,
+    Base,
+    fingerprint,
+    identity_of,
+    merge_adapter,
+    meta_model,
+)
 from lightning_modules.models import load_config, load_model, load_tokenizer
 from lightning_modules.train import is_permanent
 from post_training.errors import ModelError
@@ -42,6 +49,46 @@ def test_a_folder_is_its_own_base(tiny_model_dir: Path, tmp_path: Path) -> None:
     name = str(tiny_model_dir)
     assert find(name, tmp_path) == Base(name=name, source=name, tokenizer_source=name, adapters=())
     assert not (tmp_path / "base").exists()
+
+
+def test_what_lies_under_a_name_is_known_by_its_content(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    before = identity_of(find(folder, tmp_path), load_config(str(folder)))
+    assert before[0] == str(folder)
+    assert before[1:] == [fingerprint(tiny_model_dir)]
+    (folder / "README.md").write_text("read by nobody who loads it")
+    assert identity_of(find(folder, tmp_path), load_config(str(folder))) == before
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, folder / "model.safetensors")
+    assert identity_of(find(folder, tmp_path), load_config(str(folder))) != before
+
+
+def test_every_adapter_counts(make_adapter: AdapterMaker, tiny_model_dir: Path, tmp_path: Path) -> None:
+    adapter, config = make_adapter(), load_config(str(tiny_model_dir))
+    before = identity_of(find(adapter, tmp_path, tiny_model_dir), config)
+    assert before == [str(adapter), fingerprint(adapter), fingerprint(tiny_model_dir)]
+    (adapter / "adapter_config.json").write_text(
+        (adapter / "adapter_config.json").read_text().replace('"lora_alpha": ', '"lora_alpha": 1')
+    )
+    assert identity_of(find(adapter, tmp_path, tiny_model_dir), config) != before
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_536, 4_194_304, 4_194_305, 50_000_000])
+def test_a_fingerprint_is_of_the_whole_file_or_of_parts_of_it_all(size: int, tmp_path: Path) -> None:
+    file = tmp_path / "weights.gguf"
+    content = bytearray(size)
+    file.write_bytes(content)
+    before = fingerprint(file)
+    file.write_bytes(content + b"1")
+    assert fingerprint(file) != before
+    if size:
+        content[0] = 1
+        file.write_bytes(content)
+        assert fingerprint(file) != before
+    if 0 < size <= 4_194_304:
+        content[0], content[-1] = 0, 1
+        file.write_bytes(content)
+        assert fingerprint(file) != before
 
 
 def test_an_adapter_leads_to_its_base(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from mlflow import MlflowClient
 
+from lightning_modules.mlflow_record import open_mlflow_record
 from lightning_modules.record import (
     HTTP_LIMITS,
     SPOOL_FILE,
@@ -23,7 +24,7 @@ from lightning_modules.record import (
     open_record,
 )
 from lightning_modules.spool import Spool
-from post_training.errors import InputsChangedError
+from post_training.errors import InputsChangedError, RecordUnavailableError
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.record import TAG_CHECKPOINT_COPY_PREFIX
 from post_training.schemas.trainer import TrainerSpec
@@ -443,6 +444,33 @@ def test_an_attempt_that_would_train_something_else_is_refused_and_sends_what_wa
     tags = client.get_run(run_id).data.tags
     assert tags["post_training.inputs"] == "old data"
     assert ("old" in tags) is not elsewhere
+
+
+def test_a_run_is_left_for_another_when_all_that_waited_for_it_is_sent(
+    client: MlflowClient, run_id: str, spec: TrainerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever leaves it deletes the folder in which the rest lies."""
+    begun(spec, "old data").close()
+    file = spec.work_dir / SPOOL_FILE
+    Spool(file, run_id).append([{"kind": "tag", "key": "old", "value": "1"}])
+    log_batch, outage = MlflowClient.log_batch, True
+
+    def failing(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
+        if outage:
+            raise ConnectionError("not now")
+        return log_batch(self, *args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", failing)
+    second = open_mlflow_record(retried(spec), file, close_timeout=0.0, patience=0.5)
+    with pytest.raises(RecordUnavailableError, match=r"did not take its record in 0\.5 s"):
+        second.begin("new data", here="old data", give_up=lambda: False)
+    second.close()
+    outage = False
+    third = open_mlflow_record(retried(spec, attempt=3), file, close_timeout=0.0)
+    with pytest.raises(InputsChangedError):
+        third.begin("new data", here="old data", give_up=lambda: False)
+    assert client.get_run(run_id).data.tags["old"] == "1"
+    third.close()
 
 
 def test_what_waits_of_one_training_is_not_sent_into_the_run_of_another(

@@ -7,7 +7,6 @@ import shutil
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -17,7 +16,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from post_training import job_lock
 from post_training.dataset_records import DatasetRecords
-from post_training.errors import InvalidRequestError
+from post_training.errors import InvalidRequestError, RecordUnavailableError
 from post_training.job_ids import TaskKey
 from post_training.operators import task_record
 from post_training.operators.params import FORM_DEFAULTS
@@ -83,7 +82,7 @@ def test_a_failure_is_recorded_and_repeated_only_if_it_helps(
     assert isinstance(caught.value, AirflowFailException) is permanent
     run = workplace.tracking.runs["run-1"]
     assert (run.status, run.tags["post_training.error"]) == ("FAILED", "Row 3 is bad.")
-    assert workplace.work_dir.exists() is not permanent
+    assert workplace.work_dir.exists()
 
 
 @pytest.mark.parametrize(
@@ -260,7 +259,6 @@ def test_a_folder_that_was_another_runs_is_emptied(workplace: Workplace) -> None
         workplace.operator().execute(workplace.context(max_tries=3))
     workplace.tracking.runs.clear()
     workplace.tracking.create_run(name="", experiment=None, tags=identity_tags(KEY), params={}, request={})
-    workplace.tracking.runs["run-9"] = replace(workplace.tracking.runs.pop("run-1"), run_id="run-9")
     workplace.trains("sys.exit(5 if (spec.parent / 'state').exists() else 6)")
     with pytest.raises(AirflowException, match="exit code 6"):
         workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
@@ -467,6 +465,99 @@ def test_an_attempt_that_is_cut_off_between_two_runs_leaves_one_job(workplace: W
     assert second.tags["post_training.supersedes"] == first.run_id
     assert tracking.find("job-1") == second
     assert first.run_id in tracking.forgotten
+
+
+def test_a_run_that_an_attempt_leaves_is_not_gone_on_with(workplace: Workplace) -> None:
+    """The older attempt has made the other run when this one begins, or makes it in that very moment."""
+    tracking = workplace.tracking
+    workplace.trains("sys.exit(4)")
+    with pytest.raises(AirflowException):
+        workplace.operator().execute(workplace.context(max_tries=3))
+    write = tracking.set_tags
+
+    def leave_first(run_id: str, tags: Mapping[str, str]) -> None:
+        write(run_id, tags)
+        if run_id == "run-1" and len(tracking.runs) == 1:
+            superseding = {**identity_tags(KEY), "post_training.supersedes": "run-1"}
+            tracking.create_run(name="", experiment=None, tags=superseding, params={}, request={})
+
+    tracking.set_tags = leave_first  # type: ignore[method-assign]
+    workplace.trains(f"result = {RESULT!r}")
+    result = workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+    assert result["mlflow_run_id"] == "run-2"
+    assert [run.status for run in tracking.runs.values()] == ["FAILED", "FINISHED"]
+    assert tracking.runs["run-1"].tags["post_training.job_uuid"] == "job-1 (superseded)"
+
+
+def test_an_attempt_leaves_no_run_in_which_a_newer_one_has_begun(workplace: Workplace) -> None:
+    tracking = workplace.tracking
+    workplace.trains("result = {'status': 'inputs_changed', 'error': 'The data changed.'}")
+    create = tracking.create_run
+
+    def replaced_meanwhile(**arguments: Any) -> Any:
+        run = create(**arguments)
+        if "post_training.supersedes" in arguments["tags"]:
+            tracking.set_tags("run-1", {"post_training.attempt_id": attempt_id(2)})
+        return run
+
+    tracking.create_run = replaced_meanwhile  # type: ignore[method-assign]
+    with pytest.raises(AirflowFailException, match="A newer attempt"):
+        workplace.operator().execute(workplace.context(max_tries=3))
+    (run,) = tracking.runs.values()
+    assert (run.status, run.tags["post_training.job_uuid"]) == ("RUNNING", "job-1")
+
+
+def test_a_store_that_deletes_nothing_holds_up_no_job(workplace: Workplace) -> None:
+    tracking = workplace.tracking
+    forget = tracking.forget_state
+
+    def refuse(run_id: str) -> None:
+        if run_id == "run-1":
+            raise RecordUnavailableError("it cannot be deleted")
+        forget(run_id)
+
+    tracking.forget_state = refuse  # type: ignore[method-assign]
+    workplace.trains(
+        "result = {'status': 'inputs_changed', 'error': 'The data changed.'}"
+        f" if json.loads(spec.read_text())['tracking']['run_id'] == 'run-1' else {RESULT!r}"
+    )
+    assert workplace.operator().execute(workplace.context())["mlflow_run_id"] == "run-2"
+    assert [run.status for run in tracking.runs.values()] == ["FAILED", "FINISHED"]
+
+
+def test_what_is_refused_after_a_job_had_completed_has_a_run_of_its_own(workplace: Workplace) -> None:
+    workplace.operator().execute(workplace.context(max_tries=3))
+    broken = workplace.operator(training_config={"n_epochs": 0})
+    with pytest.raises(AirflowFailException, match="n_epochs"):
+        broken.execute(workplace.context(attempt=2, max_tries=4))
+    first, second = workplace.tracking.runs.values()
+    assert (first.status, second.status) == ("FINISHED", "FAILED")
+    assert second.tags["post_training.supersedes"] == first.run_id
+    assert workplace.tracking.find("job-1") == second
+    workplace.operator().execute(workplace.context(attempt=3, max_tries=5))
+    assert [run.status for run in workplace.tracking.runs.values()] == ["FINISHED", "FINISHED"]
+
+
+def test_a_refusal_that_is_not_the_newest_attempts_is_not_recorded(workplace: Workplace) -> None:
+    workplace.trains("sys.exit(4)")
+    with pytest.raises(AirflowException):
+        workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+    before = dict(workplace.tracking.runs)
+    with pytest.raises(AirflowFailException, match="n_epochs"):
+        workplace.operator(training_config={"n_epochs": 0}).execute(workplace.context(attempt=1, max_tries=3))
+    assert workplace.tracking.runs == before
+
+
+def test_a_failure_for_good_deletes_nothing_that_was_trained(workplace: Workplace) -> None:
+    """A disk that is not mounted looks like data that are gone: who mends it clears the task."""
+    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
+    with pytest.raises(AirflowException):
+        workplace.operator().execute(workplace.context(max_tries=3))
+    workplace.trains("result = {'status': 'failed', 'error': 'no such file', 'permanent': True}")
+    with pytest.raises(AirflowFailException, match="no such file"):
+        workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+    assert (workplace.work_dir / "state").exists()
+    assert workplace.tracking.forgotten == []
 
 
 def test_what_ended_before_it_was_superseded_keeps_its_end(workplace: Workplace) -> None:

@@ -55,6 +55,7 @@ class TaskRecord:
     :param submitted_run_id: the run that was made at submit, from the DAG run's conf.
     :param give_up: asked while MLflow is waited for.
     :param patience: seconds for which it is waited for.
+    :ivar run: the job's run, once it was found or made.
     """
 
     tracking: Tracking
@@ -64,7 +65,7 @@ class TaskRecord:
     give_up: Callable[[], bool] = lambda: False
     patience: float = PATIENCE_SECONDS
     run: JobRun | None = None
-    _found: JobRun | None = None
+    _before: JobRun | None = None  # the run as this attempt met it
 
     @property
     def url(self) -> str | None:
@@ -89,28 +90,34 @@ class TaskRecord:
 
     def _open(self, request: AnyTrainingRequest) -> Opened:
         run = self._existing()
-        if run is not None:
-            self._check(run)
-            if self._was_finished(run, request):
-                self.run = run
-                return Opened(run, finished=True)
-            self._found = run
-            self._end_superseded_half(run)
-            if _is_another_training(run, request):
-                run = self._supersede(
-                    run, request, "The task was cleared, or asks for something else by now."
-                )
-        return self._begin(run or self.tracking.create_run(**new_run(request, self.key)))
+        if run is None:
+            return self._begin(self.tracking.create_run(**new_run(request, self.key)))
+        self._check(run)
+        if self._was_finished(run, request):
+            self.run = run
+            return Opened(run, finished=True)
+        if self._before is None or self._before.run_id != run.run_id:
+            self._before = run
+        self._end_superseded_half(run)
+        if _is_another_training(run, request):
+            reason = "The task was cleared, or asks for something else by now."
+            run = self._supersede(run, new_run(request, self.key), reason)
+        return self._begin(run)
 
     def _begin(self, run: JobRun) -> Opened:
         """Make a run this attempt's.
 
         Its status comes before the attempt's id: with that the end of the attempt before would be this one's.
+        After the id it is looked whether an older attempt has left the run for another meanwhile; that one
+        looks for the id after it has made the other.
         """
         self.run = run
         self._set_status("RUNNING")
         self._note()
-        self._check(self.tracking.get(run.run_id))
+        now = self._existing()
+        if now is not None and now.run_id != run.run_id:
+            raise RecordUnavailableError(f"MLflow run {run.run_id} was left for {now.run_id} meanwhile")
+        self._check(now)
         return Opened(run)
 
     def renew(self, request: AnyTrainingRequest, reason: str) -> Opened:
@@ -131,22 +138,27 @@ class TaskRecord:
         if now is None:  # somebody has deleted it
             return self._begin(self.tracking.create_run(**new_run(request, self.key)))
         pins = {tag: now.tags[tag] for tag in PINNED if tag in now.tags}
-        return self._begin(self._supersede(now, request, reason, pins))
+        return self._begin(self._supersede(now, new_run(request, self.key, pins), reason))
 
-    def _supersede(
-        self, run: JobRun, request: AnyTrainingRequest, reason: str, pins: Mapping[str, str] | None = None
-    ) -> JobRun:
+    def _supersede(self, run: JobRun, new: Mapping[str, Any], reason: str) -> JobRun:
         """End a run with what it holds, and return the one that is the job's from here on.
 
-        That one comes first, and is found by whoever does this again: nothing is lost if it is cut off.
+        That one comes first, and is found by every later attempt: nothing is lost if it is cut off.
 
-        :param pins: tags with the versions of registered data sets that are read as before.
+        :param new: what ``create_run`` makes it of.
+        :raises SupersededError: if a newer attempt has begun in the old one meanwhile.
+        :raises PermanentFailureError: if this attempt was cancelled meanwhile.
         """
         successor = self.tracking.successor(run.run_id)
         if successor is None:
-            new = new_run(request, self.key, pins)
-            new["tags"][names.TAG_SUPERSEDES] = run.run_id
-            successor = self.tracking.create_run(**new)
+            tags = {**new["tags"], names.TAG_SUPERSEDES: run.run_id}
+            successor = self.tracking.create_run(**{**new, "tags": tags})
+            try:
+                self._check(self.tracking.get(run.run_id))
+            except (SupersededError, PermanentFailureError):
+                self.tracking.discard(successor.run_id)
+                raise
+        self.run = successor
         self._retire(run, successor, reason)
         return successor
 
@@ -154,16 +166,20 @@ class TaskRecord:
         """End a run that another supersedes; one that had ended before this attempt gets its end back."""
         job_uuid = job_uuid_of(self.key)
         self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: f"{job_uuid} (superseded)"})
-        before = self._found if self._found is not None and self._found.run_id == run.run_id else run
+        before = self._before if self._before is not None and self._before.run_id == run.run_id else run
         if before.status in OPEN:
             self.tracking.set_status(run.run_id, "FAILED", error=reason)
         elif before.status != run.status:
-            self.tracking.set_status(run.run_id, before.status, error=before.tags.get(names.TAG_ERROR))
-        self.tracking.forget_state(run.run_id)
+            error, ended_at = before.tags.get(names.TAG_ERROR), before.ended_at
+            self.tracking.set_status(run.run_id, before.status, error=error, ended_at=ended_at)
         now = self.tracking.get(run.run_id)
         if now is not None and self._is_cancelled(now):  # by somebody who found it as the job's
             cancelled = {names.TAG_CANCELLED_ATTEMPT: now.tags[names.TAG_CANCELLED_ATTEMPT]}
             self.tracking.set_tags(successor.run_id, cancelled)
+        try:
+            self.tracking.forget_state(run.run_id)
+        except RecordUnavailableError as unavailable:  # only its space is lost
+            logger.warning("The state in MLflow run %s could not be deleted: %s", run.run_id, unavailable)
         logger.info("MLflow run %s ends with what it holds: %s", run.run_id, reason)
 
     def _end_superseded_half(self, run: JobRun) -> None:
@@ -202,7 +218,7 @@ class TaskRecord:
         anew under its id.
         """
         return (
-            run.status == "FINISHED"
+            run.completed
             and self.ti.try_number > 1
             and run.tags.get(names.TAG_MAX_TRIES) == str(self.ti.max_tries)
             and run.tags.get(names.TAG_PAYLOAD_HASH) == request.payload_hash()
@@ -213,22 +229,27 @@ class TaskRecord:
         try:
             self.run = self.persist(lambda: self._run_of_a_refusal(method))
             self.persist(self._note)
-        except RecordUnavailableError as unavailable:
-            logger.warning("The refusal could not be recorded: %s", unavailable)
+        except (RecordUnavailableError, SupersededError, PermanentFailureError) as unwritten:
+            logger.warning("The refusal is not recorded: %s", unwritten)
         self.conclude("FAILED", error)
 
     def _run_of_a_refusal(self, method: str) -> JobRun:
-        return (
-            self.run
-            or self._existing()
-            or self.tracking.create_run(
-                name=job_uuid_of(self.key),
-                experiment=None,
-                tags={**identity_tags(self.key), names.TAG_METHOD: method},
-                params={},
-                request={},  # what was given is in the task's rendered fields; it may hold anything
-            )
-        )
+        if self.run is not None:
+            return self.run
+        new: dict[str, Any] = {
+            "name": job_uuid_of(self.key),
+            "experiment": None,
+            "tags": {**identity_tags(self.key), names.TAG_METHOD: method},
+            "params": {},
+            "request": {},  # what was given is in the task's rendered fields; it may hold anything
+        }
+        run = self._existing()
+        if run is None:
+            return self.tracking.create_run(**new)
+        self._check(run)
+        if run.completed:
+            return self._supersede(run, new, "The task was cleared, and what it asks for by now is refused.")
+        return run
 
     def fail(self, error: str, *, permanent: bool = False) -> None:
         """Write that the attempt failed; the run is open until the last attempt has.
@@ -311,7 +332,9 @@ class TaskRecord:
                 time.sleep(PAUSE_SECONDS)
 
     def _existing(self) -> JobRun | None:
-        return run_of_task(self.tracking, self.key, self.submitted_run_id)
+        """Return the job's run, or None; the one for which it is being left, if it is."""
+        run = run_of_task(self.tracking, self.key, self.submitted_run_id)
+        return run and (self.tracking.successor(run.run_id) or run)
 
     def _note(self) -> None:
         """Let task and run lead to each other."""
@@ -333,5 +356,4 @@ def _is_another_training(run: JobRun, request: AnyTrainingRequest) -> bool:
     What such a run holds is the record of what was trained then; only an attempt at the same may go on.
     """
     recorded = run.tags.get(names.TAG_PAYLOAD_HASH)
-    finished = run.status == "FINISHED" and names.TAG_MAX_TRIES in run.tags  # by its task, not by hand
-    return finished or (recorded is not None and recorded != request.payload_hash())
+    return run.completed or (recorded is not None and recorded != request.payload_hash())

@@ -158,11 +158,11 @@ class TrainingOperator(BaseOperator):
                     claim(work_dir, record.attempt_id)  # not where a newer attempt begins in the same run
                     opened = record.renew(request, _reason(result))
                     result = self._attempt(request, opened.run, work_dir, record, lock)
+            if result is not None and result.status != "completed":
+                raise PermanentFailureError(_reason(result))
             record.forget_state()
             if newest_claim(work_dir) == record.attempt_id:
                 shutil.rmtree(work_dir, ignore_errors=True)
-        if result is not None and result.status != "completed":
-            raise PermanentFailureError(_reason(result))
         return record.persist(lambda: self._outcome(request, opened.run, result))
 
     def _attempt(

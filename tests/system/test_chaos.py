@@ -12,16 +12,16 @@ from tests.chaos.run import Options, run
 
 pytestmark = pytest.mark.system
 
-STRIKES = ("trainer", "scheduler", "api-server", "mlflow", "task", "airflow")
+STRIKES = ("trainer", "scheduler", "mlflow", "airflow")
 
 
 def test_jobs_outlive_the_death_of_everything_around_them(tmp_path: Path) -> None:
     options = Options(
-        jobs=5, kills=len(STRIKES), seed=8, parallel=2, every=6.0, cancelled=0.2, steps=40, only=STRIKES
+        jobs=4, kills=len(STRIKES), seed=8, parallel=2, every=6.0, cancelled=0.25, steps=40, only=STRIKES
     )
     found = figures(run(options, tmp_path / "home", Console()))
     show(found, Console(width=160))
     assert faults(found) == []
     assert set(found["kills"]) == set(STRIKES)
     ends = sorted(job["status"] for job in found["jobs"].values())
-    assert ends == ["cancelled", *["completed"] * 4]
+    assert ends == ["cancelled", *["completed"] * 3]

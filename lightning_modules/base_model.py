@@ -17,13 +17,14 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME as CONFIG_FILE
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lightning_modules.mlflow_uris import LOOKUPS, resolve
@@ -40,7 +41,21 @@ MAX_ADAPTERS = 8
 MAX_REASON = 300
 """Characters of another library's error that are passed on."""
 
-MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "*.gguf",
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+)
 """What a model, an adapter or their tokenizer is loaded from."""
 
 SAMPLES, SAMPLE_BYTES = 64, 65_536
@@ -97,14 +112,20 @@ def find_base(model: str, folder: Path, tracking: TrackingTarget | None, roots: 
     return Base(name, source, [*tokenizers, source][0], tuple(reversed(adapters)))
 
 
-def identity_of(base: Base, config: PretrainedConfig) -> list[str]:
+def identity_of(base: Base) -> list[str]:
     """Return what tells a base from others of its name: its version, or commit, and the content of its files.
 
-    :param config: the base model's, as it was loaded: it knows the hub's commit.
+    :param base: one whose configuration was loaded: only then has the hub said which commit it is.
     """
-    places = [*base.adapters, *([Path(base.source)] if Path(base.source).is_absolute() else [])]
-    commit = getattr(config, "_commit_hash", None)
-    return [base.name, *([commit] if commit else []), *map(fingerprint, places)]
+    source = Path(base.source)
+    of_base = fingerprint(source) if source.is_absolute() else _commit_of(base.source)
+    return [base.name, *map(fingerprint, base.adapters), of_base]
+
+
+def _commit_of(hub_id: str) -> str:
+    """Return the commit that the hub's cache has as the newest, empty if it has none."""
+    found = try_to_load_from_cache(hub_id, CONFIG_FILE)
+    return Path(found).parent.name if isinstance(found, str) else ""
 
 
 def fingerprint(place: Path) -> str:

@@ -41,15 +41,13 @@ from lightning_modules.setting import Notices, Setting
 from post_training.errors import ModelError
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.requests import PreferenceOptimizeRequest
-from post_training.schemas.trainer import TrainerSpec
+from post_training.schemas.trainer import BASE_FOLDER, TrainerSpec
 from post_training.schemas.training import RuntimeConfig
 
 if TYPE_CHECKING:
     from lightning_modules.record import JobRecord
 
 log = logging.getLogger(__name__)
-
-BASE_FOLDER = "base"
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,7 @@ def prepare_job(
     outline = meta_model(config)
     setting.algorithm.weights.check(outline, setting.spec.request)
     datasets = read_inputs(spec)
-    identity = identity_of(base, config)
-    inputs = Inputs.of(spec, identity, [dataset.digest for dataset in datasets.values()])
+    inputs = Inputs.of(spec, identity_of(base), [dataset.digest for dataset in datasets.values()])
     begin(spec, inputs, record, should_stop)
     notices = Notices(record)
     length = cap_sequence_length(config, setting.runtime.max_seq_length)

@@ -124,6 +124,7 @@ class MLflowRecord(LocalRecord):
                 super().begin(inputs, here=before, give_up=give_up)
         except InputsChangedError:
             if recorded.inputs is None or here in (None, recorded.inputs):  # what waits here is this run's
+                self._upload_delivery.ended = True  # nobody goes on from a state that waits
                 self._start()
                 self._wait_until_sent(give_up)
             raise

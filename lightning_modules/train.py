@@ -73,7 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if attempt.should_stop():
             return attempt.stopped()
-        failed = TrainerResult(status="failed", error=describe(error), permanent=is_permanent(error))
+        failed = TrainerResult(
+            status="failed",
+            error=describe(error),
+            permanent=is_permanent(error),
+            diverged=isinstance(error, DivergenceError),
+        )
         return attempt.leave(failed, EXIT_FAILED)
     if attempt.should_stop():
         return attempt.stopped()

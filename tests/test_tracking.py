@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import urllib.request
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -88,17 +90,22 @@ def test_where_mlflow_itself_places_experiments_is_the_deployments_choice(tmp_pa
         assert create(tracking, "again", experiment="named").status == "SCHEDULED"
 
 
-def test_without_mlflows_own_experiment_a_deployments_place_is_beside_its_own(tmp_path: Path) -> None:
+def test_a_forged_default_experiment_does_not_choose_a_folder(tmp_path: Path) -> None:
+    """It is known by its id: its name may be taken once somebody has renamed it, or MLflow deleted it."""
     tracking = Tracking(TrackingServer(f"sqlite:///{tmp_path / 'mlflow.db'}"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        create(tracking, "first")
-        tracking.client.rename_experiment("0", "gone")
-        assert create(tracking, "second", experiment="named").status == "SCHEDULED"
-        elsewhere = (tmp_path / "elsewhere").as_uri()
-        tracking.client.create_experiment("elsewhere", artifact_location=elsewhere)
+        client = tracking.client
+        client.rename_experiment("0", "gone")
+        client.create_experiment("Default", artifact_location=(tmp_path / "elsewhere" / "0").as_uri())
+        client.create_experiment("forged", artifact_location=(tmp_path / "elsewhere" / "1").as_uri())
         with pytest.raises(InvalidRequestError, match=r"outside .* allowed_roots"):
-            create(tracking, "third", experiment="elsewhere")
+            create(tracking, "refused", experiment="forged")
+        assert create(tracking, "allowed", experiment="named").status == "SCHEDULED"
+        with closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as database:
+            database.execute("DELETE FROM experiments WHERE experiment_id = 0")
+        with pytest.raises(InvalidRequestError, match=r"outside .* allowed_roots"):
+            create(tracking, "refused", experiment="forged")
 
 
 def test_runs_are_found_by_job_over_all_experiments(tracking: Tracking) -> None:

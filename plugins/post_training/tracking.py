@@ -40,8 +40,10 @@ MAX_PARAM_LENGTH = 6_000
 _EXPERIMENT_KIND = "mlflow.experimentKind"
 """Without it MLflow's pages show the experiment as one of traces and prompts."""
 
-_DEFAULT_EXPERIMENT = "Default"
-"""MLflow makes it itself."""
+_DEFAULT_EXPERIMENT = "0"
+"""Its id: MLflow makes it itself."""
+
+_NOWHERE = "nowhere:"
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -200,22 +202,33 @@ class Tracking:
     def _check_place(self, experiment: Experiment) -> None:
         """Refuse an experiment that somebody has made to store where they like, on the disks of who uses it.
 
-        Where MLflow itself places experiments is the deployment's choice: beside its default one and ours.
+        Where MLflow itself places experiments is the deployment's choice: beside the default one, whose place
+        no client can choose.
 
         :raises InvalidRequestError: if it stores elsewhere on this machine and under no root.
         """
         location = experiment.artifact_location
         if experiment.name == self.server.experiment or may_be_used(location, self.server.roots):
             return
-        placed = map(self.client.get_experiment_by_name, (_DEFAULT_EXPERIMENT, self.server.experiment))
-        places = [urlsplit(each.artifact_location) for each in placed if each is not None]
-        beside = [Path(unquote(place.path)).parent for place in places if place.scheme in ("", "file")]
-        if not may_be_used(location, beside):
+        of_default = self._default_place()
+        beside = Path(unquote(urlsplit(of_default).path)).parent
+        if urlsplit(of_default).scheme not in ("", "file") or not may_be_used(location, [beside]):
             raise InvalidRequestError.of(
                 "logger_config.experiment_name",
                 "must not name an experiment that stores in a folder outside [post_training] allowed_roots,"
                 f" got {experiment.name[:200]!r}",
             )
+
+    def _default_place(self) -> str:
+        """Return where MLflow's own experiment stores; nowhere, where it was deleted for good."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(self.client.get_experiment(_DEFAULT_EXPERIMENT).artifact_location)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return _NOWHERE
+            raise
 
     def _log_params(
         self, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None

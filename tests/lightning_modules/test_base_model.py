@@ -53,24 +53,25 @@ def test_a_folder_is_its_own_base(tiny_model_dir: Path, tmp_path: Path) -> None:
 
 def test_what_lies_under_a_name_is_known_by_its_content(tiny_model_dir: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
-    before = identity_of(find(folder, tmp_path), load_config(str(folder)))
+    before = identity_of(find(folder, tmp_path))
     assert before[0] == str(folder)
     assert before[1:] == [fingerprint(tiny_model_dir)]
-    (folder / "README.md").write_text("read by nobody who loads it")
-    assert identity_of(find(folder, tmp_path), load_config(str(folder))) == before
+    for unread in ("README.md", "all_results.json", "optimizer.safetensors"):
+        (folder / unread).write_text("read by nobody who loads it")
+    assert identity_of(find(folder, tmp_path)) == before
     weights = load_file(folder / "model.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in weights.items()}, folder / "model.safetensors")
-    assert identity_of(find(folder, tmp_path), load_config(str(folder))) != before
+    assert identity_of(find(folder, tmp_path)) != before
 
 
 def test_every_adapter_counts(make_adapter: AdapterMaker, tiny_model_dir: Path, tmp_path: Path) -> None:
-    adapter, config = make_adapter(), load_config(str(tiny_model_dir))
-    before = identity_of(find(adapter, tmp_path, tiny_model_dir), config)
+    adapter = make_adapter()
+    before = identity_of(find(adapter, tmp_path, tiny_model_dir))
     assert before == [str(adapter), fingerprint(adapter), fingerprint(tiny_model_dir)]
     (adapter / "adapter_config.json").write_text(
         (adapter / "adapter_config.json").read_text().replace('"lora_alpha": ', '"lora_alpha": 1')
     )
-    assert identity_of(find(adapter, tmp_path, tiny_model_dir), config) != before
+    assert identity_of(find(adapter, tmp_path, tiny_model_dir)) != before
 
 
 @pytest.mark.parametrize("size", [0, 1, 65_536, 4_194_304, 4_194_305, 50_000_000])
@@ -225,6 +226,20 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
 
 def test_a_hub_id_stays_one(hub_cache: Callable[[str, Path], None], tmp_path: Path) -> None:
     assert find("org/name", tmp_path) == Base("org/name", "org/name", "org/name")
+
+
+def test_a_hub_model_is_known_by_its_commit(
+    hub_cache: Callable[[str, Path], None], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    hub_cache("org/base", tiny_model_dir)
+    base = find("org/base", tmp_path)
+    load_config(base.source)
+    assert identity_of(base) == ["org/base", "0" * 40]
+    repo = tmp_path / "hub" / "models--org--base"
+    (repo / "snapshots" / ("0" * 40)).rename(repo / "snapshots" / ("1" * 40))
+    (repo / "refs" / "main").write_text("1" * 40)
+    load_config(base.source)
+    assert identity_of(base) == ["org/base", "1" * 40]
 
 
 def test_an_adapter_on_the_hub(

@@ -87,11 +87,20 @@ def test_what_cannot_be_trained_fails_in_one_sentence(
     spec = make_spec(**changes)
     assert main([str(write(spec))]) == 1
     result = result_of(spec)
-    assert (result.status, result.permanent, result.checkpoints) == ("failed", True, [])
+    assert (result.status, result.permanent, result.diverged) == ("failed", True, False)
+    assert result.checkpoints == []
     assert result.error is not None
     assert re.search(sentence, result.error)
     assert "\n" not in result.error
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_training_that_diverged_says_so(make_spec: Any) -> None:
+    optimizer = {"optimizer_type": "sgd", "lr": 1e30, "weight_decay": 0.0, "num_warmup_steps": 0}
+    spec = make_spec(training={"optimizer_config": optimizer})
+    assert main([str(write(spec))]) == 1
+    result = result_of(spec)
+    assert (result.status, result.permanent, result.diverged) == ("failed", True, True)
 
 
 def test_an_unforeseen_error_shows_its_traceback_and_one_sentence(

@@ -82,7 +82,6 @@ def test_a_failure_is_recorded_and_repeated_only_if_it_helps(
     assert isinstance(caught.value, AirflowFailException) is permanent
     run = workplace.tracking.runs["run-1"]
     assert (run.status, run.tags["post_training.error"]) == ("FAILED", "Row 3 is bad.")
-    assert workplace.work_dir.exists()
 
 
 @pytest.mark.parametrize(
@@ -489,6 +488,21 @@ def test_a_run_that_an_attempt_leaves_is_not_gone_on_with(workplace: Workplace) 
     assert tracking.runs["run-1"].tags["post_training.job_uuid"] == "job-1 (superseded)"
 
 
+def test_an_older_attempt_ends_no_run_in_which_a_newer_one_trains(workplace: Workplace) -> None:
+    """It had made the other run, and MLflow did not take that back."""
+    tracking = workplace.tracking
+    workplace.trains("sys.exit(4)")
+    with pytest.raises(AirflowException):
+        workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+    superseding = {**identity_tags(KEY), "post_training.supersedes": "run-1"}
+    tracking.create_run(name="", experiment=None, tags=superseding, params={}, request={})
+    before = tracking.runs["run-1"]
+    shutil.rmtree(workplace.home)  # it runs on another machine
+    with pytest.raises(AirflowFailException, match="A newer attempt"):
+        workplace.operator().execute(workplace.context(attempt=1, max_tries=3))
+    assert tracking.runs["run-1"] == before
+
+
 def test_an_attempt_leaves_no_run_in_which_a_newer_one_has_begun(workplace: Workplace) -> None:
     tracking = workplace.tracking
     workplace.trains("result = {'status': 'inputs_changed', 'error': 'The data changed.'}")
@@ -548,16 +562,19 @@ def test_a_refusal_that_is_not_the_newest_attempts_is_not_recorded(workplace: Wo
     assert workplace.tracking.runs == before
 
 
-def test_a_failure_for_good_deletes_nothing_that_was_trained(workplace: Workplace) -> None:
+@pytest.mark.parametrize("diverged", [False, True])
+def test_of_what_failed_for_good_a_diverged_state_is_deleted(workplace: Workplace, diverged: bool) -> None:
     """A disk that is not mounted looks like data that are gone: who mends it clears the task."""
-    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
+    workplace.trains("(spec.parent / 'base').mkdir(); (spec.parent / 'state').touch(); sys.exit(4)")
     with pytest.raises(AirflowException):
         workplace.operator().execute(workplace.context(max_tries=3))
-    workplace.trains("result = {'status': 'failed', 'error': 'no such file', 'permanent': True}")
+    failed = {"status": "failed", "error": "no such file", "permanent": True, "diverged": diverged}
+    workplace.trains(f"result = {failed!r}")
     with pytest.raises(AirflowFailException, match="no such file"):
         workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
-    assert (workplace.work_dir / "state").exists()
-    assert workplace.tracking.forgotten == []
+    assert (workplace.work_dir / "state").exists() is not diverged
+    assert not (workplace.work_dir / "base").exists(), "the copy may be what is wrong"
+    assert (workplace.tracking.forgotten == []) is not diverged
 
 
 def test_what_ended_before_it_was_superseded_keeps_its_end(workplace: Workplace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -116,6 +117,8 @@ class TaskRecord:
         self._note()
         now = self._existing()
         if now is not None and now.run_id != run.run_id:
+            if now.tags.get(names.TAG_SUPERSEDES) == run.run_id:
+                self._retire(run, now, "Another run of the job supersedes it.")
             raise RecordUnavailableError(f"MLflow run {run.run_id} was left for {now.run_id} meanwhile")
         self._check(now)
         return Opened(run)
@@ -156,7 +159,8 @@ class TaskRecord:
             try:
                 self._check(self.tracking.get(run.run_id))
             except (SupersededError, PermanentFailureError):
-                self.tracking.discard(successor.run_id)
+                with suppress(RecordUnavailableError):
+                    self.tracking.discard(successor.run_id)
                 raise
         self.run = successor
         self._retire(run, successor, reason)
@@ -187,6 +191,7 @@ class TaskRecord:
         superseded = run.tags.get(names.TAG_SUPERSEDES)
         if superseded is not None and names.TAG_ATTEMPT not in run.tags:
             left = self.tracking.get(superseded)
+            self._check(left)
             if left is not None:
                 self._retire(left, run, "Another run of the job supersedes it.")
 

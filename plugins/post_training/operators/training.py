@@ -27,7 +27,7 @@ from post_training.operators.task_record import PermanentFailureError, TaskRecor
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest
-from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerResult, TrainerSpec
+from post_training.schemas.trainer import BASE_FOLDER, RESULT_FILE, SPEC_FILE, TrainerResult, TrainerSpec
 from post_training.settings import load_settings
 from post_training.tracking import JobRun, Tracking
 
@@ -158,11 +158,9 @@ class TrainingOperator(BaseOperator):
                     claim(work_dir, record.attempt_id)  # not where a newer attempt begins in the same run
                     opened = record.renew(request, _reason(result))
                     result = self._attempt(request, opened.run, work_dir, record, lock)
-            if result is not None and result.status != "completed":
-                raise PermanentFailureError(_reason(result))
-            record.forget_state()
-            if newest_claim(work_dir) == record.attempt_id:
-                shutil.rmtree(work_dir, ignore_errors=True)
+            self._clear_up(work_dir, record, result)
+        if result is not None and result.status != "completed":
+            raise PermanentFailureError(_reason(result))
         return record.persist(lambda: self._outcome(request, opened.run, result))
 
     def _attempt(
@@ -182,6 +180,20 @@ class TrainingOperator(BaseOperator):
         if result.status == "completed":
             record.conclude("FINISHED")
         return result
+
+    def _clear_up(self, work_dir: Path, record: TaskRecord, result: TrainerResult | None) -> None:
+        """Delete what no later attempt will go on from.
+
+        Where it failed for good, a disk may be away: whoever clears the task goes on from what was trained
+        before. Only the copy of a base from MLflow may be what is wrong.
+        """
+        ours = newest_claim(work_dir) == record.attempt_id
+        if result is None or result.status == "completed" or result.diverged:
+            record.forget_state()
+            if ours:
+                shutil.rmtree(work_dir, ignore_errors=True)
+        elif ours:
+            shutil.rmtree(work_dir / BASE_FOLDER, ignore_errors=True)
 
     def _outcome(
         self, request: AnyTrainingRequest, run: JobRun, result: TrainerResult | None = None

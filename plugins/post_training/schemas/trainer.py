@@ -13,6 +13,8 @@ from post_training.schemas.requests import AnyTrainingRequest
 
 RESULT_FILE = "result.json"
 SPEC_FILE = "spec.json"
+BASE_FOLDER = "base"
+"""Below the job's folder: the base model, where it comes from MLflow."""
 
 
 class TrackingTarget(LenientModel):
@@ -68,6 +70,10 @@ class TrainerResult(LenientModel):
     status: Literal["completed", "failed", "inputs_changed"]
     error: str | None = Field(default=None, description="Why it is not completed, in one sentence.")
     permanent: bool = Field(default=False, description="Whether another attempt would fail the same way.")
+    diverged: bool = Field(
+        default=False,
+        description="Whether its loss is no longer a finite number: its state is no use.",
+    )
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     metrics: dict[str, FiniteOrNull] = Field(default_factory=dict, description="Last value of each metric.")
     resources: dict[str, Any] = Field(default_factory=dict)

@@ -16,6 +16,7 @@ from tests.chaos.strikes import STRIKES, Choice, Struck
 
 _TICK_SECONDS = 0.25
 _NO_VICTIM_SECONDS = 60.0
+"""Time in which a job that lives may show a process to strike."""
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Killer:
     finished: bool = False
     _watches: dict[str, Watch] = field(default_factory=dict)
     _restarts: list[tuple[float, Struck]] = field(default_factory=list)
+    _living: set[str] = field(default_factory=set)
     _ended: set[str] = field(default_factory=set)
     _halted: threading.Event = field(default_factory=threading.Event)
 
@@ -87,8 +89,13 @@ class Killer:
         """Return what never came back, by strike."""
         return Counter(watch.strike for watch in self._watches.values())
 
+    def job_begins(self, job_uuid: str) -> None:
+        """Wait for this job's processes where one is to be struck."""
+        self._living.add(job_uuid)
+
     def job_ended(self, job_uuid: str) -> None:
         """Wait for no progress of this job any more: it has none to make."""
+        self._living.discard(job_uuid)
         self._ended.add(job_uuid)
 
     def _strike(self, choice: Choice) -> bool:
@@ -107,7 +114,7 @@ class Killer:
             if struck := action(self.servers, choice):
                 self._note(name, struck, started)
                 return True
-            if monotonic() > due + _NO_VICTIM_SECONDS:
+            if not self._living or monotonic() > due + _NO_VICTIM_SECONDS:
                 self.console.print(f"nothing to strike for {name}")
                 return True
         return False

@@ -176,6 +176,7 @@ def disturb(client: Client, killer: Killer, workload: Workload, options: Options
 
     def follow(number: int, job: Job) -> End:
         pace(killer, number, options)
+        killer.job_begins(job.job_uuid)
         client.submit(job.kind, workload.body(job.kind, job.job_uuid))
         cancelled = False
         if job.cancel_after is not None:

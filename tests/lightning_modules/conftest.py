@@ -27,8 +27,10 @@ HERE = Path(__file__).parent
 LIBRARY_WARNINGS = (
     r"ignore:.*treespec, LeafSpec.* is deprecated",
     r"ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
+    r"ignore:unclosed <socket:ResourceWarning",
 )
-"""What lightning and peft do to torch and transformers; nothing of ours."""
+"""What lightning and peft do to torch and transformers, and MLflow's client to connections that it forgets;
+nothing of ours."""
 
 torch.set_num_threads(1)  # more threads only wait for each other on a model of this size
 

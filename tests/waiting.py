@@ -9,10 +9,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], seconds: float = 600.0) -> T:
+def wait_until(condition: Callable[[], T], seconds: float = 300.0) -> T:
     """Ask until it holds, and return what it returned.
 
-    :param seconds: after which the test fails: many more than a slow machine takes.
+    :param seconds: after which the test fails: more than a slow machine takes.
     """
     deadline = monotonic() + seconds
     while not (found := condition()):

@@ -173,7 +173,7 @@ def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
         "print(json.dumps([type(model).__name__, logits.tolist()]))"
     )
     answer = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, timeout=600
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
     )
     name, values = json.loads(answer.stdout)
     assert name == "LlamaForCausalLM"

@@ -39,7 +39,7 @@ def _restore_process() -> Iterator[None]:
 def test_a_process_trains_to_the_end(make_spec: Any, tmp_path: Path) -> None:
     spec = make_spec(training={"n_epochs": 2}, checkpoint_dir=tmp_path / "copies")
     process = start(spec)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     result = result_of(spec)
     assert (result.status, result.error) == ("completed", None)

@@ -15,7 +15,7 @@ from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerResult,
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 600
+SECONDS = 300
 
 
 def write(spec: TrainerSpec) -> Path:

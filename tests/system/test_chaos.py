@@ -10,7 +10,7 @@ from rich.console import Console
 from tests.chaos.report import faults, figures, show
 from tests.chaos.run import Options, run
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(2400)]
 
 STRIKES = ("trainer", "scheduler", "mlflow", "airflow")
 

@@ -42,7 +42,7 @@ MAX_REASON = 300
 """Characters of another library's error that are passed on."""
 
 MODEL_FILES = (
-    "config.json",
+    CONFIG_FILE,
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -131,8 +131,8 @@ def _commit_of(hub_id: str) -> str:
 def fingerprint(place: Path) -> str:
     """Return a SHA-256 of a model's files, in hexadecimal digits: of their names, sizes and samples.
 
-    A file of up to 4 MiB is read whole; of a larger one parts are, evenly from its begin to its end: training
-    changes weights everywhere, and a model may have more gigabytes than its job has minutes.
+    A file of up to 4 MiB is read whole; of a larger one parts are, evenly from its beginning to its end:
+    training changes weights everywhere, and a model may have more gigabytes than its job has minutes.
 
     :param place: a folder, or a single file.
     """

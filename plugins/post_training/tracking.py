@@ -43,8 +43,6 @@ _EXPERIMENT_KIND = "mlflow.experimentKind"
 _DEFAULT_EXPERIMENT = "0"
 """Its id: MLflow makes it itself."""
 
-_NOWHERE = "nowhere:"
-
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "INVALID_STATE"})
@@ -210,25 +208,18 @@ class Tracking:
         location = experiment.artifact_location
         if experiment.name == self.server.experiment or may_be_used(location, self.server.roots):
             return
-        of_default = self._default_place()
-        beside = Path(unquote(urlsplit(of_default).path)).parent
-        if urlsplit(of_default).scheme not in ("", "file") or not may_be_used(location, [beside]):
+        if not may_be_used(location, self._beside_default()):
             raise InvalidRequestError.of(
                 "logger_config.experiment_name",
                 "must not name an experiment that stores in a folder outside [post_training] allowed_roots,"
                 f" got {experiment.name[:200]!r}",
             )
 
-    def _default_place(self) -> str:
-        """Return where MLflow's own experiment stores; nowhere, where it was deleted for good."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return str(self.client.get_experiment(_DEFAULT_EXPERIMENT).artifact_location)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return _NOWHERE
-            raise
+    def _beside_default(self) -> list[Path]:
+        """Return the folder in which MLflow places experiments; none where that is not on disks like ours."""
+        default = _known(lambda: self.client.get_experiment(_DEFAULT_EXPERIMENT))
+        place = urlsplit(default.artifact_location) if default is not None else None
+        return [Path(unquote(place.path)).parent] if place and place.scheme in ("", "file") else []
 
     def _log_params(
         self, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None
@@ -305,18 +296,11 @@ class Tracking:
 
     def get(self, run_id: str) -> JobRun | None:
         """Return a run by its id, None where it does not exist or was deleted."""
-        from mlflow.exceptions import MlflowException
-
         if not _RUN_ID.fullmatch(run_id):  # it comes from a DAG run's conf, in which anything may stand
             return None
         with answers():
-            try:
-                run = self.client.get_run(run_id)
-            except MlflowException as error:
-                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                    return None
-                raise
-        return _job_run(run) if run.info.lifecycle_stage == "active" else None
+            run = _known(lambda: self.client.get_run(run_id))
+        return _job_run(run) if run is not None and run.info.lifecycle_stage == "active" else None
 
     def _is_ours(self, run: JobRun) -> bool:
         """Whether a run is of this Airflow, as far as both are known: others may share the server."""
@@ -406,6 +390,18 @@ def run_of_task(tracking: Tracking, key: TaskKey, submitted: Any) -> JobRun | No
     )
     found = (look() for look in looks)
     return next((run for run in found if run and identity_tags(key).items() <= run.tags.items()), None)
+
+
+def _known(look: Callable[[], _T]) -> _T | None:
+    """Return what the client finds, None where MLflow has nothing of that id."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return look()
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
 
 
 @contextmanager

@@ -190,9 +190,7 @@ def test_a_retry_of_a_job_that_was_done_trains_nothing(workplace: Workplace) -> 
 
 
 def test_an_attempt_that_a_newer_one_has_replaced_does_not_begin(workplace: Workplace) -> None:
-    workplace.trains("sys.exit(4)")
-    with pytest.raises(AirflowException):
-        workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+    workplace.fails("sys.exit(4)", attempt=2, max_tries=3)
     before = dict(workplace.tracking.runs)
     with pytest.raises(AirflowFailException, match="A newer attempt"):
         workplace.operator().execute(workplace.context(attempt=1, max_tries=3))
@@ -253,9 +251,7 @@ def test_a_killed_record_of_an_earlier_attempt_does_not_stick(workplace: Workpla
 
 def test_a_folder_that_was_another_runs_is_emptied(workplace: Workplace) -> None:
     """The DAG run was deleted and submitted again, with another request and another MLflow run."""
-    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
-    with pytest.raises(AirflowException):
-        workplace.operator().execute(workplace.context(max_tries=3))
+    workplace.fails("(spec.parent / 'state').touch(); sys.exit(4)", max_tries=3)
     workplace.tracking.runs.clear()
     workplace.tracking.create_run(name="", experiment=None, tags=identity_tags(KEY), params={}, request={})
     workplace.trains("sys.exit(5 if (spec.parent / 'state').exists() else 6)")
@@ -361,9 +357,7 @@ def test_a_cleared_job_that_had_completed_is_a_new_training(workplace: Workplace
 
 def test_the_end_of_the_attempt_before_is_at_no_moment_this_one_s(workplace: Workplace) -> None:
     """Who reads the job while it begins anew would report that it has ended."""
-    workplace.trains("sys.exit(4)")
-    with pytest.raises(AirflowException):
-        workplace.operator().execute(workplace.context())
+    workplace.fails("sys.exit(4)")
     tracking, seen = workplace.tracking, []
     assert tracking.runs["run-1"].status == "FAILED"
     for name in ("set_tags", "set_status"):
@@ -382,9 +376,7 @@ def test_the_end_of_the_attempt_before_is_at_no_moment_this_one_s(workplace: Wor
 
 
 def test_what_is_trained_from_changed_data_has_a_run_of_its_own(workplace: Workplace) -> None:
-    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
-    with pytest.raises(AirflowException):
-        workplace.operator().execute(workplace.context(max_tries=1))
+    workplace.fails("(spec.parent / 'state').touch(); sys.exit(4)", max_tries=1)
     changed = {"status": "inputs_changed", "error": "The data changed."}
     workplace.trains(f"result = {changed!r} if (spec.parent / 'state').exists() else {RESULT!r}")
     result = workplace.operator().execute(workplace.context(attempt=2, max_tries=1))
@@ -422,9 +414,7 @@ def test_a_cancel_while_a_run_is_left_for_another_stays_with_the_job(workplace: 
 def test_an_attempt_that_is_cut_off_between_two_runs_leaves_one_job(workplace: Workplace, write: int) -> None:
     """Whichever of its writes to MLflow is the last: the next attempt ends what it began."""
     tracking = workplace.tracking
-    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
-    with pytest.raises(AirflowException):
-        workplace.operator().execute(workplace.context(max_tries=3))
+    workplace.fails("(spec.parent / 'state').touch(); sys.exit(4)", max_tries=3)
     changed = {"status": "inputs_changed", "error": "The data changed."}
     workplace.trains(f"result = {changed!r} if (spec.parent / 'state').exists() else {RESULT!r}")
     operator, writes = workplace.operator(), []
@@ -469,9 +459,7 @@ def test_an_attempt_that_is_cut_off_between_two_runs_leaves_one_job(workplace: W
 def test_a_run_that_an_attempt_leaves_is_not_gone_on_with(workplace: Workplace) -> None:
     """The older attempt has made the other run when this one begins, or makes it in that very moment."""
     tracking = workplace.tracking
-    workplace.trains("sys.exit(4)")
-    with pytest.raises(AirflowException):
-        workplace.operator().execute(workplace.context(max_tries=3))
+    workplace.fails("sys.exit(4)", max_tries=3)
     write = tracking.set_tags
 
     def leave_first(run_id: str, tags: Mapping[str, str]) -> None:
@@ -491,9 +479,7 @@ def test_a_run_that_an_attempt_leaves_is_not_gone_on_with(workplace: Workplace) 
 def test_an_older_attempt_ends_no_run_in_which_a_newer_one_trains(workplace: Workplace) -> None:
     """It had made the other run, and MLflow did not take that back."""
     tracking = workplace.tracking
-    workplace.trains("sys.exit(4)")
-    with pytest.raises(AirflowException):
-        workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+    workplace.fails("sys.exit(4)", attempt=2, max_tries=3)
     superseding = {**identity_tags(KEY), "post_training.supersedes": "run-1"}
     tracking.create_run(name="", experiment=None, tags=superseding, params={}, request={})
     before = tracking.runs["run-1"]
@@ -553,9 +539,7 @@ def test_what_is_refused_after_a_job_had_completed_has_a_run_of_its_own(workplac
 
 
 def test_a_refusal_that_is_not_the_newest_attempts_is_not_recorded(workplace: Workplace) -> None:
-    workplace.trains("sys.exit(4)")
-    with pytest.raises(AirflowException):
-        workplace.operator().execute(workplace.context(attempt=2, max_tries=3))
+    workplace.fails("sys.exit(4)", attempt=2, max_tries=3)
     before = dict(workplace.tracking.runs)
     with pytest.raises(AirflowFailException, match="n_epochs"):
         workplace.operator(training_config={"n_epochs": 0}).execute(workplace.context(attempt=1, max_tries=3))
@@ -565,9 +549,9 @@ def test_a_refusal_that_is_not_the_newest_attempts_is_not_recorded(workplace: Wo
 @pytest.mark.parametrize("diverged", [False, True])
 def test_of_what_failed_for_good_a_diverged_state_is_deleted(workplace: Workplace, diverged: bool) -> None:
     """A disk that is not mounted looks like data that are gone: who mends it clears the task."""
-    workplace.trains("(spec.parent / 'base').mkdir(); (spec.parent / 'state').touch(); sys.exit(4)")
-    with pytest.raises(AirflowException):
-        workplace.operator().execute(workplace.context(max_tries=3))
+    workplace.fails(
+        "(spec.parent / 'base').mkdir(); (spec.parent / 'state').touch(); sys.exit(4)", max_tries=3
+    )
     failed = {"status": "failed", "error": "no such file", "permanent": True, "diverged": diverged}
     workplace.trains(f"result = {failed!r}")
     with pytest.raises(AirflowFailException, match="no such file"):
@@ -578,9 +562,7 @@ def test_of_what_failed_for_good_a_diverged_state_is_deleted(workplace: Workplac
 
 
 def test_what_ended_before_it_was_superseded_keeps_its_end(workplace: Workplace) -> None:
-    workplace.trains("(spec.parent / 'state').touch(); sys.exit(4)")
-    with pytest.raises(AirflowException):
-        workplace.operator().execute(workplace.context())
+    workplace.fails("(spec.parent / 'state').touch(); sys.exit(4)")
     tracking = workplace.tracking
     tracking.set_tags("run-1", CANCELLED)
     tracking.set_status("run-1", "KILLED")

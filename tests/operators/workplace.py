@@ -66,6 +66,12 @@ class Workplace:
         )
         self.trainer.chmod(self.trainer.stat().st_mode | stat.S_IXUSR)
 
+    def fails(self, program: str, **context: Any) -> None:
+        """Let an attempt run ``program``, which fails it."""
+        self.trains(program)
+        with pytest.raises(AirflowException):
+            self.operator().execute(self.context(**context))
+
     def operator(self, **fields: Any) -> SupervisedFineTuneOperator:
         body = sft_body()
         given = {name: body[name] for name in ("model", "training_config", "algorithm_config")}

@@ -118,7 +118,7 @@ class TaskRecord:
         now = self._existing()
         if now is not None and now.run_id != run.run_id:
             if now.tags.get(names.TAG_SUPERSEDES) == run.run_id:
-                self._retire(run, now, "Another run of the job supersedes it.")
+                self._retire(run, now)
             raise RecordUnavailableError(f"MLflow run {run.run_id} was left for {now.run_id} meanwhile")
         self._check(now)
         return Opened(run)
@@ -166,7 +166,9 @@ class TaskRecord:
         self._retire(run, successor, reason)
         return successor
 
-    def _retire(self, run: JobRun, successor: JobRun, reason: str) -> None:
+    def _retire(
+        self, run: JobRun, successor: JobRun, reason: str = "Another run of the job supersedes it."
+    ) -> None:
         """End a run that another supersedes; one that had ended before this attempt gets its end back."""
         job_uuid = job_uuid_of(self.key)
         self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: f"{job_uuid} (superseded)"})
@@ -193,7 +195,7 @@ class TaskRecord:
             left = self.tracking.get(superseded)
             self._check(left)
             if left is not None:
-                self._retire(left, run, "Another run of the job supersedes it.")
+                self._retire(left, run)
 
     def _check(self, run: JobRun | None) -> None:
         """Refuse to begin an attempt that was cancelled, or is no longer the newest."""

@@ -231,7 +231,7 @@ def after_quantization(jobs: Path, held_out: Path) -> dict[str, float]:
     if "full" in exports:
         import torch
 
-        model = load_model(str(exports["full"]), dtype=torch.float32, attn_implementation="sdpa")
+        model = load_model(str(exports["full"]), dtype=torch.float32)
         tokenizer = load_tokenizer(str(exports["full"]))
         losses["full"] = loss_of(model, tokenizer, held_out)
         for name in ("QAT 8da4w", "QAT 4w"):
@@ -249,7 +249,7 @@ def loss_of(model: Any, tokenizer: Any, held_out: Path) -> float:
     """Return the mean cross-entropy of the held-out answers' tokens, in nats."""
     import torch
 
-    from lightning_modules.data.datamodule import collate
+    from lightning_modules.data.datamodule import Arrangement, collate
     from lightning_modules.data.formats import instruct_turns
     from lightning_modules.data.reading import read_dataset
     from lightning_modules.data.tokenize import tokenize_dataset
@@ -261,7 +261,7 @@ def loss_of(model: Any, tokenizer: Any, held_out: Path) -> float:
     total, scored, remaining = 0.0, 0, iter(rows)
     with torch.no_grad():
         while batch := list(islice(remaining, BATCH_SIZE)):
-            arranged = collate(batch, tokenizer.pad_token_id, packed=False)
+            arranged = collate(batch, tokenizer.pad_token_id, Arrangement.PADDED)
             total += float(SupervisedFineTuning()(model.eval(), arranged).loss)
             scored += arranged["scored"]
     return total / scored

@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_modules.losses import perplexity
+from lightning_modules.means import perplexity
 from lightning_modules.module import NLL, STATE_KEY, PostTraining, StopRequestedError
 from lightning_modules.trained import rename_whole
 from post_training.schemas import record as names

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lightning_modules.attempts import REFERENCES_FILE, Inputs, begin
-from lightning_modules.attention import use_by_sequence
 from lightning_modules.base_model import Base, find_base, identity_of, merge_adapter, meta_model
 from lightning_modules.checkpoint import (
     RESUME_FILE,
@@ -23,8 +22,11 @@ from lightning_modules.checkpoint import (
     FileCheckpointIO,
     SaveInterval,
 )
-from lightning_modules.data.datamodule import FineTuningData
+from lightning_modules.data.datamodule import Arrangement, FineTuningData
 from lightning_modules.data.tokenize import Pair
+from lightning_modules.dropout import has_dropout, switch_off_dropout
+from lightning_modules.engine.lora import use_fast_adapters
+from lightning_modules.engine.prepare import speed_up
 from lightning_modules.inputs import build_data, read_inputs
 from lightning_modules.models import DTYPES, cap_sequence_length, load_config, load_model, load_tokenizer
 from lightning_modules.module import PostTraining
@@ -33,7 +35,6 @@ from lightning_modules.preference import (
     load_references,
     save_references,
     set_references,
-    switch_off_dropout,
 )
 from lightning_modules.probes import check_logits, check_packing
 from lightning_modules.samples import SamplePrompts
@@ -122,7 +123,8 @@ def prepare_job(
         notices.add(f"runtime.max_seq_length is {length}, as many positions as the model has")
     data = build_data(setting, datasets, tokenizer, config, length, record, notices)
     del datasets  # before the weights: the rows as they were read may take much memory
-    model = build_model(setting, base, config, length)
+    model, arrangement = build_model(setting, base, config, length)
+    data.arrange(arrangement)
     module = build_module(setting, model, data, record, should_stop)
     checkpoints = Checkpoints(
         work_dir=spec.work_dir,
@@ -163,31 +165,36 @@ def _with_export_form(spec: TrainerSpec, base: Base) -> TrainerSpec:
     return spec.model_copy(update={"request": spec.request.model_copy(update={"runtime": merged})})
 
 
-def build_model(setting: Setting, base: Base, config: PretrainedConfig, length: int) -> nn.Module:
+def build_model(
+    setting: Setting, base: Base, config: PretrainedConfig, length: int
+) -> tuple[nn.Module, Arrangement]:
     """Load the base model and make it ready to train, in training mode.
 
     :param length: the longest sequence in tokens.
+    :returns: the model, and how its batches are laid out.
     :raises ModelError: if it cannot be loaded, adapted, or trained in the way that was asked.
     """
     weights = setting.algorithm.weights
     model = load_model(
         base.source,
         dtype=DTYPES[setting.dtype] if weights.frozen_base else torch.float32,
-        attn_implementation=setting.runtime.attn_implementation,
         config=config,
     )
     for adapter in base.adapters:
         model = merge_adapter(model, adapter)
     check_logits(model)
-    if setting.data.packed:
-        use_by_sequence(model, length)
+    takes_trees = speed_up(model, setting.runtime.attn_implementation, length)
+    if setting.data.packed and not takes_trees:
         check_packing(model)
     if setting.efficiency.enable_activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     trained = weights.prepare(model, setting.spec.request, base.name).train()
     if isinstance(setting.spec.request, PreferenceOptimizeRequest):
         switch_off_dropout(trained)
-    return trained
+    use_fast_adapters(trained)
+    if not takes_trees:
+        return trained, Arrangement.PACKED if setting.data.packed else Arrangement.PADDED
+    return trained, Arrangement.FLAT if has_dropout(trained) else Arrangement.TREE
 
 
 def build_module(

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+MAX_PERPLEXITY_LOG = 700.0
+"""exp of more is infinite in a double, and an infinity cannot be stored in the record."""
+
 
 class Means:
     """Running means by name; tensors stay where they are until a mean is asked for."""
@@ -31,3 +34,8 @@ class Means:
     def sums(self) -> list[tuple[str, float, int]]:
         """Return name, sum and count of each; ``Means(sums)`` goes on from there."""
         return [(name, float(total), count) for name, (total, count) in self._sums.items()]
+
+
+def perplexity(nll: float) -> float:
+    """Return exp of a mean negative log-probability, capped where it would be infinite."""
+    return math.exp(min(nll, MAX_PERPLEXITY_LOG))

@@ -69,10 +69,8 @@ def _has_bf16(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def load_model(
-    source: str, *, dtype: torch.dtype, attn_implementation: str, config: PretrainedConfig | None = None
-) -> PreTrainedModel:
-    """Load the base model in evaluation mode, on the CPU.
+def load_model(source: str, *, dtype: torch.dtype, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """Load the base model in evaluation mode, on the CPU, with attention as it is written (eager).
 
     :param source: a folder with safetensors, a ``.gguf`` file, or a hub id.
     :param dtype: type of the weights.
@@ -88,7 +86,7 @@ def load_model(
             location,
             config=config,
             dtype=dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation="eager",
             trust_remote_code=False,
             **({"use_safetensors": True} if file is None else options),
         )
@@ -202,8 +200,6 @@ def as_model_error(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # OSError, ValueError, ImportError, safetensors' and the hub's own
-        if "does not support an attention implementation" in str(error):
-            raise ModelError(f"the model {source} needs runtime.attn_implementation eager") from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ModelError(
             f"cannot load the model {source}: {lines[0] if lines else type(error).__name__}"

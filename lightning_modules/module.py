@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_modules.data.datamodule import Batch
-from lightning_modules.losses import perplexity
-from lightning_modules.means import Means
+from lightning_modules.means import Means, perplexity
 from lightning_modules.objective import Objective, Outcome, language_model
 from lightning_modules.offloading import offloaded
 from lightning_modules.optimization import Schedule, make_optimizer

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from lightning_modules.data.datamodule import Batch
 from lightning_modules.data.tokenize import Pair
-from lightning_modules.logprobs import token_log_probs
-from lightning_modules.losses import scored_hidden
-from lightning_modules.objective import Outcome, Sum, language_model
+from lightning_modules.objective import Outcome, Sum, scored_log_probs
 from lightning_modules.preference_losses import PREFERENCE_LOSSES, kl_estimate, rewards
-from lightning_modules.probes import hidden_states
 from post_training.schemas import record as names
 from post_training.schemas.algorithms import DPOAlignmentConfig, DPOLossType
 from post_training.schemas.requests import PreferenceOptimizeRequest
@@ -41,7 +38,7 @@ class PreferenceOptimization:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Outcome:
         """Sum the batch's losses; the metrics are TRL's, means over pairs but for ``kl``, over tokens."""
-        policy = answer_log_probs(model, batch)
+        policy = scored_log_probs(model, batch, precise=True)
         reference = batch["reference"] if "reference" in batch else reference_log_probs(model, batch)
         ratios = policy - reference
         result = rewards(ratios, batch["sequence"], self.config)
@@ -76,32 +73,14 @@ def notices(request: PreferenceOptimizeRequest) -> Iterator[str]:
         )
 
 
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0: its noise would look like a distance between policy and reference."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - to mypy it could be a module
-
-
-def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the log-probability of each scored token (n) in fp32, in nats."""
-    transformer = language_model(model)
-    hidden = hidden_states(transformer, batch["input_ids"], batch.get("position_ids"), batch.get("layout"))
-    selected, targets = scored_hidden(hidden, batch["labels"])
-    head = transformer.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return token_log_probs(selected, targets, head, transformer.config.get_text_config())
-
-
 @torch.no_grad()
 def reference_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the same (n) of the model without its adapters; of a model without any, as it is now."""
+    """Return the scored tokens' log-probabilities (n) without adapters; of one that has none, as it is."""
     without: AbstractContextManager[None] = (
         model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     )
     with without:
-        return answer_log_probs(model, batch)
+        return scored_log_probs(model, batch, precise=True)
 
 
 def set_references(pairs: Sequence[Pair], log_probs: Tensor) -> None:

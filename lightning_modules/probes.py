@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_modules.attention import BY_SEQUENCE, Layout
-from lightning_modules.losses import scale_logits
+from lightning_modules.data.layout import Segment
+from lightning_modules.engine.attention import TREE
+from lightning_modules.engine.tiles import Layout
+from lightning_modules.logprobs import scale_logits
 from post_training.errors import ModelError
 
-PROBE_TOKENS = 12
+STEM, BRANCH = 4, 4
+"""Tokens that the two sequences of a probe share, and tokens that each has of its own."""
+
 TOLERANCE = 0.05
 """Relative; bf16 kernels differ by a few thousandths, a wrong computation by tenths."""
 
@@ -24,18 +31,17 @@ def hidden_states(
     """Run the model without its head.
 
     No mask is given: padding stands behind the real tokens, and packed sequences are told apart by
-    their positions, which transformers does only without a mask and a cache.
+    their positions, which transformers does only without a mask and a cache, or by the layout.
 
     :param input_ids: (b, s).
     :param position_ids: (b, s), from 0 in each sequence; None counts through the row.
-    :param layout: the rows' sequences, for :func:`lightning_modules.attention.attend_by_sequence`;
-        other attention functions ignore it.
+    :param layout: of the one row, for :func:`lightning_modules.engine.attention.attend`.
     :returns: last hidden states (b, s, h).
     """
     decoder = model.get_decoder()  # type: ignore[no-untyped-call]
-    packing = {"layout": layout} if model.config.get_text_config()._attn_implementation == BY_SEQUENCE else {}
+    layouts = {} if layout is None else {"layout": layout}
     answer: Tensor = decoder(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **packing
+        input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **layouts
     )[0]
     return answer
 
@@ -46,10 +52,12 @@ def check_logits(model: PreTrainedModel) -> None:
 
     :raises ModelError: if they differ: the architecture scales its logits in a way of its own.
     """
-    ids = torch.arange(PROBE_TOKENS)[None]
+    ids = torch.stack(_sequences())
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    ours = scale_logits(head(hidden_states(model, ids)), model.config.get_text_config())
-    if not _close(ours, model(input_ids=ids, use_cache=False).logits):
+    with _eager(model):
+        ours = scale_logits(head(hidden_states(model, ids)), model.config.get_text_config())
+        theirs = model(input_ids=ids, use_cache=False).logits
+    if not close(ours, theirs):
         raise ModelError(
             f"models of type {model.config.model_type} cannot be trained: their output head is not known"
         )
@@ -61,18 +69,55 @@ def check_packing(model: PreTrainedModel) -> None:
 
     :raises ModelError: if they see each other.
     """
-    ids = torch.arange(PROBE_TOKENS)[None]
-    middle = PROBE_TOKENS // 2
-    positions = torch.arange(PROBE_TOKENS)[None] % middle
-    packed = hidden_states(model, ids, positions, [[middle, middle]])
-    alone = torch.cat([hidden_states(model, ids[:, :middle]), hidden_states(model, ids[:, middle:])], dim=1)
-    if not _close(packed, alone):
+    ids = torch.cat(_sequences())[None]
+    positions = torch.arange(STEM + BRANCH).repeat(2)[None]
+    if not close(hidden_states(model, ids, positions).flatten(0, 1), alone(model)):
         raise ModelError(
             f"packed is not possible with models of type {model.config.model_type}: their sequences would see"
             " each other"
         )
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
+@torch.no_grad()
+def alone(model: PreTrainedModel) -> Tensor:
+    """Return the hidden states of two sequences, each in a row of its own: (2 · (STEM + BRANCH), h)."""
+    with _eager(model):
+        return torch.cat([hidden_states(model, ids[None])[0] for ids in _sequences()])
+
+
+@torch.no_grad()
+def as_tree(model: PreTrainedModel) -> tuple[Tensor, set[int | None]]:
+    """Return the same of both in one row where they share their beginning, and the windows of the layers."""
+    first, second = _sequences()
+    ids, positions = torch.cat([first, second[STEM:]]), torch.arange(STEM + BRANCH)
+    stem, end = (0, STEM), STEM + BRANCH
+    branches = [Segment((start, start + BRANCH), (stem,)) for start in (STEM, end)]
+    layout = Layout([Segment(stem), *branches])
+    positions = torch.cat([positions, positions[STEM:]])
+    states = hidden_states(model, ids[None], positions[None], layout)[0]
+    return torch.cat([states[:end], states[:STEM], states[end:]]), layout.windows
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two results differ by rounding only."""
     difference = (ours.float() - theirs.float()).norm()
     return bool(difference <= TOLERANCE * theirs.float().norm())
+
+
+def _sequences() -> tuple[Tensor, Tensor]:
+    stem, rest = torch.arange(STEM), torch.arange(STEM, STEM + 2 * BRANCH)
+    return torch.cat([stem, rest[:BRANCH]]), torch.cat([stem, rest[BRANCH:]])
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model compute attention as it is written, which knows all that the architecture does."""
+    attention = model.config.get_text_config()._attn_implementation
+    if attention == TREE:
+        yield  # it was found to compute the same
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)

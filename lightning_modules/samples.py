@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_modules.attention import BY_SEQUENCE
+from lightning_modules.engine.attention import TREE
 from post_training.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -147,19 +147,20 @@ def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
     """Lend the model what generation needs.
 
     transformers fills what ``config`` leaves open from the model's own settings: a penalty on
-    repetitions would not be greedy decoding, and sampling's settings bring warnings. And attention by
-    sequence has no masks, which a window shorter than the prompt needs.
+    repetitions would not be greedy decoding, and sampling's settings bring warnings. And attention along
+    trees takes no cache.
     """
     own, attention = model.generation_config, model.config.get_text_config()._attn_implementation
     model.generation_config = config
-    if attention == BY_SEQUENCE:
-        model.set_attn_implementation("sdpa")
+    if attention == TREE:
+        capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+        model.set_attn_implementation("eager" if capped else "sdpa")  # sdpa has no caps
     try:
         yield
     finally:
         model.generation_config = own
-        if attention == BY_SEQUENCE:
-            model.set_attn_implementation(BY_SEQUENCE)
+        if attention == TREE:
+            model.set_attn_implementation(TREE)
 
 
 def _answering(module: pl.LightningModule) -> AnsweringModule:

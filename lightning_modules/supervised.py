@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_modules.data.datamodule import Batch
-from lightning_modules.losses import scored_hidden, token_loss_sum
-from lightning_modules.objective import Outcome, Sum, language_model
-from lightning_modules.probes import hidden_states
+from lightning_modules.objective import Outcome, Sum, scored_log_probs
 
 
 class SupervisedFineTuning:
@@ -15,11 +13,5 @@ class SupervisedFineTuning:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Outcome:
         """Sum the cross-entropy of the batch's scored tokens, in nats."""
-        transformer = language_model(model)
-        hidden = hidden_states(
-            transformer, batch["input_ids"], batch.get("position_ids"), batch.get("layout")
-        )
-        selected, targets = scored_hidden(hidden, batch["labels"])
-        head = transformer.get_output_embeddings()  # type: ignore[no-untyped-call]
-        loss = token_loss_sum(selected, targets, head, transformer.config.get_text_config())
+        loss = -scored_log_probs(model, batch, precise=False).sum()
         return Outcome(loss, nll=Sum(loss.detach(), batch["scored"]))

@@ -1,75 +1,108 @@
-"""Examples become batches: order, padding, packing, and a position that can be resumed."""
+"""Examples become batches: order, arrangement, packing, and a position that can be resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from lightning_modules.data.layout import Ids, arrange
 from lightning_modules.data.packing import pack
-from lightning_modules.data.tokenize import IGNORED, Example, Pair
+from lightning_modules.data.tokenize import Example, Pair
+from lightning_modules.engine.tiles import Layout
 
 Batch = dict[str, Any]
-"""``input_ids`` and ``labels`` (b, s); ``tokens`` and ``scored``, the numbers of real and of scored tokens;
-``units``, what the loss is a mean over: scored tokens, or pairs; where rows are packed ``position_ids``
-(b, s) and ``layout``, the lengths of each row's sequences; of pairs ``sequence`` (n), the number of each
-scored token's sequence, and ``reference`` (n) where it was computed, its reference log-probability."""
+"""``input_ids`` (b, s); of the n scored tokens ``predictors`` (n), the places in the flattened (b · s) whose
+hidden states predict them, and ``targets`` (n), their ids; ``tokens`` and ``scored``, the numbers of real and
+of scored tokens; ``units``, what the loss is a mean over: scored tokens, or pairs; where rows are shared
+``position_ids`` (b, s), and without padding ``layout``; of pairs ``sequence`` (n), the number of each scored
+token's sequence, and ``reference`` (n) where it was computed, its reference log-probability."""
 
 SORT_WINDOW = 16
 """Optimizer steps among which rows of like length are brought together."""
 
 Item = Example | Pair
 Row = Sequence[Item]
-"""What shares a row of a batch: one item, or several where rows are packed."""
+"""What stands together in a batch: one item, or several where rows are packed."""
 
 
-def collate(rows: Sequence[Row], pad_id: int, *, packed: bool) -> Batch:
-    """Put rows under each other, padded at the end to the longest.
+class Arrangement(Enum):
+    """How a batch's sequences lie in its tensors; which of these a model takes is tried out."""
 
-    No mask is needed: no real token can attend to the padding that follows it. In a packed row
-    positions restart with each sequence, which is how the model tells the sequences apart; the
-    padding is a sequence of its own. A pair that is not packed takes two rows, the chosen one first.
+    PADDED = "a sequence in each row, padded to the longest"
+    PACKED = "the sequences of a row behind each other, told apart by their positions, padded to the longest"
+    FLAT = "all sequences in one row, told apart by the layout"
+    TREE = "all sequences in one row, beginnings that several share standing once"
+
+
+PADDING = (Arrangement.PADDED, Arrangement.PACKED)
+"""Arrangements in which rows of like length waste less."""
+
+
+def collate(rows: Sequence[Row], pad_id: int, arrangement: Arrangement) -> Batch:
+    """Make a batch of rows.
+
+    A sequence ends before its last scored token, for what follows predicts nothing. Padding stands at the end
+    and needs no mask: no real token can attend to it. The chosen sequence of a pair comes first.
     """
     items = [item for row in rows for item in row]
     lines = [[sequence for item in row for sequence in item.sequences] for row in rows]
-    if not packed:
+    if arrangement is Arrangement.PADDED:
         lines = [[sequence] for line in lines for sequence in line]
-    batch = _stack(lines, pad_id)
-    batch["units"] = batch["scored"]
-    if packed:
-        width = batch["input_ids"].shape[1]
-        layout = [[*map(len, line), width - sum(map(len, line))] for line in lines]
-        batch["layout"] = [[length for length in line if length] for line in layout]
+    sequences = [sequence for line in lines for sequence in line]
+    scored = [sequence.scored_places for sequence in sequences]
+    used = [sequence.ids[: places[-1]] for sequence, places in zip(sequences, scored, strict=True)]
+    if arrangement in PADDING:
+        batch, places = _in_rows(used, [len(line) for line in lines], pad_id)
     else:
+        batch, places = _in_one_row(used, share=arrangement is Arrangement.TREE)
+    if arrangement is Arrangement.PADDED:
         del batch["position_ids"]
+    count = sum(map(len, scored))
+    predictors = [places[at - 1] for places, at in zip(places, scored, strict=True)]
+    batch["predictors"] = torch.from_numpy(np.concatenate(predictors))
+    targets = [sequence.ids[at] for sequence, at in zip(sequences, scored, strict=True)]
+    batch["targets"] = torch.from_numpy(np.concatenate(targets))
+    batch |= {"tokens": sum(map(len, sequences)), "scored": count, "units": count}
     return batch | _of_pairs([item for item in items if isinstance(item, Pair)])
 
 
-def _stack(lines: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-    """Write each line's sequences behind each other."""
+def _in_one_row(sequences: Sequence[Ids], *, share: bool) -> tuple[Batch, list[Ids]]:
+    """Lay sequences out without padding; return the places of each one's tokens too."""
+    row = arrange(sequences, share)
+    ids, positions = (torch.from_numpy(values)[None] for values in (row.input_ids, row.position_ids))
+    batch = {"input_ids": ids, "position_ids": positions, "layout": Layout(row.segments)}
+    return batch, row.places
+
+
+def _in_rows(sequences: Sequence[Ids], counts: Sequence[int], pad_id: int) -> tuple[Batch, list[Ids]]:
+    """Write the sequences of each row behind each other; return the places of each one's tokens too.
+
+    Positions restart with each sequence; a row's padding is a sequence of its own.
+
+    :param counts: sequences of each row.
+    """
+    remaining = iter(sequences)
+    lines = [[next(remaining) for _ in range(count)] for count in counts]
     width = max(sum(map(len, line)) for line in lines)
-    input_ids = torch.full((len(lines), width), pad_id)
-    labels = torch.full((len(lines), width), IGNORED)
-    position_ids = torch.zeros((len(lines), width), dtype=torch.long)
+    input_ids = np.full((len(lines), width), pad_id)
+    position_ids = np.zeros_like(input_ids)
+    places = []
     for i, line in enumerate(lines):
         at = 0
-        for example in line:
-            end = at + len(example)
-            input_ids[i, at:end] = torch.tensor(example.input_ids)
-            labels[i, at:end] = torch.tensor(example.labels)
-            position_ids[i, at:end] = torch.arange(len(example))
+        for ids in line:
+            end = at + len(ids)
+            input_ids[i, at:end] = ids
+            position_ids[i, at:end] = np.arange(len(ids))
+            places.append(np.arange(i * width + at, i * width + end))
             at = end
-        position_ids[i, at:] = torch.arange(width - at)
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "position_ids": position_ids,
-        "tokens": sum(len(example) for line in lines for example in line),
-        "scored": int((labels != IGNORED).sum()),
-    }
+        position_ids[i, at:] = np.arange(width - at)
+    batch = {"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(position_ids)}
+    return batch, places
 
 
 def _of_pairs(pairs: Sequence[Pair]) -> Batch:
@@ -83,21 +116,21 @@ def _of_pairs(pairs: Sequence[Pair]) -> Batch:
 
 
 def epoch_order(
-    lengths: Sequence[int], step_rows: int, *, shuffle: bool, seed: int, epoch: int
+    lengths: Sequence[int], step_rows: int, *, shuffle: bool, grouped: bool, seed: int, epoch: int
 ) -> list[list[int]]:
-    """Divide the rows of one epoch among its optimizer steps.
-
-    Shuffled, rows of like length meet: a random order is sorted within windows of ``SORT_WINDOW``
-    steps, and the steps are shuffled. The order depends on the seed and the epoch only.
+    """Divide the rows of one epoch among its optimizer steps; depends on the seed and the epoch only.
 
     :param lengths: tokens of each row.
     :param step_rows: rows of one optimizer step: batch size times accumulation.
+    :param grouped: where the order is shuffled, let rows of like length meet: a random order is sorted within
+        windows of ``SORT_WINDOW`` steps, and the steps are shuffled.
     :returns: row indices of each step; one step may be short.
     """
     order = np.arange(len(lengths))
     random = np.random.default_rng([seed, epoch])
     if shuffle:
         order = random.permutation(order)
+    if shuffle and grouped:
         window = step_rows * SORT_WINDOW
         parts = [order[at : at + window] for at in range(0, len(order), window)]
         order = np.concatenate([part[np.argsort(np.take(lengths, part), kind="stable")] for part in parts])
@@ -124,7 +157,6 @@ class StepLoader:
         seed: int,
         steps_per_epoch: int | None,
         pad_id: int,
-        packed: bool,
     ) -> None:
         self.rows = rows
         self.batch_size = batch_size
@@ -132,7 +164,7 @@ class StepLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.pad_id = pad_id
-        self.packed = packed
+        self.arrangement = Arrangement.PADDED
         self.whole_epoch = -(-len(rows) // self.step_rows)
         self.length = min(steps_per_epoch or self.whole_epoch, self.whole_epoch)
         self.epoch = 0
@@ -150,7 +182,7 @@ class StepLoader:
                 self.epoch, self.position = self.epoch + 1, 0
             yield [
                 collate(
-                    [self.rows[i] for i in step[at : at + self.batch_size]], self.pad_id, packed=self.packed
+                    [self.rows[i] for i in step[at : at + self.batch_size]], self.pad_id, self.arrangement
                 )
                 for at in range(0, len(step), self.batch_size)
             ]
@@ -166,7 +198,14 @@ class StepLoader:
 
     def _order(self, epoch: int) -> list[list[int]]:
         lengths = [sum(map(len, row)) for row in self.rows]
-        return epoch_order(lengths, self.step_rows, shuffle=self.shuffle, seed=self.seed, epoch=epoch)
+        return epoch_order(
+            lengths,
+            self.step_rows,
+            shuffle=self.shuffle,
+            grouped=self.arrangement in PADDING,
+            seed=self.seed,
+            epoch=epoch,
+        )
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, and the optimizer steps of it that were handed out."""
@@ -180,17 +219,18 @@ class StepLoader:
 class BatchLoader:
     """Yields batches in a fixed order; Lightning would take a plain list for several loaders."""
 
-    def __init__(self, items: Sequence[Item], batch_size: int, pad_id: int) -> None:
+    def __init__(self, items: Sequence[Item], batch_size: int, pad_id: int, arrangement: Arrangement) -> None:
         self.batches = [
             [[item] for item in items[at : at + batch_size]] for at in range(0, len(items), batch_size)
         ]
         self.pad_id = pad_id
+        self.arrangement = arrangement
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (collate(rows, self.pad_id, packed=False) for rows in self.batches)
+        return (collate(rows, self.pad_id, self.arrangement) for rows in self.batches)
 
 
 class FineTuningData(pl.LightningDataModule):
@@ -230,12 +270,15 @@ class FineTuningData(pl.LightningDataModule):
             seed=seed,
             steps_per_epoch=steps_per_epoch,
             pad_id=pad_id,
-            packed=packed,
         )
         read = None if validation_batches is None else validation_batches * batch_size
         self.validation_items = validation[:read]
         self._batch_size = batch_size
         self._pad_id = pad_id
+
+    def arrange(self, arrangement: Arrangement) -> None:
+        """Say how batches are laid out; until then they are padded."""
+        self.train_loader.arrangement = arrangement
 
     def train_dataloader(self) -> StepLoader:
         """Return the loader of optimizer steps."""
@@ -258,7 +301,10 @@ class FineTuningData(pl.LightningDataModule):
 
     def batches_of(self, items: Sequence[Item]) -> BatchLoader:
         """Return batches of any items, as validation has them."""
-        return BatchLoader(items, self._batch_size, self._pad_id)
+        alone = self.train_loader.arrangement
+        if alone is Arrangement.PACKED:
+            alone = Arrangement.PADDED
+        return BatchLoader(items, self._batch_size, self._pad_id, alone)
 
     def items_seen(self, n_epochs: int) -> list[Item]:
         """Return what so many epochs train and validate on, each item once, in a fixed order."""

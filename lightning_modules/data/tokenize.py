@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from torch import Tensor
 
 from lightning_modules.data.formats import Turn, tools_of
+from lightning_modules.data.layout import Ids
 from lightning_modules.data.messages import BadRowError
 from lightning_modules.data.reading import RawDataset
 from post_training.errors import DataError
@@ -55,6 +57,16 @@ class Example:
     def scored(self) -> int:
         """How many of its tokens are scored."""
         return sum(token != IGNORED for token in self.labels)
+
+    @property
+    def ids(self) -> Ids:
+        """Its tokens as an array (n)."""
+        return np.array(self.input_ids)
+
+    @property
+    def scored_places(self) -> Ids:
+        """Positions of its scored tokens, ascending."""
+        return np.flatnonzero(np.array(self.labels) != IGNORED)
 
 
 @dataclass

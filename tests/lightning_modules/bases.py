@@ -21,7 +21,7 @@ IDS = torch.arange(12)[None]
 
 def load(source: str | Path) -> Any:
     """Load a model in fp32."""
-    return load_model(str(source), dtype=torch.float32, attn_implementation="sdpa")
+    return load_model(str(source), dtype=torch.float32)
 
 
 @torch.no_grad()

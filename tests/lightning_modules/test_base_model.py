@@ -306,7 +306,7 @@ def test_a_merged_model_takes_new_adapters_and_is_their_reference(
 
 
 def test_a_merge_keeps_the_bases_type(make_adapter: AdapterMaker, tiny_model_dir: Path) -> None:
-    model = load_model(str(tiny_model_dir), dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = load_model(str(tiny_model_dir), dtype=torch.bfloat16)
     merged = merge_adapter(model, make_adapter())
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_modules.data.datamodule import FineTuningData, collate, epoch_order
+from lightning_modules.data.datamodule import Arrangement, FineTuningData, collate, epoch_order
 from lightning_modules.data.packing import pack
 from lightning_modules.data.tokenize import Example, Pair
 
@@ -38,19 +38,49 @@ def test_pack_keeps_every_sequence_within_the_rows(lengths: list[int]) -> None:
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)
 
 
-def test_collate_pads_to_the_longest() -> None:
-    batch = collate([[example(2)], [example(3, first=5)]], 9, packed=False)
+def test_collate_pads_to_the_longest_and_ends_before_the_last_scored_token() -> None:
+    batch = collate([[example(3)], [example(4, first=5)]], 9, Arrangement.PADDED)
     assert batch["input_ids"].tolist() == [[1, 2, 9], [5, 6, 7]]
-    assert batch["labels"].tolist() == [[-100, 2, -100], [-100, 6, 7]]
-    assert (batch["tokens"], batch["scored"]) == (5, 3)
+    assert batch["predictors"].tolist() == [0, 1, 3, 4, 5]
+    assert batch["targets"].tolist() == [2, 3, 6, 7, 8]
+    assert (batch["tokens"], batch["scored"], batch["units"]) == (7, 5, 5)
     assert "position_ids" not in batch
 
 
+def test_what_follows_the_last_scored_token_is_left_out() -> None:
+    dialog = Example([1, 2, 3, 4, 5, 6], [-100, -100, 3, -100, -100, -100])
+    batch = collate([[dialog]], 0, Arrangement.TREE)
+    assert batch["input_ids"].tolist() == [[1, 2]]
+    assert (batch["predictors"].tolist(), batch["targets"].tolist()) == ([1], [3])
+    assert batch["tokens"] == 6
+
+
 def test_collate_restarts_positions_in_packed_rows() -> None:
-    batch = collate([[example(2), example(3, first=5)], [example(3)]], 0, packed=True)
+    batch = collate([[example(3), example(4, first=5)], [example(4)]], 0, Arrangement.PACKED)
+    assert batch["input_ids"].tolist() == [[1, 2, 5, 6, 7], [1, 2, 3, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
-    assert batch["layout"] == [[2, 3], [3, 2]]
-    assert batch["labels"].tolist() == [[-100, 2, -100, 6, 7], [-100, 2, 3, -100, -100]]
+    assert batch["predictors"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert batch["targets"].tolist() == [2, 3, 6, 7, 8, 2, 3, 4]
+    assert "layout" not in batch
+
+
+def test_one_row_has_no_padding() -> None:
+    batch = collate([[example(3)], [example(4, first=5)]], 0, Arrangement.FLAT)
+    assert batch["input_ids"].tolist() == [[1, 2, 5, 6, 7]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    assert [segment.span for segment in batch["layout"].segments] == [(0, 2), (2, 5)]
+    assert batch["predictors"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_shared_beginning_is_scored_for_each_sequence() -> None:
+    first, second = (
+        Example([*range(1, 31), last, 99], [-100, *range(2, 31), last, -100]) for last in (40, 50)
+    )
+    batch = collate([[first], [second]], 0, Arrangement.TREE)
+    assert batch["input_ids"].tolist() == [list(range(1, 31))]
+    assert batch["predictors"].tolist() == [*range(30), *range(30)]
+    assert batch["targets"].tolist() == [*range(2, 31), 40, *range(2, 31), 50]
+    assert (batch["tokens"], batch["scored"]) == (64, 60)
 
 
 def pair(chosen: int, rejected: int, reference: list[float] | None = None) -> Pair:
@@ -60,8 +90,9 @@ def pair(chosen: int, rejected: int, reference: list[float] | None = None) -> Pa
 
 def test_pairs_take_two_rows_each_and_number_their_scored_tokens() -> None:
     rows = [[pair(3, 2, [0.1, 0.2, 0.3])], [pair(2, 4, [1.0, 2.0, 3.0, 4.0])]]
-    batch = collate(rows, 0, packed=False)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [10, 11, 0, 0], [1, 2, 0, 0], [10, 11, 12, 13]]
+    batch = collate(rows, 0, Arrangement.PADDED)
+    assert batch["input_ids"].tolist() == [[1, 2, 0], [10, 0, 0], [1, 0, 0], [10, 11, 12]]
+    assert batch["predictors"].tolist() == [0, 1, 3, 6, 9, 10, 11]
     assert (batch["units"], batch["tokens"], batch["scored"]) == (2, 11, 7)
     assert batch["sequence"].tolist() == [0, 0, 1, 2, 3, 3, 3]
     assert batch["reference"].tolist() == pytest.approx([0.1, 0.2, 0.3, 1.0, 2.0, 3.0, 4.0])
@@ -69,15 +100,15 @@ def test_pairs_take_two_rows_each_and_number_their_scored_tokens() -> None:
 
 def test_packed_pairs_share_a_row_in_the_same_order() -> None:
     rows = [[pair(3, 2), pair(2, 2)], [pair(2, 4)]]
-    batch = collate(rows, 0, packed=True)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 11, 1, 2, 10, 11], [1, 2, 10, 11, 12, 13, 0, 0, 0]]
-    assert batch["layout"] == [[3, 2, 2, 2], [2, 4, 3]]
+    batch = collate(rows, 0, Arrangement.PACKED)
+    assert batch["input_ids"].tolist() == [[1, 2, 10, 1, 10], [1, 10, 11, 12, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 0, 0], [0, 0, 1, 2, 0]]
     assert batch["sequence"].tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 5]
     assert (batch["units"], "reference" in batch) == (3, False)
 
 
 def test_a_batch_has_references_only_if_every_pair_has_one() -> None:
-    assert "reference" not in collate([[pair(2, 2, [0.1, 0.2])], [pair(2, 2)]], 0, packed=False)
+    assert "reference" not in collate([[pair(2, 2, [0.1, 0.2])], [pair(2, 2)]], 0, Arrangement.TREE)
 
 
 def test_packed_pairs_fit_a_row_of_two_sequences() -> None:
@@ -93,18 +124,26 @@ def test_items_seen_are_those_of_the_epochs_and_of_the_validation() -> None:
     data = FineTuningData(train, held_out, validation_batches=1, **options)
     assert [id(item) for item in data.items_seen(5)] == [id(item) for item in (*train[:2], *held_out[:2])]
     shuffled = FineTuningData(train, train, validation_batches=0, shuffle=True, **options)
-    seen = [i for epoch in range(2) for i in epoch_order([4] * 8, 2, shuffle=True, seed=0, epoch=epoch)[0]]
+    seen = [
+        i
+        for epoch in range(2)
+        for i in epoch_order([4] * 8, 2, shuffle=True, grouped=True, seed=0, epoch=epoch)[0]
+    ]
     assert {id(item) for item in shuffled.items_seen(2)} == {id(train[i]) for i in seen}
     assert len(shuffled.items_seen(10**6)) == 8
 
 
 def test_unshuffled_keeps_the_order() -> None:
-    assert epoch_order([3, 1, 2, 5, 4], 2, shuffle=False, seed=1, epoch=3) == [[0, 1], [2, 3], [4]]
+    assert epoch_order([3, 1, 2, 5, 4], 2, shuffle=False, grouped=True, seed=1, epoch=3) == [
+        [0, 1],
+        [2, 3],
+        [4],
+    ]
 
 
 def test_shuffled_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
-        return epoch_order([1] * 50, 4, shuffle=True, seed=seed, epoch=epoch)
+        return epoch_order([1] * 50, 4, shuffle=True, grouped=True, seed=seed, epoch=epoch)
 
     first = order(1, 0)
     torch.manual_seed(99)
@@ -122,9 +161,10 @@ def test_shuffled_rows_of_like_length_meet() -> None:
             max(lengths[i] for i in step) * len(step) - sum(lengths[i] for i in step) for step in steps
         )
 
-    grouped = epoch_order(lengths, 8, shuffle=True, seed=0, epoch=0)
-    plain = epoch_order(lengths, 8, shuffle=False, seed=0, epoch=0)
+    grouped = epoch_order(lengths, 8, shuffle=True, grouped=True, seed=0, epoch=0)
+    plain = epoch_order(lengths, 8, shuffle=True, grouped=False, seed=0, epoch=0)
     assert padding(grouped) < padding(plain) / 5
+    assert sorted(chain.from_iterable(plain)) == sorted(chain.from_iterable(grouped))
 
 
 def module(**changes: Any) -> FineTuningData:
@@ -179,6 +219,6 @@ def test_packed_rows_hold_every_sequence_once() -> None:
 def test_validation_is_in_file_order_and_limited() -> None:
     batches = list(module(packed=True).val_dataloader())
     assert [batch["input_ids"].shape[0] for batch in batches] == [2, 2]
-    assert batches[0]["input_ids"][1].tolist() == [1, 2, 3]
+    assert batches[0]["input_ids"].tolist() == [[1, 0], [1, 2]]
     assert len(module(validation_batches=None).val_dataloader()) == 6
     assert len(module(validation_batches=0).val_dataloader()) == 0

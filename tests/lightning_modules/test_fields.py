@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from lightning_modules.engine.attention import TREE
 from post_training.errors import ModelError
 from post_training.schemas.flat import flatten, leaves
 from post_training.schemas.requests import REQUESTS, PreferenceOptimizeRequest, error_details
@@ -65,7 +66,7 @@ TRAINING: dict[str, Proof] = {
     "data_config.shuffle": proofs.shuffles,
     "data_config.data_format": proofs.formats,
     "data_config.validation_dataset_id": shows(
-        readers.validated_rows, (None, [0, 1]), (file_of(6, 3, 8), [6, 3]), (file_of(9), [9])
+        readers.validated_rows, (None, [0, 1]), (file_of(6, 3, 8), [3, 6]), (file_of(9), [9])
     ),
     "data_config.packed": proofs.packs,
     "optimizer_config.optimizer_type": proofs.updates,
@@ -103,7 +104,7 @@ RUNTIME: dict[str, Proof] = {
     "launcher": every(
         shows(readers.steps, ("local", 5)), refuses("should be 'local', got 'torchrun'", "torchrun")
     ),
-    "attn_implementation": shows(readers.attention, ("sdpa", ("sdpa", 2)), ("eager", ("eager", 0))),
+    "attn_implementation": shows(readers.attention, ("sdpa", TREE), ("eager", "eager")),
     "save_total_limit": shows(
         readers.exports, (None, ["epoch-0", "epoch-1", "epoch-2"]), (2, ["epoch-1", "epoch-2"]), **{EPOCHS: 3}
     ),

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_modules.means import Means
+from lightning_modules.means import Means, perplexity
 
 
 def test_means_are_over_all_values() -> None:
@@ -29,3 +29,8 @@ def test_saved_sums_go_on() -> None:
     again.add("loss", 3.0, 1)
     assert again.mean("loss") == pytest.approx(3.0)
     assert means.mean("loss") == 3.0
+
+
+def test_perplexity_stays_finite() -> None:
+    assert perplexity(1.0) == pytest.approx(math.e)
+    assert math.isfinite(perplexity(1e9))

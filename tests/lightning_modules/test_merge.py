@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.adapters import add_adapters
-from lightning_modules.attention import use_by_sequence
+from lightning_modules.engine.attention import TREE
+from lightning_modules.engine.prepare import speed_up
 from lightning_modules.merge import export_merged, merged_state_dict
 from lightning_modules.models import load_model
 from lightning_modules.nf4 import BACKENDS, dequantized, quantize_base
@@ -184,13 +185,13 @@ def test_settings_of_training_stay_behind(tmp_path: Path) -> None:
     """bf16 stays; the attention of packed rows and an unusual generation config do no harm."""
     model = adapted("llama", dtype=torch.bfloat16, **WIDE)
     base = model.get_base_model()
-    assert use_by_sequence(base, 12)
+    assert speed_up(base.eval(), "sdpa", 12)
     base.generation_config.temperature = 0.5  # without do_sample: save_pretrained would refuse it
     export_merged(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["dtype"], config["architectures"]) == ("bfloat16", ["LlamaForCausalLM"])
-    assert "by_sequence" not in json.dumps(config)
-    assert base.config._attn_implementation == "sdpa_by_sequence"
+    assert TREE not in json.dumps(config)
+    assert base.config._attn_implementation == TREE
     assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.5
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
@@ -234,7 +235,7 @@ def write_gguf(model: Any, path: Path) -> None:
 def test_a_base_from_gguf(backend: str | None, tmp_path: Path) -> None:
     source = tmp_path / "model.gguf"
     write_gguf(tiny("llama", **WIDE), source)
-    base = load_model(str(source), dtype=torch.float32, attn_implementation="sdpa")
+    base = load_model(str(source), dtype=torch.float32)
     if backend is not None:
         quantize_base(base, torch.float32, backend)
     model = randomize(add_adapters(base, lora("q_proj", mlp=True, output=True), "base")).train()

@@ -27,11 +27,11 @@ from tests.lightning_modules.tiny import tiny_llama
 
 
 def load(source: str | Path) -> torch.nn.Module:
-    return load_model(str(source), dtype=torch.float32, attn_implementation="sdpa")
+    return load_model(str(source), dtype=torch.float32)
 
 
 def test_a_folder_with_safetensors(tiny_model_dir: Path) -> None:
-    model = load_model(str(tiny_model_dir), dtype=torch.bfloat16, attn_implementation="eager")
+    model = load_model(str(tiny_model_dir), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
 
@@ -60,7 +60,7 @@ def test_an_adapter_inside_a_model_is_not_taken_along(tiny_model_dir: Path, tmp_
 
 def test_a_quantized_export_is_no_start(tiny_model_dir: Path, tmp_path: Path) -> None:
     config = QATFinetuningConfig(quantizer_name=Quantizer.int4_weight_only, group_size=16)
-    model = load_model(str(tiny_model_dir), dtype=torch.float32, attn_implementation="sdpa")
+    model = load_model(str(tiny_model_dir), dtype=torch.float32)
     quantized_copy(model, config).save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
     for call in (load_config, load):
         with pytest.raises(ModelError, match=r"is quantized \(torchao\): start from the unquantized one"):
@@ -82,7 +82,7 @@ def test_a_known_configuration_is_not_read_again(tiny_model_dir: Path, tmp_path:
     shutil.copytree(tiny_model_dir, folder)
     config = load_config(str(folder))
     (folder / "config.json").write_text("{}")
-    model = load_model(str(folder), dtype=torch.float32, attn_implementation="sdpa", config=config)
+    model = load_model(str(folder), dtype=torch.float32, config=config)
     reference = load(tiny_model_dir).state_dict()
     assert all(torch.equal(tensor, reference[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ModelError):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, MambaConfig, OlmoConfig
 
-from lightning_modules.attention import use_by_sequence
 from lightning_modules.probes import check_logits, check_packing
 from post_training.errors import ModelError
 from tests.lightning_modules.tiny import TINY, UNTIED
@@ -32,17 +31,6 @@ def test_known_architectures_pass(kind: str) -> None:
     model = tiny(CONFIGS[kind])
     check_logits(model)
     check_packing(model)
-
-
-@pytest.mark.parametrize(
-    ("kind", "length", "expected"),
-    [("llama", 99, True), ("mistral", 8, True), ("mistral", 9, False), ("gemma2", 8, False)],
-)
-def test_attention_by_sequence_where_it_is_plainly_causal(kind: str, length: int, expected: bool) -> None:
-    model = tiny(TINY[kind])
-    assert use_by_sequence(model, length) is expected
-    check_packing(model)
-    check_logits(model)
 
 
 def test_a_head_of_its_own_is_refused() -> None:

@@ -17,7 +17,9 @@ from torch.nn import functional
 from torchao.quantization.qat.linear import FakeQuantizedLinear
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from lightning_modules.attention import use_by_sequence
+from lightning_modules.data.layout import Segment
+from lightning_modules.engine.prepare import speed_up
+from lightning_modules.engine.tiles import Layout
 from lightning_modules.quantization import QUANTIZERS, check_group_size, prepare, quantized_copy
 from post_training.errors import ModelError
 from post_training.schemas.algorithms import LoraFinetuningConfig, QATFinetuningConfig, Quantizer
@@ -165,10 +167,12 @@ def test_recomputed_activations_give_the_same_gradients(quantizer: Quantizer, ad
 @both_quantizers
 def test_packed_rows_have_the_logits_of_single_rows(quantizer: Quantizer) -> None:
     model, lengths = prepared(quantizer), [7, 12, 9, 8]
-    assert use_by_sequence(model, 36)
+    assert speed_up(model.eval(), "sdpa", 36)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     row = {"input_ids": IDS.reshape(1, 36), "position_ids": positions, "use_cache": False}
-    packed = model(**row, layout=[lengths]).logits[0]
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    layout = Layout([Segment((end - length, end)) for end, length in zip(ends, lengths, strict=True)])
+    packed = model(**row, layout=layout).logits[0]
     for ids, together in zip(IDS.flatten().split(lengths), packed.split(lengths), strict=True):
         torch.testing.assert_close(model(input_ids=ids[None]).logits[0], together, rtol=0, atol=1e-3)
     assert not torch.allclose(model(**row).logits[0], packed, rtol=0, atol=1e-2)

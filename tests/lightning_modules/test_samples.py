@@ -24,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lightning_modules.attention import BY_SEQUENCE, use_by_sequence
+from lightning_modules.engine.attention import TREE
+from lightning_modules.engine.prepare import speed_up
 from lightning_modules.module import StopRequestedError
 from lightning_modules.record import LocalRecord
 from lightning_modules.samples import MAX_NEW_TOKENS, SamplePrompts, answer, prompt_ids
@@ -120,19 +121,19 @@ def snapshot(model: Model) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("prepare", PREPARED.values(), ids=PREPARED)
 def test_an_answer_is_that_of_generate_and_the_model_stays_as_it_was(
-    prepare: Callable[[Model], Model], packed: bool, model: Model, tokenizer: PreTrainedTokenizerBase
+    prepare: Callable[[Model], Model], fast: bool, model: Model, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = prepare(model).eval()
     answers = [expected(copy.deepcopy(model), tokenizer, prompt) for prompt in PROMPTS]
-    if packed:
-        assert use_by_sequence(model, max_seq_length=8)
+    if fast:
+        assert speed_up(model, "sdpa", max_seq_length=8)
     before = snapshot(model)
     assert [answer(model, tokenizer, prompt) for prompt in PROMPTS] == answers
     assert snapshot(model) == before
-    assert (model.config._attn_implementation == BY_SEQUENCE) is packed
+    assert (model.config._attn_implementation == TREE) is fast
 
 
 def test_decoding_is_greedy_whatever_the_model_s_own_settings_are(

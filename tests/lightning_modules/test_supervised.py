@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lightning_modules.attention import BY_SEQUENCE, use_by_sequence
-from lightning_modules.data.datamodule import Batch, collate
+from lightning_modules.data.datamodule import Arrangement, collate
 from lightning_modules.data.packing import pack
 from lightning_modules.data.tokenize import Example
+from lightning_modules.engine.prepare import speed_up
 from lightning_modules.supervised import SupervisedFineTuning
 from post_training.errors import DivergenceError
 from tests.lightning_modules.plain import plain_steps
@@ -29,7 +29,10 @@ from tests.lightning_modules.tiny import LORA, ROWS, TINY
 Run = Callable[..., Any]
 ATTENTION = [(kind, "eager") for kind in TINY] + [(kind, "sdpa") for kind in TINY if kind != "gemma2"]
 """Gemma 2 caps its attention scores, which sdpa cannot."""
-PACKING = ATTENTION + [(kind, BY_SEQUENCE) for kind in ("llama", "qwen2", "gemma", "gpt2", "phi3")]
+FAST = "fast"
+ARRANGED = [(*one, Arrangement.PACKED) for one in ATTENTION] + [
+    (kind, FAST, arrangement) for kind in TINY for arrangement in (Arrangement.FLAT, Arrangement.TREE)
+]
 LR, DECAY = 0.01, 0.1
 ACTIVATION_CHECKPOINTING = "enable_activation_checkpointing"
 
@@ -129,48 +132,66 @@ def test_equals_a_plain_loop(
         torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-3, atol=1e-5)
 
 
-def unpacked_and_packed(model_type: str, attention: str) -> tuple[Any, list[list[Batch]]]:
-    """A model, and the same seven sequences once padded and once in packed rows."""
+LENGTHS = (29, 34, 23, 40, 11, 5, 2)
+
+
+def examples() -> list[Example]:
+    """Seven sequences, of which four share twenty tokens and two of those a few more."""
+    rng = torch.Generator().manual_seed(1)
+    stem, found = torch.randint(3, 400, (26,), generator=rng).tolist(), []
+    for i, length in enumerate(LENGTHS):
+        shared = stem[: 26 if i < 2 else 20] if length > 20 else []
+        ids = shared + torch.randint(3, 400, (length - len(shared),), generator=rng).tolist()
+        found.append(Example(ids, [-100] * (length // 2) + ids[length // 2 :]))
+    return found
+
+
+def tiny(model_type: str, attention: str) -> Any:
     config = copy.deepcopy(TINY[model_type])  # a model changes the config that it is given
     torch.manual_seed(0)
-    name = "sdpa" if attention == BY_SEQUENCE else attention
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=name)  # type: ignore[no-untyped-call]
-    assert (attention == BY_SEQUENCE and use_by_sequence(model, 24)) is (attention == BY_SEQUENCE)
-    rng = torch.Generator().manual_seed(1)
-    examples = []
-    for length in (9, 14, 3, 20, 11, 5, 2):
-        ids = torch.randint(3, 400, (length,), generator=rng).tolist()
-        examples.append(Example(ids, [-100] * (length // 2) + ids[length // 2 :]))
-    rows = [[examples[i] for i in row] for row in pack([len(e) for e in examples], 24)]
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(("model_type", "attention", "arrangement"), ARRANGED)
+def test_every_arrangement_has_the_loss_and_gradients_of_single_rows(
+    model_type: str, attention: str, arrangement: Arrangement
+) -> None:
+    rows = [[examples()[i] for i in row] for row in pack(LENGTHS, 44)]
     assert max(map(len, rows)) > 1
-    return model, [[collate([[e] for e in examples], 0, packed=False)], [collate(rows, 0, packed=True)]]
-
-
-@pytest.mark.parametrize(("model_type", "attention"), PACKING)
-def test_packed_rows_have_the_loss_and_gradients_of_single_rows(model_type: str, attention: str) -> None:
-    model, batches = unpacked_and_packed(model_type, attention)
+    plain = collate([[example] for row in rows for example in row], 0, Arrangement.PADDED)
+    other = collate(rows, 0, arrangement)
+    if arrangement is Arrangement.TREE:
+        assert other["input_ids"].numel() == sum(LENGTHS) - len(LENGTHS) - 60
+    models = [tiny(model_type, "eager" if name == FAST else name) for name in ("eager", attention)]
+    if attention == FAST:
+        assert speed_up(models[1].eval(), "sdpa", max(LENGTHS))
     losses, gradients = [], []
-    for (batch,) in batches:
-        loss = SupervisedFineTuning()(model, batch).loss
+    for model, batch in zip(models, (plain, other), strict=True):
+        loss = SupervisedFineTuning()(model.train(), batch).loss
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.item())
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad()
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("model_type", "attention"), ATTENTION)
 def test_loss_equals_the_models_own_with_its_mask(model_type: str, attention: str) -> None:
-    model, ((batch,), _) = unpacked_and_packed(model_type, attention)
-    mask = torch.zeros_like(batch["input_ids"])
-    for row, length in enumerate((9, 14, 3, 20, 11, 5, 2)):
-        mask[row, :length] = 1
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
+    model, found = tiny(model_type, attention), examples()
+    ids, labels = (torch.zeros(len(found), max(LENGTHS), dtype=torch.long) for _ in range(2))
+    mask = torch.zeros_like(ids)
+    labels[:] = -100
+    for row, example in enumerate(found):
+        mask[row, : len(example)] = 1
+        ids[row, : len(example)] = torch.tensor(example.input_ids)
+        labels[row, : len(example)] = torch.tensor(example.labels)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     expected = functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
     )
+    batch = collate([[example] for example in found], 0, Arrangement.PADDED)
     assert SupervisedFineTuning()(model, batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -139,7 +139,9 @@ class RuntimeConfig(StrictModel):
     strategy: Literal["auto"] = Field(default="auto", description="How the model spreads over devices.")
     launcher: Literal["local"] = Field(default="local", description="What starts the trainer process.")
     attn_implementation: Literal["sdpa", "eager"] = Field(
-        default="sdpa", description="Attention kernel, by its name in transformers."
+        default="sdpa",
+        description="How attention is computed: eager is as the model is written; with sdpa kernels that skip"
+        " what is masked are used, wherever they compute the same.",
     )
     save_total_limit: Count | None = Field(
         default=None, ge=1, description="Checkpoints kept, newest first; null keeps all of them."

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_modules.preference import answer_log_probs
+from lightning_modules.objective import scored_log_probs
 from post_training.errors import ModelError
 from post_training.schemas.algorithms import DPOAlignmentConfig
 from tests.lightning_modules.fields import readers
@@ -76,7 +76,9 @@ def prefers(*values: Any, **changes: Any) -> Proof:
             owners = batch["sequence"].tolist()
             # Growing along the chosen answers, falling along the rejected ones, and other for each pair.
             ratios = [(0.02 + 0.01 * i) * (-1) ** owner for i, owner in enumerate(owners)]
-            batch["reference"] = answer_log_probs(module.model, batch).detach() - torch.tensor(ratios)
+            batch["reference"] = scored_log_probs(module.model, batch, precise=True).detach() - torch.tensor(
+                ratios
+            )
             outcome = module.objective(module.model, batch)
             by_hand = [
                 reward([r for r, o in zip(ratios, owners, strict=True) if o == n], config) for n in range(4)

@@ -54,21 +54,25 @@ def formats(bench: Bench) -> None:
     for value, texts in learned.items():
         trial = bench.trial(value, **{DATA: bench.file([row])})
         ((batch,),) = trial.watch.steps
-        scored = [labels[labels != -100] for labels in batch["labels"]]
-        assert trial.tokenizer.batch_decode(scored) == [f"{text}<|im_end|>" for text in texts]
+        expected = "".join(f"{text}<|im_end|>" for text in texts)
+        assert trial.tokenizer.decode(batch["targets"]) == expected
 
 
 def packs(bench: Bench) -> None:
-    """Two of four equal rows fill a packed one, and the loss stays theirs."""
+    """Two of four equal rows share a packed batch, and the loss stays theirs."""
     changes: dict[str, Any] = {DATA: bench.file([bench.rows[1]] * 4)}
     changes["training_config__data_config__batch_size"] = 1
     ((item,), *_) = bench.trial(False, **changes).job.data.train_loader.rows
     lengths = [len(sequence) for sequence in item.sequences]
     changes["runtime__max_seq_length"] = 2 * sum(lengths) // len(lengths)
     losses = []
-    for value, layouts in ((None, [None] * 4), (False, [None] * 4), (True, [[lengths * 2]] * 2)):
+    for value, tokens in (
+        (None, [sum(lengths)] * 4),
+        (False, [sum(lengths)] * 4),
+        (True, [2 * sum(lengths)] * 2),
+    ):
         trial = bench.trial(value, **changes)
-        assert [batch.get("layout") for (batch,) in trial.watch.steps] == layouts
+        assert [batch["tokens"] for (batch,) in trial.watch.steps] == tokens
         losses.append(trial.points("train_loss")[1])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 

@@ -6,6 +6,7 @@ import logging
 from contextlib import ExitStack
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 

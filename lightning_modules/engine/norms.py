@@ -1,4 +1,4 @@
-"""Norms that compute in fp32 and keep nothing but their input: the residual stream may then be fp32 too."""
+"""Norms that compute in fp32 and keep one tensor in the type of their result; the residual may be fp32."""
 
 from __future__ import annotations
 
@@ -84,20 +84,21 @@ class _RMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         square = length.square_().div_(hidden.shape[-1]).add_(epsilon)
         inverse = square.rsqrt() + 0 * square  # what overflows is no number: as 0 it would look like health
-        ctx.save_for_backward(hidden, inverse, weight)
-        ctx.offset = offset
-        normed: Tensor = (wide * inverse).mul_(weight.float() + offset)
-        return normed.to(dtype)
+        normed = wide * inverse
+        ctx.save_for_backward(normed.to(dtype), inverse, weight)
+        ctx.offset, ctx.dtype = offset, hidden.dtype
+        scaled: Tensor = normed * (weight.float() + offset)
+        return scaled.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, inverse, weight = ctx.saved_tensors
-        given, normed = upstream.float(), hidden.float() * inverse
+        normed, inverse, weight = ctx.saved_tensors
+        given, normed = upstream.float(), normed.float()
         of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = (given * normed).flatten(0, -2).sum(0).to(weight.dtype)
         of_normed = given * (weight.float() + ctx.offset)
         along = (of_normed * normed).mean(-1, keepdim=True)
         of_hidden = of_normed.addcmul_(normed, along, value=-1).mul_(inverse)
-        return of_hidden.to(hidden.dtype), of_weight, None, None, None
+        return of_hidden.to(ctx.dtype), of_weight, None, None, None

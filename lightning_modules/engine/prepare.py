@@ -51,7 +51,7 @@ def _replaced(model: PreTrainedModel, expected: Tensor, *, wide: bool) -> bool:
         if wide:
             _widen(model, undo)
         try:
-            same = close(alone(model), expected)
+            same = close(model, alone(model), expected)
         except RuntimeError:  # not every layer, and not every attention, can take what is fp32 then
             same = False
         if same:
@@ -120,7 +120,7 @@ def _takes_trees(model: PreTrainedModel, expected: Tensor, max_seq_length: int) 
     try:
         states, windows = as_tree(model)
         window = _limit(config, "sliding_window")
-        if close(states, expected) and (window >= max_seq_length or window in windows):
+        if close(model, states, expected) and (window >= max_seq_length or window in windows):
             return True
     except (TypeError, ValueError) as error:
         log.info("no trees: %s", error)

@@ -1,19 +1,21 @@
 # make demo · make test · make lint · make stop
 PYTHON ?= python3
+DATA ?= ../shared/data
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stop test lint bench load chaos clean
+.PHONY: help demo stop test lint bench bench-algorithms bench-orchestration load chaos clean
 
 help:
 	@echo "make demo           start Airflow and MLflow, fine-tune a model over HTTP, show the result"
 	@echo "make demo DETACH=1  the same, and leave the servers running"
 	@echo "make stop           end the servers that were left running"
 	@echo "make test           every test, the slow system tests too"
-	@echo "make bench          measure what the orchestration costs, with 1,000 jobs"
-	@echo "make bench DATA=DIR train every algorithm on GSM8K's files in DIR, and compare"
+	@echo "make bench          speed and memory against TRL on GSM8K's files in DATA=DIR, and what the orchestration costs"
+	@echo "make bench-algorithms  what each algorithm learns and costs, on the same files"
+	@echo "make bench-orchestration  what the orchestration costs, with 1,000 jobs"
 	@echo "make load           submit 500 jobs at once, 500 times the same, and poll with 200 clients"
 	@echo "make chaos          kill everything 100 times while 50 jobs train; JOBS=, KILLS=, SEED= choose other"
 	@echo "make lint           ruff, mypy and the import contracts"
@@ -43,7 +45,14 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.dev
-	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.$(if $(DATA),algorithms --data $(DATA),orchestration)
+	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.speed --data $(DATA)
+	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.orchestration --jobs 100
+
+bench-algorithms: $(VENV)/.dev
+	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.algorithms --data $(DATA)
+
+bench-orchestration: $(VENV)/.dev
+	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.orchestration
 
 load: $(VENV)/.dev
 	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.load

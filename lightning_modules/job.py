@@ -25,11 +25,13 @@ from lightning_modules.checkpoint import (
 from lightning_modules.data.datamodule import Arrangement, FineTuningData
 from lightning_modules.data.tokenize import Pair
 from lightning_modules.dropout import has_dropout, switch_off_dropout
+from lightning_modules.engine.compiling import compile_layers, is_long
 from lightning_modules.engine.lora import use_fast_adapters
 from lightning_modules.engine.prepare import speed_up
 from lightning_modules.inputs import build_data, read_inputs
 from lightning_modules.models import DTYPES, cap_sequence_length, load_config, load_model, load_tokenizer
 from lightning_modules.module import PostTraining
+from lightning_modules.objective import language_model
 from lightning_modules.optimization import Schedule, default_optimizer
 from lightning_modules.preference import (
     load_references,
@@ -125,6 +127,7 @@ def prepare_job(
     del datasets  # before the weights: the rows as they were read may take much memory
     model, arrangement = build_model(setting, base, config, length)
     data.arrange(arrangement)
+    _compile_if_long(setting, model, data, outline.num_parameters())
     module = build_module(setting, model, data, record, should_stop)
     checkpoints = Checkpoints(
         work_dir=spec.work_dir,
@@ -195,6 +198,17 @@ def build_model(
     if not takes_trees:
         return trained, Arrangement.PACKED if setting.data.packed else Arrangement.PADDED
     return trained, Arrangement.FLAT if has_dropout(trained) else Arrangement.TREE
+
+
+def _compile_if_long(setting: Setting, model: nn.Module, data: FineTuningData, parameters: int) -> None:
+    """Compile what trains adapters on a base that is not quantized; other weights have not been tried."""
+    adapters, loader = setting.spec.request.adapters, data.train_loader
+    if not setting.algorithm.weights.frozen_base or adapters is None or adapters.quantize_base:
+        return
+    rows = min(len(loader) * loader.step_rows, len(loader.rows))
+    mean = sum(len(item) for row in loader.rows for item in row) / len(loader.rows)
+    if is_long(int(rows * mean) * setting.spec.request.training_config.n_epochs, parameters):
+        compile_layers(language_model(model))
 
 
 def build_module(

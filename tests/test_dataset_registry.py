@@ -24,8 +24,8 @@ from post_training.errors import (
 )
 from post_training.schemas.datasets import Dataset, RegisterDatasetRequest
 from post_training.tracking import Tracking, TrackingServer
-from tests.conftest import MLflowServer
 from tests.fakes import FakeAccess
+from tests.mlflow_server import MLflowServer
 from tests.test_datasets import FIELD, resolver_of
 
 ROWS = [{"question": "2+2?", "answer": "4", "weight": 1.0}, {"question": "Wo? Über\n\u2028", "answer": "中"}]

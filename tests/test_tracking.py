@@ -22,7 +22,7 @@ from post_training.record import identity_tags
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
 from post_training.tracking import JobRun, Tracking, TrackingServer
-from tests.conftest import MLflowServer
+from tests.mlflow_server import MLflowServer
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Reference: Shazeer, "GLU Variants Improve Transformer", https://arxiv.org/abs/20
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -48,7 +48,8 @@ def gated_class(module: nn.Module) -> type[nn.Module] | None:
 
     None if it computes something else, which is tried out.
     """
-    own, act = type(module), getattr(module, "act_fn", None)
+    own: Any = type(module)
+    act = getattr(module, "act_fn", None)
     parts = [getattr(module, name, None) for name in PARTS]
     if act is None or not all(isinstance(part, nn.Linear) for part in parts):
         return None
@@ -60,9 +61,13 @@ def gated_class(module: nn.Module) -> type[nn.Module] | None:
         for name, (forward, _) in ACTIVATIONS.items():
             same_act = torch.equal(act(given), forward(given))
             if same_act and torch.equal(down(forward(given) * up(sample)), expected):
-                values = {"activation": name, "__module__": __name__}
-                return type(own.__name__, (GatedMLP, own), values)
+                return _fast_class(own, name)
     return None
+
+
+@cache  # one class for all layers: torch.compile then compiles them once
+def _fast_class(own: Any, activation: str) -> type[nn.Module]:
+    return type(own.__name__, (GatedMLP, own), {"activation": activation, "__module__": __name__})
 
 
 class _Gate(torch.autograd.Function):

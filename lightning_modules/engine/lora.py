@@ -1,4 +1,4 @@
-"""LoRA's update in the type of the base, in place, with a backward pass by hand.
+"""LoRA's update in the type of the base, with a backward pass by hand.
 
 peft multiplies in the type of its adapters: in fp32 a copy of the input and several passes over the output.
 """
@@ -46,7 +46,7 @@ def _has_no_dropout(module: lora.Linear) -> bool:
 
 
 class _Update(torch.autograd.Function):
-    """Add ``scaling · B A x`` to ``base`` in place: base (t, o), x (t, i), A (r, i), B (o, r)."""
+    """``base + scaling · B A x``: base (t, o), x (t, i), A (r, i), B (o, r)."""
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
@@ -54,8 +54,7 @@ class _Update(torch.autograd.Function):
         inner = x @ down.T
         ctx.save_for_backward(x, inner, down, up)
         ctx.scaling = scaling
-        ctx.mark_dirty(base)
-        return base.addmm_(inner, up.T)
+        return torch.addmm(base, inner, up.T)
 
     @staticmethod
     @once_differentiable

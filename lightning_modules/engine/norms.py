@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -56,7 +57,7 @@ def rms_norm_class(module: nn.Module) -> type[nn.Module] | None:
 
     None if it computes something else, which is tried out.
     """
-    own = type(module)
+    own: Any = type(module)
     names = [name for name in EPSILON_NAMES if isinstance(getattr(module, name, None), float)]
     weight = dict(module.named_parameters()).get("weight")
     if "RMSNorm" not in own.__name__ or not names or weight is None or len(list(module.parameters())) != 1:
@@ -65,14 +66,18 @@ def rms_norm_class(module: nn.Module) -> type[nn.Module] | None:
     with torch.no_grad():
         expected = module(sample).float()
         for offset in (0.0, 1.0):
-            values: dict[str, Any] = {"offset": offset, "epsilon_name": names[0], "__module__": __name__}
-            made = type(own.__name__, (RMSNorm, own), values)
             scale = (offset + weight.float()) * torch.rsqrt(
                 sample.square().mean(-1, keepdim=True) + getattr(module, names[0])
             )
             if torch.allclose(sample * scale, expected, rtol=2e-2, atol=1e-3):
-                return made
+                return _fast_class(own, offset, names[0])
     return None
+
+
+@cache  # one class for all layers: torch.compile then compiles them once
+def _fast_class(own: Any, offset: float, epsilon_name: str) -> type[nn.Module]:
+    values: dict[str, Any] = {"offset": offset, "epsilon_name": epsilon_name, "__module__": __name__}
+    return type(own.__name__, (RMSNorm, own), values)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -21,7 +21,7 @@ from tests.requests_of import sft_body
 from tests.tiny_model import train_tokenizer, write_tiny_model
 
 if TYPE_CHECKING:
-    from tests.conftest import MLflowServer
+    from tests.mlflow_server import MLflowServer
 
 HERE = Path(__file__).parent
 LIBRARY_WARNINGS = (

@@ -24,7 +24,7 @@ from tests.lightning_modules.recorded import (
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
-    from tests.conftest import MLflowServer
+    from tests.mlflow_server import MLflowServer
 
 OLDER, NEWER = "0199-a", "0199-b"
 

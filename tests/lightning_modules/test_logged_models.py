@@ -16,7 +16,7 @@ from post_training.schemas.record import TAG_CHECKPOINT, TAG_JOB_UUID
 from tests.lightning_modules.recorded import EPOCH_0, model_files, models, of_epoch, points
 
 if TYPE_CHECKING:
-    from tests.conftest import MLflowServer
+    from tests.mlflow_server import MLflowServer
 
 FILES = [f"weights-{number}.bin" for number in range(5)]
 

@@ -18,7 +18,7 @@ from post_training.schemas.trainer import TrackingTarget
 from tests.lightning_modules.bases import find, load, logits, write_adapter
 
 if TYPE_CHECKING:
-    from tests.conftest import MLflowServer
+    from tests.mlflow_server import MLflowServer
 
 
 @pytest.fixture(autouse=True)

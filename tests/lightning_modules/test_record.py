@@ -40,7 +40,7 @@ from tests.lightning_modules.recorded import (
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
-    from tests.conftest import MLflowServer
+    from tests.mlflow_server import MLflowServer
 
 
 def test_everything_reaches_the_run_and_its_status_is_left_alone(

@@ -31,7 +31,7 @@ from tests.lightning_modules.recorded import (
 from tests.lightning_modules.trainers import finish, kill, let_go, result_of, start, wait_for, wait_for_pause
 
 if TYPE_CHECKING:
-    from tests.conftest import MLflowServer
+    from tests.mlflow_server import MLflowServer
 
 
 EPOCHS, STEPS = 3, 9

@@ -19,8 +19,8 @@ from lightning_modules.data.reading import read_dataset
 from lightning_modules.data.sources import Limits, first_line, shown
 from lightning_modules.train import is_permanent
 from post_training.errors import DataError
-from tests.conftest import MLflowServer
 from tests.lightning_modules.fetched import JSONL, ROW, failure
+from tests.mlflow_server import MLflowServer
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.lightning_modules.recorded import begun, points, retried, state_files
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
-    from tests.conftest import MLflowServer
+    from tests.mlflow_server import MLflowServer
 
 
 @pytest.fixture

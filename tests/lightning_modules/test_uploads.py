@@ -25,7 +25,7 @@ from tests.lightning_modules.recorded import EPOCH_0, begun, models, of_epoch, p
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
-    from tests.conftest import MLflowServer
+    from tests.mlflow_server import MLflowServer
 
 NO_EPOCH = PostTrainingMetric(epoch=0, train_loss=1.5, validation_loss=None, perplexity=None)
 

@@ -55,20 +55,21 @@ def collate(rows: Sequence[Row], pad_id: int, arrangement: Arrangement) -> Batch
         lines = [[sequence] for line in lines for sequence in line]
     sequences = [sequence for line in lines for sequence in line]
     scored = [sequence.scored_places for sequence in sequences]
-    used = [sequence.ids[: places[-1]] for sequence, places in zip(sequences, scored, strict=True)]
+    ids = [sequence.ids for sequence in sequences]
+    used = [whole[: at[-1]] for whole, at in zip(ids, scored, strict=True)]
     if arrangement in PADDING:
         batch, places = _in_rows(used, [len(line) for line in lines], pad_id)
     else:
         batch, places = _in_one_row(used, share=arrangement is Arrangement.TREE)
     if arrangement is Arrangement.PADDED:
         del batch["position_ids"]
-    count = sum(map(len, scored))
+    counts = list(map(len, scored))
     predictors = [places[at - 1] for places, at in zip(places, scored, strict=True)]
     batch["predictors"] = torch.from_numpy(np.concatenate(predictors))
-    targets = [sequence.ids[at] for sequence, at in zip(sequences, scored, strict=True)]
+    targets = [whole[at] for whole, at in zip(ids, scored, strict=True)]
     batch["targets"] = torch.from_numpy(np.concatenate(targets))
-    batch |= {"tokens": sum(map(len, sequences)), "scored": count, "units": count}
-    return batch | _of_pairs([item for item in items if isinstance(item, Pair)])
+    batch |= {"tokens": sum(map(len, sequences)), "scored": sum(counts), "units": sum(counts)}
+    return batch | _of_pairs([item for item in items if isinstance(item, Pair)], counts)
 
 
 def _in_one_row(sequences: Sequence[Ids], *, share: bool) -> tuple[Batch, list[Ids]]:
@@ -105,12 +106,15 @@ def _in_rows(sequences: Sequence[Ids], counts: Sequence[int], pad_id: int) -> tu
     return batch, places
 
 
-def _of_pairs(pairs: Sequence[Pair]) -> Batch:
-    """Return what a batch of pairs holds beside its tokens; nothing for other batches."""
+def _of_pairs(pairs: Sequence[Pair], scored: Sequence[int]) -> Batch:
+    """Return what a batch of pairs holds beside its tokens; nothing for other batches.
+
+    :param scored: scored tokens of each sequence.
+    """
     if not pairs:
         return {}
-    scored = torch.tensor([example.scored for pair in pairs for example in pair.sequences])
-    batch: Batch = {"units": len(pairs), "sequence": torch.arange(len(scored)).repeat_interleave(scored)}
+    owners = torch.arange(len(scored)).repeat_interleave(torch.tensor(scored))
+    batch: Batch = {"units": len(pairs), "sequence": owners}
     references = [pair.reference for pair in pairs if pair.reference is not None]
     return batch | {"reference": torch.cat(references)} if len(references) == len(pairs) else batch
 

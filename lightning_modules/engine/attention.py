@@ -70,6 +70,7 @@ def attend(
     if key.shape[2] != length or attention_mask is not None:
         raise ValueError(f"{TREE} takes neither a cache nor a mask")
     layout = _layout_of_rows(rows, length) if layout is None else layout
+    layout.windows.add(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = Options(scale, sliding_window, softcap, dropout)
     # (b, heads, s, d) -> (heads, b · s, d): without copying where b is 1

@@ -44,7 +44,7 @@ def flex_attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, optio
 
 def block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
     """Return which blocks of keys each block of queries sees; layers share it."""
-    known: dict[Any, BlockMask] = layout.__dict__.setdefault("_block_masks", {})
+    known = layout.block_masks
     if (window, device) not in known:
         known[window, device] = _make_block_mask(layout, window, device)
     return known[window, device]
@@ -53,7 +53,6 @@ def block_mask(layout: Layout, window: int | None, device: torch.device) -> Bloc
 def _make_block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
     number = {segment.span: i for i, segment in enumerate(layout.segments)}
     tokens = layout.tokens
-    layout.windows.add(window)
     owner, position = torch.empty(tokens, dtype=torch.long), torch.empty(tokens, dtype=torch.long)
     sees = torch.eye(len(number), dtype=torch.bool)
     for i, segment in enumerate(layout.segments):

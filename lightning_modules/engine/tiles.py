@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_modules.data.layout import Segment, Span
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 QUERIES = 128
 """Queries of a tile at most: what lies above the diagonal of the last square is computed in vain."""
@@ -155,6 +158,8 @@ class Layout:
         self.tokens = max(segment.span[1] for segment in self.segments)
         self.windows: set[int | None] = set()
         """Windows that the layers of a model have asked for."""
+        self.block_masks: dict[tuple[int | None, torch.device], BlockMask] = {}
+        """What FlexAttention needs instead of plans, by window and device."""
         self._plans: dict[tuple[int | None, Heads, torch.dtype], Plan] = {}
 
     @classmethod
@@ -164,7 +169,6 @@ class Layout:
 
     def plan(self, window: int | None, heads: Heads, dtype: torch.dtype) -> Plan:
         """Return the plan of a layer; a window that the row does not feel is as none."""
-        self.windows.add(window)
         window = None if window is None or window >= self.tokens else window
         if (window, heads, dtype) not in self._plans:
             groups = group(cut(self.segments, window), window)

@@ -62,7 +62,7 @@ def test_adapters_switch_off_and_merge_as_peft_s() -> None:
     x = torch.randn(3, 6)
     with_adapters = model(x)
     with model.disable_adapter():
-        torch.testing.assert_close(model(x), Model().requires_grad_(False)(x) * 0 + plain(model, x))
+        torch.testing.assert_close(model(x), plain(model, x))
     assert not torch.allclose(plain(model, x), with_adapters)
     torch.testing.assert_close(model.merge_and_unload()(x), with_adapters)
 

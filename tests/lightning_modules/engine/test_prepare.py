@@ -99,7 +99,7 @@ def test_a_model_that_computes_something_else_then_is_left_as_it_was() -> None:
     torch.testing.assert_close(alone(model), expected)
 
 
-def test_what_knows_eager_attention_only_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_knows_eager_attention_only_says_so() -> None:
     model = tiny(TINY["gemma2"])
     model.config.attention_chunk_size = 16
     with pytest.raises(ModelError, match=r"gemma2 need runtime\.attn_implementation eager"):

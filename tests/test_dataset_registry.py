@@ -111,7 +111,7 @@ def test_what_a_data_uri_holds_is_kept_as_a_file(place: Place, uri: str, name: s
     assert dataset.version == hashlib.sha256(content).hexdigest()
     stored = read_dataset(place.resolver.dataset(FIELD, "math"), place.tracking.server.uri)
     sent = read_dataset("data:" + uri.partition(":")[2])
-    assert (stored.digest, stored.rows) == (sent.digest, sent.rows)
+    assert (stored.digest, list(stored.rows)) == (sent.digest, list(sent.rows))
     assert stored.digest == dataset.version
 
 

@@ -7,13 +7,18 @@ import hashlib
 import io
 import json
 import sys
+import tempfile
+from array import array
+from bisect import bisect_right
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from lightning_modules.data.content import Content, LazyRows, Row
 from lightning_modules.data.sources import (
     DEFAULT_LIMITS,
     LOCAL_SCHEMES,
@@ -31,26 +36,15 @@ BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row as it was read.
-
-    :param number: line of a jsonl file, else position in the file; both from 1.
-    :param value: the columns; empty where the row could not be read.
-    :param error: why it could not be read.
-    """
-
-    number: int
-    value: dict[str, Any]
-    error: str | None = None
-
-
-@dataclass(frozen=True)
 class RawDataset:
-    """A data set's rows, bad ones included, with the SHA-256 of its content."""
+    """A data set's rows, bad ones included, with the SHA-256 of its content.
+
+    Rows of jsonl, parquet and the hub are read when they are asked for; of json and csv all are in memory.
+    """
 
     source: str
     digest: str
-    rows: list[Row]
+    rows: Sequence[Row]
 
 
 def read_dataset(
@@ -86,14 +80,14 @@ def _read_file(source: str, tracking_uri: str | None, roots: Sequence[Path], lim
     return _parse(source, fetch(source, tracking_uri, roots, limits), kind, limits)
 
 
-def _parse(source: str, content: bytes, kind: str, limits: Limits) -> RawDataset:
+def _parse(source: str, content: Content, kind: str, limits: Limits) -> RawDataset:
     """Parse a file's content, of which a local one has no limit."""
-    limit = sys.maxsize if urlsplit(source).scheme in LOCAL_SCHEMES else limits.max_bytes
+    local = urlsplit(source).scheme in LOCAL_SCHEMES
     try:
-        rows = PARSERS[kind](content, limit)
+        rows = PARSERS[kind](content, replace(limits, max_bytes=sys.maxsize) if local else limits)
     except _UnpackedError:
         raise too_large(source, limits) from None
-    return RawDataset(shown(source), hashlib.sha256(content).hexdigest(), rows)
+    return RawDataset(shown(source), content.digest(), rows)
 
 
 def _kind_of_name(source: str) -> str:
@@ -109,9 +103,13 @@ def _kind_of_name(source: str) -> str:
 def _read_data_uri(uri: str, limits: Limits) -> RawDataset:
     """Read an RFC 2397 URI; its media type names the kind of file, jsonl where it names none of ours."""
     try:
-        kind, content = parse_data_uri(uri)
+        kind, sent = parse_data_uri(uri)
     except ValueError as error:
         raise DataError(str(error)) from None
+    with tempfile.TemporaryFile(dir=limits.folder) as file:
+        file.write(sent)
+        file.flush()
+        content = Content.of(file)
     return _parse(uri, content, kind, limits)
 
 
@@ -141,7 +139,11 @@ def _read_hub(source: str, limits: Limits) -> RawDataset:
     digest = hashlib.sha256()
     for batch in table.with_format("arrow").iter(BATCH_ROWS):  # raw: a decoded image has no digest
         digest.update(json.dumps(batch.to_pylist(), sort_keys=True, default=str).encode())
-    return RawDataset(source, digest.hexdigest(), _number(map(_without_nulls, table)))
+
+    def read(start: int, end: int) -> list[Row]:
+        return _number(map(_without_nulls, table.select(range(start, end))), start)
+
+    return RawDataset(source, digest.hexdigest(), LazyRows(len(table), read))
 
 
 def _checked_revision(source: str, name: str) -> str | None:
@@ -233,9 +235,32 @@ class _UnpackedError(Exception):
     """A file holds more than its content's size tells, and more than the limit."""
 
 
-def _parse_jsonl(content: bytes, limit: int) -> list[Row]:
-    lines = content.decode("utf-8-sig").split("\n")
-    return [_parse_line(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+def _parse_jsonl(content: Content, limits: Limits) -> Sequence[Row]:
+    """Find the lines that hold something; they are parsed when they are asked for."""
+    starts, ends, numbers = array("q"), array("q"), array("q")
+    end = 0
+    with content.open() as file:
+        for number, line in enumerate(file, start=1):
+            start, end = end, end + len(line)
+            if number == 1 and line.startswith(BOM_UTF8):
+                start += len(BOM_UTF8)
+                line = line.removeprefix(BOM_UTF8)
+            if line.decode().strip():
+                starts.append(start)
+                ends.append(end)
+                numbers.append(number)
+
+    def read(first: int, last: int) -> list[Row]:
+        if first == last:
+            return []
+        offset = starts[first]
+        block = content.read(offset, ends[last - 1])
+        return [
+            _parse_line(numbers[i], block[starts[i] - offset : ends[i] - offset].decode())
+            for i in range(first, last)
+        ]
+
+    return LazyRows(len(starts), read)
 
 
 def _parse_line(number: int, line: str) -> Row:
@@ -254,12 +279,13 @@ def _as_row(number: int, value: Any) -> Row:
     return Row(number, value)
 
 
-def _parse_json(content: bytes, limit: int) -> list[Row]:
+def _parse_json(content: Content, limits: Limits) -> Sequence[Row]:
     """Read a list of objects, an object that holds one under ``data`` or ``rows``, or JSON lines."""
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        with content.open() as file:
+            value = json.loads(file.read().decode("utf-8-sig"))
     except json.JSONDecodeError:
-        return _parse_jsonl(content, limit)
+        return _parse_jsonl(content, limits)
     if isinstance(value, dict):
         lists = [value[key] for key in ("data", "rows") if isinstance(value.get(key), list)]
         value = lists[0] if lists else [value]
@@ -268,11 +294,12 @@ def _parse_json(content: bytes, limit: int) -> list[Row]:
     return _number(value)
 
 
-def _parse_csv(content: bytes, limit: int) -> list[Row]:
+def _parse_csv(content: Content, limits: Limits) -> Sequence[Row]:
     """Read rows under a header; empty cells are left out, as a column that a row lacks."""
     csv.field_size_limit(2**31 - 1)
     # Not strict, a quote that is never closed would swallow the rest of the file.
-    reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+    text = io.TextIOWrapper(content.open(), encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(text, strict=True)
     columns = [column for column in reader.fieldnames or () if column]
     if len(set(columns)) < len(columns):
         raise ValueError(f"a column's name is there twice: {', '.join(columns)[:200]}")
@@ -288,26 +315,46 @@ def _csv_row(number: int, value: dict[Any, Any]) -> Row:
     return Row(number, {column: cell for column, cell in value.items() if cell not in (None, "")})
 
 
-def _parse_parquet(content: bytes, limit: int) -> list[Row]:
+def _parse_parquet(content: Content, limits: Limits) -> Sequence[Row]:
     """Read a file that was fetched only if what it holds, unpacked, has the limit too, a byte a row at least.
 
     A few bytes can stand for any number of rows: a batch has as many as cannot be over the limit together.
+    The batches are copied to a file without a name, from which each can be read alone.
     """
-    from pyarrow import parquet  # noqa: PLC0415 - only parquet needs it
+    import pyarrow  # noqa: PLC0415 - only parquet needs it
+    from pyarrow import parquet  # noqa: PLC0415
 
-    file = parquet.ParquetFile(io.BytesIO(content))
+    file = parquet.ParquetFile(content.open())
     groups = [file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups)]
+    limit = limits.max_bytes
     if sum(groups) > limit or file.metadata.num_rows > limit:
         raise _UnpackedError
-    values: list[Any] = []
     unpacked = 0
     rows = min(BATCH_ROWS, max(1, limit // max([1, *groups])))
-    for batch in file.iter_batches(rows):
-        unpacked += batch.nbytes
-        if unpacked > limit:
-            raise _UnpackedError
-        values.extend(map(_without_nulls, batch.to_pylist()))
-    return _number(values)
+    starts, ends = [0], [0]
+    with tempfile.TemporaryFile(dir=limits.folder) as copy:
+        for batch in file.iter_batches(rows):
+            unpacked += batch.nbytes
+            if unpacked > limit:
+                raise _UnpackedError
+            with pyarrow.ipc.new_stream(copy, batch.schema) as stream:
+                stream.write_batch(batch)
+            starts.append(starts[-1] + len(batch))
+            ends.append(copy.tell())
+        copy.flush()
+        batches = Content.of(copy)
+
+    def read(first: int, last: int) -> list[Row]:
+        found: list[Row] = []
+        while first < last:
+            number = bisect_right(starts, first) - 1
+            with pyarrow.ipc.open_stream(batches.read(ends[number], ends[number + 1])) as stream:
+                part = stream.read_all().slice(first - starts[number], last - first)
+            found += _number(map(_without_nulls, part.to_pylist()), first)
+            first += len(part)
+        return found
+
+    return LazyRows(starts[-1], read)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -319,8 +366,8 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _number(values: Iterable[Any]) -> list[Row]:
-    return [_as_row(number, value) for number, value in enumerate(values, start=1)]
+def _number(values: Iterable[Any], before: int = 0) -> list[Row]:
+    return [_as_row(number, value) for number, value in enumerate(values, start=before + 1)]
 
 
 READERS: dict[str, Callable[[str, Limits], RawDataset]] = {
@@ -329,12 +376,12 @@ READERS: dict[str, Callable[[str, Limits], RawDataset]] = {
 }
 """Reader of each scheme whose content is no file with a name."""
 
-PARSERS: dict[str, Callable[[bytes, int], list[Row]]] = {
+PARSERS: dict[str, Callable[[Content, Limits], Sequence[Row]]] = {
     "jsonl": _parse_jsonl,
     "json": _parse_json,
     "csv": _parse_csv,
     "parquet": _parse_parquet,
 }
-"""Parser of each kind of file, of its content and how many bytes that may unpack to; text is as it is."""
+"""Parser of each kind of file, of its content and the limits of what that may unpack to; text is as it is."""
 
 SUFFIXES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "parquet": "parquet"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import stat
@@ -11,12 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
+from lightning_modules.data.content import Content
 from lightning_modules.mlflow_uris import LOOKUPS, resolve
 from post_training.addresses import is_public
 from post_training.errors import DataError
@@ -51,17 +51,19 @@ class Limits:
     :param max_bytes: largest file, of parquet also the most bytes that it unpacks to and the most rows;
         files on this machine have no limit.
     :param may_be_reached: whether an https server may have this address.
+    :param folder: where what is fetched lies while it is read, without a name; None is the system's.
     """
 
     max_bytes: int = 4 * 2**30
     may_be_reached: Callable[[str], bool] = is_public
+    folder: Path | None = None
 
 
 DEFAULT_LIMITS = Limits()
 
 
-def fetch(source: str, tracking_uri: str | None, roots: Sequence[Path], limits: Limits) -> bytes:
-    """Read a whole file.
+def fetch(source: str, tracking_uri: str | None, roots: Sequence[Path], limits: Limits) -> Content:
+    """Open a file, one from elsewhere once it is here.
 
     :param source: an absolute path; or a URI of scheme ``file``, ``https``, ``runs``, ``models``,
         ``mlflow-artifacts``, or any that fsspec knows (``s3``, ``gs``, ``abfs``, …).
@@ -74,7 +76,7 @@ def fetch(source: str, tracking_uri: str | None, roots: Sequence[Path], limits: 
     """
     parts = urlsplit(source)
     if parts.scheme in LOCAL_SCHEMES:
-        return _read_path(unquote(parts.path) if parts.scheme else source, roots)
+        return _open_path(unquote(parts.path) if parts.scheme else source, roots)
     if parts.scheme in LOOKUPS:
         return _fetch_artifact(source, tracking_uri, roots, limits)
     return (_fetch_https if parts.scheme == "https" else _fetch_object)(source, limits)
@@ -100,18 +102,19 @@ def _missing(source: str) -> DataError:
     return DataError(f"the data set {shown(source)} does not exist")
 
 
-def _read(source: str, stream: HTTPResponse | BinaryIO, limits: Limits) -> bytes:
-    """Read to the end, in pieces, so that what is too large is never all in memory."""
-    content = io.BytesIO()
-    while piece := stream.read(CHUNK_BYTES):
-        content.write(piece)
-        if content.tell() > limits.max_bytes:
-            raise too_large(source, limits)
-    return content.getvalue()
+def _keep(source: str, stream: HTTPResponse | BinaryIO, limits: Limits) -> Content:
+    """Copy to the end, in pieces, so that it is never all in memory."""
+    with TemporaryFile(dir=limits.folder) as file:
+        while piece := stream.read(CHUNK_BYTES):
+            file.write(piece)
+            if file.tell() > limits.max_bytes:
+                raise too_large(source, limits)
+        file.flush()
+        return Content.of(file)
 
 
-def _read_path(path: str, roots: Sequence[Path]) -> bytes:
-    """Read a file from one open descriptor: a link may have taken its place since the path was checked."""
+def _open_path(path: str, roots: Sequence[Path]) -> Content:
+    """Check a file by its open descriptor: a link may have taken its place since the path was checked."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
     except (FileNotFoundError, NotADirectoryError):
@@ -124,8 +127,7 @@ def _read_path(path: str, roots: Sequence[Path]) -> bytes:
             raise _missing(path)
         if roots and not lies_under(_place_of(descriptor, path), roots):
             raise DataError(f"the data set {path} lies under no folder of allowed_roots")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
+        return Content(os.dup(descriptor))
     finally:
         os.close(descriptor)
 
@@ -181,12 +183,12 @@ class _HTTPS(HTTPSHandler):
         return self.do_open(self._connect, request)
 
 
-def _fetch_https(source: str, limits: Limits) -> bytes:
+def _fetch_https(source: str, limits: Limits) -> Content:
     request = Request(source, headers={"User-Agent": USER_AGENT})  # noqa: S310 - the scheme is known
     opener = build_opener(_NoRedirects, _HTTPS(limits.may_be_reached))
     try:
         with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
-            content = _read(source, response, limits)
+            content = _keep(source, response, limits)
             if response.length:  # read in pieces, an answer that breaks off ends like a whole one
                 raise IncompleteRead(b"", response.length)
             return content
@@ -204,7 +206,7 @@ def _fetch_https(source: str, limits: Limits) -> bytes:
         raise ConnectionError(first_line(error)) from error
 
 
-def _fetch_object(source: str, limits: Limits) -> bytes:
+def _fetch_object(source: str, limits: Limits) -> Content:
     import fsspec  # noqa: PLC0415 - only remote data needs it
 
     if "::" in source:  # fsspec would read it as one address inside another, a local one as well
@@ -216,7 +218,7 @@ def _fetch_object(source: str, limits: Limits) -> bytes:
     filesystem, path = fsspec.url_to_fs(source)
     try:
         with filesystem.open(path, "rb") as file:
-            return _read(source, file, limits)
+            return _keep(source, file, limits)
     except FileNotFoundError:
         raise _missing(source) from None
     except (OSError, DataError):
@@ -225,7 +227,7 @@ def _fetch_object(source: str, limits: Limits) -> bytes:
         raise ConnectionError(first_line(error)) from error
 
 
-def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path], limits: Limits) -> bytes:
+def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path], limits: Limits) -> Content:
     """Download from the store that the job's own tracking server names."""
     if tracking_uri is None:
         raise DataError(f"the data set {source} lies on an MLflow server, and this job has none")
@@ -243,12 +245,14 @@ def _fetch_artifact(source: str, tracking_uri: str | None, roots: Sequence[Path]
                 f"MLflow keeps the data set {source} in {location}, under no folder of allowed_roots"
             )
         _check_artifact(source, location, tracking_uri, limits)
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory(dir=limits.folder) as folder:
             file = download_artifacts(
                 location, dst_path=folder, tracking_uri=tracking_uri, registry_uri=tracking_uri
             )
             with Path(file).open("rb") as stream:
-                return _read(source, stream, limits)
+                if os.fstat(stream.fileno()).st_size > limits.max_bytes:
+                    raise too_large(source, limits)
+                return Content.of(stream)
     except MlflowException as error:
         if MISSING_ARTIFACT.search(str(error)):
             raise _missing(source) from None

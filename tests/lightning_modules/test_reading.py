@@ -378,4 +378,5 @@ def test_parquet_that_unpacks_to_more_than_the_limit(tmp_path: Path, content: by
         read_dataset(uri, limits=Limits(max_bytes=limit))
     rows = read_dataset(uri, limits=Limits(max_bytes=200_000)).rows
     assert rows[-1].number == len(rows)
-    assert read_dataset(str(write(tmp_path / "rows.parquet", content)), limits=Limits(limit)).rows == rows
+    read = read_dataset(str(write(tmp_path / "rows.parquet", content)), limits=Limits(limit))
+    assert list(read.rows) == list(rows)

@@ -252,11 +252,11 @@ def loss_of(model: Any, tokenizer: Any, held_out: Path) -> float:
     from lightning_modules.data.datamodule import Arrangement, collate
     from lightning_modules.data.formats import instruct_turns
     from lightning_modules.data.reading import read_dataset
-    from lightning_modules.data.tokenize import tokenize_dataset
+    from lightning_modules.data.tokenize import tokenize_rows
     from lightning_modules.supervised import SupervisedFineTuning
 
-    rows = tokenize_dataset(
-        read_dataset(str(held_out)), tokenizer, lambda row: [instruct_turns(row)], max_seq_length=512
+    rows = tokenize_rows(
+        read_dataset(str(held_out)).rows, tokenizer, lambda row: [instruct_turns(row)], max_seq_length=512
     ).rows
     total, scored, remaining = 0.0, 0, iter(rows)
     with torch.no_grad():

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INPUTS_FILE = Path("resume", "inputs.json")
-REFERENCES_FILE = Path("resume", "references.safetensors")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -27,8 +28,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME as CONFIG_FILE
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from lightning_modules.kept import Kept, make
 from lightning_modules.mlflow_uris import LOOKUPS, resolve
-from lightning_modules.models import TOKENIZER_FILE, as_model_error
+from lightning_modules.models import TOKENIZER_FILE, as_model_error, locate, unpack
 from post_training.errors import ModelError
 from post_training.places import lies_under, may_be_used
 from post_training.schemas.trainer import TrackingTarget
@@ -110,6 +112,22 @@ def find_base(model: str, folder: Path, tracking: TrackingTarget | None, roots: 
         log.info("the adapter %s is merged into %s", adapter, base_name)
     tokenizers = [str(adapter) for adapter in adapters if (adapter / TOKENIZER_FILE).is_file()]
     return Base(name, source, [*tokenizers, source][0], tuple(reversed(adapters)))
+
+
+def unpacked(base: Base, kept: Kept) -> Base:
+    """Return the same base in safetensors, which are mapped; a gguf file takes seconds to parse.
+
+    :raises ModelError: if it cannot be read.
+    """
+    location, file = locate(base.source)
+    if file is None:
+        return base
+    folder = kept.place("models", fingerprint(Path(location, file))) / "safetensors"
+    if not folder.exists():
+        log.info("unpacking %s, once", base.source)
+        make(folder, partial(unpack, base.source))
+    tokenizer = str(folder) if base.tokenizer_source == base.source else base.tokenizer_source
+    return replace(base, source=str(folder), tokenizer_source=tokenizer)
 
 
 def identity_of(base: Base) -> list[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lightning_modules.data.datamodule import FineTuningData, Item
+from lightning_modules.data.datamodule import FineTuningData
 from lightning_modules.data.reading import RawDataset, read_dataset
+from lightning_modules.data.shards import TokenizedRows, Tokenizing
 from lightning_modules.data.sources import Limits
-from lightning_modules.data.tokenize import check_bad_rows, tokenize_dataset
+from lightning_modules.kept import Kept
 from lightning_modules.setting import Notices, Setting
 from post_training.schemas.trainer import TrainerSpec
 from post_training.schemas.training import TrainingConfig
@@ -32,7 +34,7 @@ def read_inputs(spec: TrainerSpec) -> dict[Context, RawDataset]:
     :raises DataError: if it cannot be read.
     """
     tracking_uri = spec.tracking.tracking_uri if spec.tracking is not None else None
-    limits = Limits(spec.max_data_bytes)
+    limits = Limits(spec.max_data_bytes, folder=spec.work_dir)
     sources: dict[Context, str] = {"training": spec.train_data}
     if spec.validation_data is not None and spec.request.training_config.max_validation_steps != 0:
         sources["validation"] = spec.validation_data
@@ -50,21 +52,29 @@ def build_data(
     length: int,
     record: JobRecord,
     notices: Notices,
+    kept: Kept,
+    model: Sequence[str],
 ) -> FineTuningData:
     """Tokenize and arrange the rows, and put on the record what they are.
 
     :param config: the model's.
     :param length: the longest sequence in tokens.
+    :param model: what tells the base model from others.
     :raises DataError: if they are bad.
     """
     training, data = setting.spec.request.training_config, setting.data
     vocab_size = config.get_text_config().vocab_size
-    reader = _Reader(setting, tokenizer, vocab_size, length, record, notices)
-    items = {context: reader.items(dataset, context) for context, dataset in datasets.items()}
-    train = items["training"]
+    reader = _Reader(setting, tokenizer, vocab_size, length, record, notices, kept)
+    rows = {context: reader.rows(dataset, context) for context, dataset in datasets.items()}
+    if setting.reference_once:
+        adapters = setting.spec.request.adapters
+        quantized = adapters is not None and adapters.quantize_base
+        for one in rows.values():
+            one.keep_references([list(model), setting.dtype, setting.device, quantized])
+    train = rows["training"]
     module = FineTuningData(
         train,
-        items.get("validation", train),
+        rows.get("validation", train),
         pad_id=tokenizer.pad_token_id,
         batch_size=data.batch_size,
         validation_batches=training.max_validation_steps,
@@ -76,6 +86,7 @@ def build_data(
         steps_per_epoch=training.max_steps_per_epoch,
     )
     _give_notice(setting, module, notices)
+    module.make_ahead()
     return module
 
 
@@ -90,46 +101,55 @@ class _Reader:
         length: int,
         record: JobRecord,
         notices: Notices,
+        kept: Kept,
     ) -> None:
         self._setting = setting
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._length = length
         self._record = record
         self._notices = notices
-
-    def items(self, dataset: RawDataset, context: Context) -> list[Item]:
-        """Return a data set's rows as what batches are made of."""
-        method = self._setting.algorithm.method
-        tokenized = tokenize_dataset(
-            dataset,
-            self._tokenizer,
-            method.conversations[self._setting.data.data_format.value],
-            max_seq_length=self._length,
-            vocab_size=self._vocab_size,
-            train_on_input=bool(self._setting.data.train_on_input),
+        self._kept = kept
+        method, data = setting.algorithm.method, setting.data
+        self._tokenizing = Tokenizing(
+            tokenizer,
+            f"{type(setting.spec.request).__name__} {data.data_format.value}",
+            method.conversations[data.data_format.value],
+            method.item,
+            max_seq_length=length,
+            vocab_size=vocab_size,
+            train_on_input=bool(data.train_on_input),
         )
-        self._tell_of_bad_rows(dataset, tokenized.bad, context)
-        if tokenized.cut:
+
+    def rows(self, dataset: RawDataset, context: Context) -> TokenizedRows:
+        """Tokenize what has to be known before training.
+
+        That is the first shard; and all of them where their numbers of rows, or of packed rows, are not known
+        before: then it is not known how many steps an epoch has.
+        """
+        fraction = self._setting.runtime.max_bad_row_fraction
+        rows = TokenizedRows(
+            dataset, self._tokenizing, self._kept, fraction, partial(self._log_bad_rows, context)
+        )
+        whole = fraction > 0 or (context == "training" and bool(self._setting.data.packed))
+        for number in range(len(rows.counts) if whole else 1):
+            rows.make(number)
+        skipped = rows.check()
+        if skipped is not None:
+            self._log_bad_rows(context, rows.bad)
+            self._notices.add(skipped)
+        if rows.cut:
+            looked_at = "" if rows.all_made else f"first {rows.counts[0]} of "
             self._notices.add(
-                f"{tokenized.cut} of {len(tokenized.rows)} {context} rows are longer than max_seq_length"
-                f" ({self._length} tokens) and were cut at their end"
+                f"{rows.cut} of the {looked_at}{sum(rows.counts)} {context} rows are longer than"
+                f" max_seq_length ({self._tokenizing.max_seq_length} tokens) and were cut at their end"
             )
         self._log_dataset(dataset, context)
-        items = [method.item(*row) for row in tokenized.rows]
-        log.info("%s data: %d rows, %d tokens", context, len(items), sum(map(len, items)))
-        return items
+        tokens = sum(rows[0].lengths)
+        log.info(
+            "%s data: %d rows, the first %d with %d tokens", context, sum(rows.counts), rows.counts[0], tokens
+        )
+        return rows
 
-    def _tell_of_bad_rows(self, dataset: RawDataset, bad: dict[int, str], context: Context) -> None:
-        """Put the table of bad rows on the record, and go on if they are few.
-
-        :raises DataError: if they are too many.
-        """
-        if bad:
-            self._record.log_table(f"bad_{context}_rows.json", ["row", "reason"], sorted(bad.items()))
-        skipped = check_bad_rows(dataset, bad, self._setting.runtime.max_bad_row_fraction)
-        if skipped is not None:
-            self._notices.add(skipped)
+    def _log_bad_rows(self, context: Context, bad: Mapping[int, str]) -> None:
+        self._record.log_table(f"bad_{context}_rows.json", ["row", "reason"], sorted(bad.items()))
 
     def _log_dataset(self, dataset: RawDataset, context: Context) -> None:
         data = self._setting.data

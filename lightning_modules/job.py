@@ -14,37 +14,32 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from lightning_modules.attempts import REFERENCES_FILE, Inputs, begin
-from lightning_modules.base_model import Base, find_base, identity_of, merge_adapter, meta_model
+from lightning_modules.attempts import Inputs, begin
+from lightning_modules.base_model import Base, find_base, identity_of, merge_adapter, meta_model, unpacked
 from lightning_modules.checkpoint import (
     RESUME_FILE,
     Checkpoints,
     FileCheckpointIO,
     SaveInterval,
 )
-from lightning_modules.data.datamodule import Arrangement, FineTuningData
-from lightning_modules.data.tokenize import Pair
+from lightning_modules.data.datamodule import Arrangement, FineTuningData, Seen
 from lightning_modules.dropout import has_dropout, switch_off_dropout
 from lightning_modules.engine.compiling import compile_layers, is_long
 from lightning_modules.engine.lora import use_fast_adapters
 from lightning_modules.engine.prepare import speed_up
 from lightning_modules.inputs import build_data, read_inputs
+from lightning_modules.kept import Kept
 from lightning_modules.models import DTYPES, cap_sequence_length, load_config, load_model, load_tokenizer
 from lightning_modules.module import PostTraining
 from lightning_modules.objective import language_model
 from lightning_modules.optimization import Schedule, default_optimizer
-from lightning_modules.preference import (
-    load_references,
-    save_references,
-    set_references,
-)
 from lightning_modules.probes import check_logits, check_packing
 from lightning_modules.samples import SamplePrompts
 from lightning_modules.setting import Notices, Setting
 from post_training.errors import ModelError
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.requests import PreferenceOptimizeRequest
-from post_training.schemas.trainer import BASE_FOLDER, TrainerSpec
+from post_training.schemas.trainer import BASE_FOLDER, CACHE_FOLDER, TrainerSpec
 from post_training.schemas.training import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -82,8 +77,16 @@ class Job:
         :raises StopRequestedError: if the process was asked to stop.
         """
         spec, trainer = self.setting.spec, self.trainer
-        if isinstance(spec.request, PreferenceOptimizeRequest):
-            compute_references(trainer, self.module, self.data, self.setting)
+        try:
+            self._train(trainer, spec)
+        finally:
+            self.data.close()
+        epochs = spec.request.training_config.n_epochs
+        return Finished(self.checkpoints.saved, self.checkpoints.uploaded(epochs), self.module.metrics)
+
+    def _train(self, trainer: pl.Trainer, spec: TrainerSpec) -> None:
+        if self.setting.reference_once:
+            compute_references(trainer, self.module, self.data, spec.request.training_config.n_epochs)
         resume_file = spec.work_dir / RESUME_FILE
         if resume_file.exists():
             log.info("attempt %d goes on from %s", spec.attempt, resume_file)
@@ -92,8 +95,6 @@ class Job:
             if spec.request.training_config.max_validation_steps != 0:
                 trainer.validate(self.module, datamodule=self.data, verbose=False)
             trainer.fit(self.module, datamodule=self.data)
-        epochs = spec.request.training_config.n_epochs
-        return Finished(self.checkpoints.saved, self.checkpoints.uploaded(epochs), self.module.metrics)
 
 
 def prepare_job(
@@ -110,21 +111,25 @@ def prepare_job(
     :param clock: tells when the resume state is saved.
     :raises PostTrainingError: if data, model or machine do not allow it.
     """
+    kept = Kept(spec.cache_dir or spec.work_dir / CACHE_FOLDER, spec.max_cache_bytes)
+    kept.trim()
     base = find_base(spec.model, spec.work_dir / BASE_FOLDER, spec.tracking, spec.model_roots)
     setting = Setting.of(_with_export_form(spec, base))
     pl.seed_everything(setting.runtime.seed, verbose=False)
+    packed, base = base, unpacked(base, kept)
     tokenizer, config = load_tokenizer(base.tokenizer_source), load_config(base.source)
+    identity = identity_of(packed)
     outline = meta_model(config)
     setting.algorithm.weights.check(outline, setting.spec.request)
     datasets = read_inputs(spec)
-    inputs = Inputs.of(spec, identity_of(base), [dataset.digest for dataset in datasets.values()])
+    inputs = Inputs.of(spec, identity, [dataset.digest for dataset in datasets.values()])
     begin(spec, inputs, record, should_stop)
     notices = Notices(record)
     length = cap_sequence_length(config, setting.runtime.max_seq_length)
     if length < setting.runtime.max_seq_length:
         notices.add(f"runtime.max_seq_length is {length}, as many positions as the model has")
-    data = build_data(setting, datasets, tokenizer, config, length, record, notices)
-    del datasets  # before the weights: the rows as they were read may take much memory
+    data = build_data(setting, datasets, tokenizer, config, length, record, notices, kept, identity)
+    del datasets  # before the weights: rows that were read from json or csv may take much memory
     model, arrangement = build_model(setting, base, config, length)
     data.arrange(arrangement)
     _compile_if_long(setting, model, data, outline.num_parameters())
@@ -205,9 +210,10 @@ def _compile_if_long(setting: Setting, model: nn.Module, data: FineTuningData, p
     adapters, loader = setting.spec.request.adapters, data.train_loader
     if not setting.algorithm.weights.frozen_base or adapters is None or adapters.quantize_base:
         return
-    rows = min(len(loader) * loader.step_rows, len(loader.rows))
-    mean = sum(len(item) for row in loader.rows for item in row) / len(loader.rows)
-    if is_long(int(rows * mean) * setting.spec.request.training_config.n_epochs, parameters):
+    lengths = loader.shards[0].lengths
+    share = len(loader) / loader.whole_epoch
+    tokens = sum(loader.shards.counts) * share * sum(lengths) / len(lengths)
+    if is_long(int(tokens) * setting.spec.request.training_config.n_epochs, parameters):
         compile_layers(language_model(model))
 
 
@@ -259,24 +265,26 @@ def build_trainer(setting: Setting, callbacks: list[pl.Callback]) -> pl.Trainer:
 
 
 def compute_references(
-    trainer: pl.Trainer, module: PostTraining, data: FineTuningData, setting: Setting
+    trainer: pl.Trainer, module: PostTraining, data: FineTuningData, n_epochs: int
 ) -> None:
-    """Give every pair that will be seen its reference's log-probabilities, unless they are asked for live.
+    """Compute the reference's log-probabilities of all pairs that will be seen and have none.
 
-    They are computed before the first optimizer step, of a full fine-tuning by the model itself, and kept in
-    the job's folder for its later attempts.
+    They are computed before the first optimizer step, of a full fine-tuning by the model itself, and kept for
+    later attempts and other jobs.
     """
-    if setting.runtime.reference_logprobs == "live":
-        return
-    pairs = cast(list[Pair], data.items_seen(setting.spec.request.training_config.n_epochs))
-    file = setting.spec.work_dir / REFERENCES_FILE
-    log_probs = load_references(file)
-    if log_probs is None:
-        log.info("computing the reference's log-probabilities of %d pairs", len(pairs))
-        parts = trainer.predict(module, data.batches_of(pairs))
-        log_probs = torch.cat(cast(list[torch.Tensor], parts)).cpu()
-        save_references(file, log_probs)
-    set_references(pairs, log_probs)
+    for shards, number, indices in data.seen(n_epochs):
+        missing = shards.without_reference(number, indices)
+        if missing:
+            log.info("computing the reference's log-probabilities of %d pairs", len(missing))
+            log_probs = references_of(trainer, module, data, [(shards, number, missing)])
+            shards.set_references(number, missing, log_probs)
+
+
+def references_of(
+    trainer: pl.Trainer, module: PostTraining, data: FineTuningData, parts: Sequence[Seen]
+) -> torch.Tensor:
+    """Return the reference's log-probabilities of pairs' scored tokens, one pair after the other (n)."""
+    return torch.cat(cast(list[torch.Tensor], trainer.predict(module, data.batches_of(parts)))).cpu()
 
 
 def _log_params(
@@ -295,7 +303,7 @@ def _log_params(
             "trainable_parameters": trained,
             "total_parameters": total,
             "steps": module.steps_total,
-            "training_rows": sum(map(len, data.train_loader.rows)),
+            "training_rows": sum(data.train_loader.shards.counts),
             "seed": setting.runtime.seed,
             "learning_rate": module.optimizer_config.lr,
             "num_warmup_steps": module.schedule.warmup,

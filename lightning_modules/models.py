@@ -78,7 +78,7 @@ def load_model(source: str, *, dtype: torch.dtype, config: PretrainedConfig | No
     :raises ModelError: if it cannot be found or read, has no safe weights, or is quantized.
     """
     config = config or load_config(source)
-    location, file = _locate(source)
+    location, file = locate(source)
     # Left packed, the weights of a gguf file could be neither trained nor saved.
     options: dict[str, Any] = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
     with as_model_error(source):
@@ -99,11 +99,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     :param source: as of ``load_model``, or any folder with a tokenizer, such as an adapter's.
     :raises ModelError: if it cannot be found, is not a fast one, or has no end token.
     """
-    location, file = (source, None) if (Path(source) / TOKENIZER_FILE).is_file() else _locate(source)
-    with as_model_error(source):
-        tokenizer = AutoTokenizer.from_pretrained(
-            location, trust_remote_code=False, **({} if file is None else {"gguf_file": file})
-        )
+    tokenizer = _read_tokenizer(source)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {source} gives no character offsets, which the loss mask needs")
     if tokenizer.eos_token is None:
@@ -113,7 +109,25 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if tokenizer.chat_template is None:
         log.warning("the tokenizer of %s has no chat template: a plain one is used and saved", source)
         tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+    return tokenizer
+
+
+def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    location, file = (source, None) if (Path(source) / TOKENIZER_FILE).is_file() else locate(source)
+    with as_model_error(source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, trust_remote_code=False, **({} if file is None else {"gguf_file": file})
+        )
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def unpack(source: str, folder: Path) -> None:
+    """Write a model that is packed in a gguf file, and its tokenizer, into a folder of safetensors, in fp32.
+
+    :raises ModelError: if it cannot be read.
+    """
+    save_model(load_model(source, dtype=torch.float32), folder)
+    _read_tokenizer(source).save_pretrained(folder)
 
 
 def load_config(source: str) -> PretrainedConfig:
@@ -121,7 +135,7 @@ def load_config(source: str) -> PretrainedConfig:
 
     :raises ModelError: if it cannot be found or read, or is that of a quantized model.
     """
-    location, file = _locate(source)
+    location, file = locate(source)
     with as_model_error(source):
         config = AutoConfig.from_pretrained(
             location, trust_remote_code=False, **({} if file is None else {"gguf_file": file})
@@ -156,8 +170,8 @@ def cap_sequence_length(config: PretrainedConfig, requested: int) -> int:
     return int(limit)
 
 
-def _locate(source: str) -> tuple[str, str | None]:
-    """Split the source into what transformers loads from and the name of a gguf file in it."""
+def locate(source: str) -> tuple[str, str | None]:
+    """Split a source into what transformers loads from and the name of a gguf file in it."""
     path = Path(source)
     if not path.is_absolute() and not source.startswith("."):
         return source, None  # a hub id, also where a folder of that name lies in the working folder

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_modules.data.datamodule import Batch
-from lightning_modules.data.tokenize import Pair
 from lightning_modules.objective import Outcome, Sum, scored_log_probs
 from lightning_modules.preference_losses import PREFERENCE_LOSSES, kl_estimate, rewards
 from post_training.schemas import record as names
@@ -81,26 +78,3 @@ def reference_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     )
     with without:
         return scored_log_probs(model, batch, precise=True)
-
-
-def set_references(pairs: Sequence[Pair], log_probs: Tensor) -> None:
-    """Give each pair its reference's log-probabilities.
-
-    :param log_probs: of all pairs' scored tokens, one pair after the other (n).
-    """
-    sizes = [pair.chosen.scored + pair.rejected.scored for pair in pairs]
-    for pair, part in zip(pairs, log_probs.split(sizes), strict=True):  # type: ignore[no-untyped-call]
-        pair.reference = part
-
-
-def save_references(file: Path, log_probs: Tensor) -> None:
-    """Write the log-probabilities of all pairs (n), complete or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    save_file({"reference": log_probs}, temporary)
-    temporary.replace(file)
-
-
-def load_references(file: Path) -> Tensor | None:
-    """Return what was saved (n), None where nothing was."""
-    return load_file(file)["reference"] if file.exists() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from lightning_modules.adapters import add_adapters, target_modules
 from lightning_modules.data.formats import FORMATS, PREFERENCE_FORMATS, Turn
-from lightning_modules.data.tokenize import Example, Pair
+from lightning_modules.data.shards import Conversations
+from lightning_modules.data.tokenize import Item, Pair
 from lightning_modules.merge import export_merged
 from lightning_modules.models import save_model
 from lightning_modules.nf4 import quantizable, quantize_base
@@ -27,9 +28,6 @@ from post_training.schemas.requests import (
     PreferenceOptimizeRequest,
     SupervisedFineTuneRequest,
 )
-
-Conversations = Callable[[Mapping[str, Any]], Sequence[Sequence[Turn]]]
-"""Reads a row's conversations, or raises BadRowError."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Method:
     """
 
     conversations: Mapping[str, Conversations]
-    item: Callable[..., Example | Pair]
+    item: Callable[..., Item]
     objective: Callable[[Any], Objective]
     notices: Callable[[Any], Iterable[str]] = lambda request: ()
     learning_rate: float | None = None

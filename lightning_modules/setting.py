@@ -12,6 +12,7 @@ from lightning_modules.models import effective_dtype
 from lightning_modules.registry import Algorithm, find_algorithm
 from post_training.errors import HardwareError
 from post_training.schemas.record import TAG_WARNING
+from post_training.schemas.requests import PreferenceOptimizeRequest
 from post_training.schemas.trainer import TrainerSpec
 from post_training.schemas.training import DataConfig, EfficiencyConfig, LoggerConfig, RuntimeConfig
 
@@ -71,6 +72,12 @@ class Setting:
             device=device,
             dtype=effective_dtype(training.dtype, device),
         )
+
+    @property
+    def reference_once(self) -> bool:
+        """Whether a reference's log-probabilities are computed before training and kept."""
+        preference = isinstance(self.spec.request, PreferenceOptimizeRequest)
+        return preference and self.runtime.reference_logprobs != "live"
 
     @property
     def precision(self) -> Literal["32-true", "bf16-mixed", "16-mixed"]:

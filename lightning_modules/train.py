@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from lightning_modules.lean_imports import leave_out_unused
 from lightning_modules.trained import Trained, job_of, read_trained, write_trained, write_whole
 from post_training.errors import (
     DataError,
@@ -172,16 +173,6 @@ def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt) -> Trained:
         metrics=finished.metrics,
         resources=resources.summary(),
     )
-
-
-def leave_out_unused(spec: TrainerSpec) -> None:
-    """Hide bitsandbytes from peft, which imports it wherever it is installed, unless the job needs it.
-
-    It takes a second and 100 MiB, most of it for torch's compiler. What has imported peft already has paid.
-    """
-    adapters = spec.request.adapters
-    if "peft" not in sys.modules and not (adapters is not None and adapters.quantize_base):
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # how Python spells "not there"
 
 
 def describe(error: Exception) -> str:

@@ -63,6 +63,7 @@ def resolver_of(
             "max_body_bytes": 1000,
             "max_data_uri_bytes": 100,
             "max_data_bytes": 1_000,
+            "max_cache_bytes": 1_000,
             **changes,
         }
     )

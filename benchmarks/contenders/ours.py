@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from mlflow import MlflowClient
 
 from benchmarks.contenders.rounds import ALPHA, BETA, LEARNING_RATE, RANK, Rounds, Task
+from lightning_modules.lean_imports import leave_out_unused
 from lightning_modules.record import open_record
-from lightning_modules.train import PROGRESS_SECONDS, leave_out_unused
+from lightning_modules.train import PROGRESS_SECONDS
 from post_training.schemas.trainer import TrackingTarget, TrainerSpec
 
 LORA = {"type": "LoRA", "apply_lora_to_output": False, "rank": RANK, "alpha": ALPHA}
@@ -24,26 +24,6 @@ TARGETS: dict[str, dict[str, Any]] = {
         "apply_lora_to_mlp": True,
     },
 }
-
-
-class AskForRounds(pl.Callback):
-    """Cuts the one epoch of a job into rounds, before whose first step it waits."""
-
-    def __init__(self, rounds: Rounds, steps: int) -> None:
-        self._rounds, self._steps = rounds, steps
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Wait for the next round."""
-        if batch_idx % self._steps == 0:
-            self._rounds.wait()
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Report the round that has ended."""
-        self._rounds.losses.append(pl_module.last_loss)
-        if (batch_idx + 1) % self._steps == 0:
-            self._rounds.done()
 
 
 def specification(task: Task, folder: Path) -> TrainerSpec:
@@ -99,6 +79,25 @@ def specification(task: Task, folder: Path) -> TrainerSpec:
     return TrainerSpec.model_validate(spec)
 
 
+def ask_for_rounds(rounds: Rounds, steps: int) -> Any:
+    """Make the callback that cuts the one epoch of a job into rounds, before whose first step it waits."""
+    import lightning.pytorch as pl  # after leave_out_unused
+
+    class AskForRounds(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx % steps == 0:
+                rounds.wait()
+
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            rounds.losses.append(pl_module.last_loss)
+            if (batch_idx + 1) % steps == 0:
+                rounds.done()
+
+    return AskForRounds()
+
+
 def main() -> None:
     """Train until no more rounds are asked for."""
     rounds = Rounds()
@@ -113,14 +112,16 @@ def main() -> None:
         compiling.LONG_JOB = 0 if task.options.get("compiled") else float("inf")
         record = open_record(spec)
         steps = -(-task.rows // task.batch_size)
-        callbacks = [AskForRounds(rounds, steps), Progress(PROGRESS_SECONDS), Resources()]
+        callbacks = [ask_for_rounds(rounds, steps), Progress(PROGRESS_SECONDS), Resources()]
         job = jobs.prepare_job(spec, record, callbacks)
+        reference = 0.0
         if task.method == "dpo":  # what the job does first, timed apart: rounds share it
-            started = time.perf_counter()
-            jobs.compute_references(job.trainer, job.module, job.data, job.setting)
-            reference = (time.perf_counter() - started) / task.options["rounds"]
-        else:
-            reference = 0.0
+            parts = job.data.seen(1)
+            for _ in range(2):  # the first time is the warm-up that the rounds have too
+                started = time.perf_counter()
+                jobs.references_of(job.trainer, job.module, job.data, parts)
+                reference = (time.perf_counter() - started) / task.options["rounds"]
+            jobs.compute_references(job.trainer, job.module, job.data, 1)
         batches = [batch for step in list(job.data.train_loader)[:steps] for batch in step]
         job.data.train_loader.load_state_dict({"epoch": 0, "position": 0})
         rounds.ready(

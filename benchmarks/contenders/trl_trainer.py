@@ -38,6 +38,28 @@ class AskForRounds(TrainerCallback):
             self._rounds.done()
 
 
+class ReferencePass:
+    """Measures how long TRL computes reference log-probabilities; what it does around that is left out.
+
+    The first batch is computed twice, for the first time is the warm-up that the rounds have too.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.seconds, self._warm = 0.0, False
+        self._compute = getattr(trainer, "compute_ref_log_probs", None)
+        if self._compute is not None:
+            trainer.compute_ref_log_probs = lambda *given: self._timed(*given)
+
+    def _timed(self, *given: Any) -> Any:
+        if not self._warm:
+            self._warm = True
+            self._compute(*given)
+        started = time.perf_counter()
+        answer = self._compute(*given)
+        self.seconds += time.perf_counter() - started
+        return answer
+
+
 def main() -> None:
     """Train until no more rounds are asked for."""
     rounds = Rounds()
@@ -73,7 +95,7 @@ def main() -> None:
             dtype=getattr(torch, task.options.get("weights", "float32")),
             attn_implementation=task.options.get("attention", "sdpa"),
         )
-        started = time.perf_counter()
+        timed = ReferencePass(trainer)
         made: Any = trainer(
             model,
             args=config(output_dir=folder, **(settings | task.options["settings"])),
@@ -82,11 +104,11 @@ def main() -> None:
             peft_config=adapter,
             callbacks=[callback],
         )
-        once = bool(task.options["settings"].get("precompute_ref_log_probs"))
         made._get_train_sampler = lambda dataset=None: SequentialSampler(made.train_dataset)
         batch_size = made.args.per_device_train_batch_size
         callback.steps = -(-len(made.train_dataset) // batch_size)
-        rounds.ready(reference_seconds=time.perf_counter() - started if once else 0.0)
+        once = bool(task.options["settings"].get("precompute_ref_log_probs"))
+        rounds.ready(reference_seconds=timed.seconds if once else 0.0)
         made.train()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,8 @@ import torch
 
 from lightning_modules.data.layout import Ids, arrange
 from lightning_modules.data.packing import pack
-from lightning_modules.data.tokenize import Example, Pair
+from lightning_modules.data.shards import Shards
+from lightning_modules.data.tokenize import Item, Pair
 from lightning_modules.engine.tiles import Layout
 
 Batch = dict[str, Any]
@@ -25,9 +27,11 @@ token's sequence, and ``reference`` (n) where it was computed, its reference log
 SORT_WINDOW = 16
 """Optimizer steps among which rows of like length are brought together."""
 
-Item = Example | Pair
 Row = Sequence[Item]
 """What stands together in a batch: one item, or several where rows are packed."""
+
+Seen = tuple[Shards, int, list[int]]
+"""Items of a shard: the data set, the shard's number, and theirs in it."""
 
 
 class Arrangement(Enum):
@@ -120,18 +124,19 @@ def _of_pairs(pairs: Sequence[Pair], scored: Sequence[int]) -> Batch:
 
 
 def epoch_order(
-    lengths: Sequence[int], step_rows: int, *, shuffle: bool, grouped: bool, seed: int, epoch: int
+    lengths: Sequence[int], step_rows: int, *, shuffle: bool, grouped: bool, seed: Sequence[int]
 ) -> list[list[int]]:
-    """Divide the rows of one epoch among its optimizer steps; depends on the seed and the epoch only.
+    """Divide the rows of a shard in one epoch among its optimizer steps; depends on the seed only.
 
     :param lengths: tokens of each row.
     :param step_rows: rows of one optimizer step: batch size times accumulation.
     :param grouped: where the order is shuffled, let rows of like length meet: a random order is sorted within
         windows of ``SORT_WINDOW`` steps, and the steps are shuffled.
+    :param seed: of the job, the epoch and the shard.
     :returns: row indices of each step; one step may be short.
     """
     order = np.arange(len(lengths))
-    random = np.random.default_rng([seed, epoch])
+    random = np.random.default_rng(seed)
     if shuffle:
         order = random.permutation(order)
     if shuffle and grouped:
@@ -146,14 +151,16 @@ class StepLoader:
     """Yields, for each optimizer step, the list of its micro-batches.
 
     A step's tokens are then known before its first backward pass, and a checkpoint between steps is
-    a checkpoint between batches. The state is the epoch and the position in it.
+    a checkpoint between batches. The state is the epoch and the position in it. A step has rows of one shard;
+    shuffled, the rows of a shard change places, and the shards do: but the first epoch begins with the first.
 
+    :param capacity: tokens of a packed row; None packs none.
     :param steps_per_epoch: optimizer steps after which an epoch ends; None is all of them.
     """
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        shards: Shards,
         *,
         batch_size: int,
         accumulation: int,
@@ -161,15 +168,21 @@ class StepLoader:
         seed: int,
         steps_per_epoch: int | None,
         pad_id: int,
+        capacity: int | None = None,
     ) -> None:
-        self.rows = rows
+        self.shards = shards
         self.batch_size = batch_size
         self.step_rows = batch_size * accumulation
         self.shuffle = shuffle
         self.seed = seed
         self.pad_id = pad_id
         self.arrangement = Arrangement.PADDED
-        self.whole_epoch = -(-len(rows) // self.step_rows)
+        self._bins = None
+        if capacity is not None:
+            self._bins = [pack(shards[number].lengths, capacity) for number in range(len(shards.counts))]
+        rows = shards.counts if self._bins is None else list(map(len, self._bins))
+        self._steps = [-(-count // self.step_rows) for count in rows]
+        self.whole_epoch = sum(self._steps)
         self.length = min(steps_per_epoch or self.whole_epoch, self.whole_epoch)
         self.epoch = 0
         self.position = 0
@@ -178,37 +191,70 @@ class StepLoader:
         return self.length
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        order = self._order(self.epoch)
         # The position moves before the yield: whoever saves now has this step behind it.
-        for step in order[self.position : self.length]:
-            self.position += 1
-            if self.position == self.length:
-                self.epoch, self.position = self.epoch + 1, 0
-            yield [
-                collate(
-                    [self.rows[i] for i in step[at : at + self.batch_size]], self.pad_id, self.arrangement
-                )
-                for at in range(0, len(step), self.batch_size)
-            ]
+        for number, first, last in self._parts(self.epoch, self.position):
+            shard, rows = self.shards[number], self._rows(number)
+            for step in self._order(number, self.epoch)[first:last]:
+                self.shards.check()
+                self.position += 1
+                if self.position == self.length:
+                    self.epoch, self.position = self.epoch + 1, 0
+                yield [
+                    collate(
+                        [[shard[item] for item in rows[row]] for row in step[at : at + self.batch_size]],
+                        self.pad_id,
+                        self.arrangement,
+                    )
+                    for at in range(0, len(step), self.batch_size)
+                ]
 
-    def items_seen(self, n_epochs: int) -> list[Item]:
-        """Return what so many epochs train on, each item once, in the rows' order."""
-        seen: set[int] = set()
+    def seen(self, n_epochs: int) -> dict[int, list[int]]:
+        """Return what so many epochs train on: the items of each shard, in file order."""
+        found: dict[int, set[int]] = {}
         for epoch in range(n_epochs if self.shuffle else 1):
-            seen.update(i for step in self._order(epoch)[: self.length] for i in step)
-            if len(seen) == len(self.rows):
+            for number, first, last in self._parts(epoch, 0):
+                rows = self._rows(number)
+                steps = self._order(number, epoch)[first:last]
+                found.setdefault(number, set()).update(
+                    item for step in steps for row in step for item in rows[row]
+                )
+            if sum(map(len, found.values())) == sum(self.shards.counts):
                 break
-        return [item for i in sorted(seen) for item in self.rows[i]]
+        return {number: sorted(found[number]) for number in sorted(found)}
 
-    def _order(self, epoch: int) -> list[list[int]]:
-        lengths = [sum(map(len, row)) for row in self.rows]
+    def _parts(self, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the shards of an epoch, of each the steps from a position on: first, and before which."""
+        order = np.arange(len(self._steps))
+        if self.shuffle:
+            random = np.random.default_rng([self.seed, epoch])
+            order = random.permutation(order)
+            if epoch == 0:  # the first is there already
+                order = np.concatenate([[0], order[order != 0]])
+        at = 0
+        for number in order.tolist():
+            steps = self._steps[number]
+            first, last = max(0, position - at), min(steps, self.length - at)
+            if first < last:
+                yield number, first, last
+            at += steps
+
+    def _rows(self, number: int) -> Sequence[Sequence[int]]:
+        """Return the items that stand in each row of a shard."""
+        return (
+            [[item] for item in range(self.shards.counts[number])]
+            if self._bins is None
+            else self._bins[number]
+        )
+
+    def _order(self, number: int, epoch: int) -> list[list[int]]:
+        rows = self._rows(number)
+        grouped = self.shuffle and self.arrangement in PADDING
+        lengths = [0] * len(rows)
+        if grouped:
+            of_items = self.shards[number].lengths
+            lengths = [sum(of_items[item] for item in row) for row in rows]
         return epoch_order(
-            lengths,
-            self.step_rows,
-            shuffle=self.shuffle,
-            grouped=self.arrangement in PADDING,
-            seed=self.seed,
-            epoch=epoch,
+            lengths, self.step_rows, shuffle=self.shuffle, grouped=grouped, seed=[self.seed, epoch, number]
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -221,35 +267,44 @@ class StepLoader:
 
 
 class BatchLoader:
-    """Yields batches in a fixed order; Lightning would take a plain list for several loaders."""
+    """Yields batches in a fixed order; Lightning would take a plain list for several loaders.
 
-    def __init__(self, items: Sequence[Item], batch_size: int, pad_id: int, arrangement: Arrangement) -> None:
-        self.batches = [
-            [[item] for item in items[at : at + batch_size]] for at in range(0, len(items), batch_size)
-        ]
-        self.pad_id = pad_id
-        self.arrangement = arrangement
+    :param parts: items of shards, in their order.
+    """
+
+    def __init__(self, parts: Sequence[Seen], batch_size: int, pad_id: int, arrangement: Arrangement) -> None:
+        self._parts = parts
+        self._batch_size = batch_size
+        self._pad_id = pad_id
+        self._arrangement = arrangement
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return -(-sum(len(indices) for _, _, indices in self._parts) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (collate(rows, self.pad_id, self.arrangement) for rows in self.batches)
+        items = (
+            [shard[index]]
+            for shards, number, indices in self._parts
+            for shard in [shards[number]]
+            for index in indices
+        )
+        while rows := list(islice(items, self._batch_size)):
+            yield collate(rows, self._pad_id, self._arrangement)
 
 
 class FineTuningData(pl.LightningDataModule):
     """Training and validation batches.
 
-    :param train: tokenized training rows.
-    :param validation: tokenized validation rows, in file order, never packed.
+    :param train: training rows.
+    :param validation: validation rows, read in file order, never packed.
     :param validation_batches: how many batches of them are read; None is all, 0 none.
     :param max_seq_length: tokens of a packed row for each sequence that an item has: a pair has two.
     """
 
     def __init__(
         self,
-        train: Sequence[Item],
-        validation: Sequence[Item],
+        train: Shards,
+        validation: Shards,
         *,
         pad_id: int,
         batch_size: int,
@@ -262,21 +317,20 @@ class FineTuningData(pl.LightningDataModule):
         steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__()
-        rows: list[Row] = [[item] for item in train]
-        if packed:
-            capacity = max_seq_length * max(len(item.sequences) for item in train)
-            rows = [[train[i] for i in row] for row in pack([len(item) for item in train], capacity)]
         self.train_loader = StepLoader(
-            rows,
+            train,
             batch_size=batch_size,
             accumulation=accumulation,
             shuffle=shuffle,
             seed=seed,
             steps_per_epoch=steps_per_epoch,
             pad_id=pad_id,
+            capacity=max_seq_length * len(train[0][0].sequences) if packed else None,
         )
         read = None if validation_batches is None else validation_batches * batch_size
-        self.validation_items = validation[:read]
+        self._validation = [
+            (validation, number, indices) for number, indices in _first(validation.counts, read).items()
+        ]
         self._batch_size = batch_size
         self._pad_id = pad_id
 
@@ -299,18 +353,37 @@ class FineTuningData(pl.LightningDataModule):
         """Put the training loader back to a position."""
         self.train_loader.load_state_dict(state_dict)
 
+    def make_ahead(self) -> None:
+        """Tokenize the rows that are left while training goes on."""
+        self.train_loader.shards.make_ahead()
+
+    def close(self) -> None:
+        """End what was begun ahead."""
+        self.train_loader.shards.close()
+
     def val_dataloader(self) -> BatchLoader:
         """Return the validation batches in file order."""
-        return self.batches_of(self.validation_items)
+        return self.batches_of(self._validation)
 
-    def batches_of(self, items: Sequence[Item]) -> BatchLoader:
+    def batches_of(self, parts: Sequence[Seen]) -> BatchLoader:
         """Return batches of any items, as validation has them."""
         alone = self.train_loader.arrangement
         if alone is Arrangement.PACKED:
             alone = Arrangement.PADDED
-        return BatchLoader(items, self._batch_size, self._pad_id, alone)
+        return BatchLoader(parts, self._batch_size, self._pad_id, alone)
 
-    def items_seen(self, n_epochs: int) -> list[Item]:
-        """Return what so many epochs train and validate on, each item once, in a fixed order."""
-        items = [*self.train_loader.items_seen(n_epochs), *self.validation_items]
-        return list({id(item): item for item in items}.values())
+    def seen(self, n_epochs: int) -> list[Seen]:
+        """Return what so many epochs train and validate on, in file order; what both have comes twice."""
+        train = self.train_loader.shards
+        trained = self.train_loader.seen(n_epochs).items()
+        return [(train, number, indices) for number, indices in trained] + self._validation
+
+
+def _first(counts: Sequence[int], limit: int | None) -> dict[int, list[int]]:
+    """Return the first items of a data set by their shards."""
+    found, left = {}, sum(counts) if limit is None else limit
+    for number, count in enumerate(counts):
+        if left > 0:
+            found[number] = list(range(min(count, left)))
+        left -= count
+    return found

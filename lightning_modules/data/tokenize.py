@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from torch import Tensor
 
+from lightning_modules.data.content import Row
 from lightning_modules.data.formats import Turn, tools_of
 from lightning_modules.data.layout import Ids
 from lightning_modules.data.messages import BadRowError
@@ -42,8 +43,8 @@ class Example:
         scored: nothing comes before it.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: list[int] | Ids
+    labels: list[int] | Ids
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -56,17 +57,17 @@ class Example:
     @property
     def scored(self) -> int:
         """How many of its tokens are scored."""
-        return sum(token != IGNORED for token in self.labels)
+        return len(self.scored_places)
 
     @property
     def ids(self) -> Ids:
         """Its tokens as an array (n)."""
-        return np.array(self.input_ids)
+        return np.asarray(self.input_ids)
 
     @property
     def scored_places(self) -> Ids:
         """Positions of its scored tokens, ascending."""
-        return np.flatnonzero(np.array(self.labels) != IGNORED)
+        return np.flatnonzero(np.asarray(self.labels) != IGNORED)
 
 
 @dataclass
@@ -88,6 +89,10 @@ class Pair:
     def sequences(self) -> tuple[Example, ...]:
         """The sequences that the model sees."""
         return (self.chosen, self.rejected)
+
+
+Item = Example | Pair
+"""What a row becomes."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,8 @@ class Tokenized:
     cut: int
 
 
-def tokenize_dataset(
-    dataset: RawDataset,
+def tokenize_rows(
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     conversations: Callable[[Mapping[str, Any]], Sequence[Sequence[Turn]]],
     *,
@@ -129,7 +134,7 @@ def tokenize_dataset(
     """
     bad: dict[int, str] = {}
     rendered: dict[int, list[Rendered]] = {}
-    for row in dataset.rows:
+    for row in rows:
         try:
             if row.error is not None:
                 raise BadRowError(row.error)
@@ -137,25 +142,26 @@ def tokenize_dataset(
             rendered[row.number] = [render(tokenizer, turns, train_on_input, tools) for turns in read]
         except BadRowError as reason:
             bad[row.number] = str(reason)
-    rows, cut = [], 0
+    usable, cut = [], 0
     for number, whole in _tokenize_all(tokenizer, rendered):
         examples = tuple(Example(e.input_ids[:max_seq_length], e.labels[:max_seq_length]) for e in whole)
         problem = _problem(examples, max_seq_length, vocab_size or len(tokenizer))
         if problem is None:
-            rows.append(examples)
+            usable.append(examples)
             cut += any(len(example) > max_seq_length for example in whole)
         else:
             bad[number] = problem
-    return Tokenized(rows, bad, cut)
+    return Tokenized(usable, bad, cut)
 
 
 def _problem(examples: Sequence[Example], max_seq_length: int, vocab_size: int) -> str | None:
     """Say why a row's examples cannot be trained on, None if they can."""
     if not all(example.scored for example in examples):
         return f"the prompt is longer than max_seq_length ({max_seq_length} tokens)"
-    if len(examples) > 1 and all(example == examples[0] for example in examples):
+    first, *others = examples
+    if others and all(np.array_equal(first.ids, other.ids) for other in others):
         return f"its answers are the same within max_seq_length ({max_seq_length} tokens)"
-    largest = max(token for example in examples for token in example.input_ids)
+    largest = max(int(example.ids.max()) for example in examples)
     return f"has the token {largest}, and the model knows {vocab_size}" if largest >= vocab_size else None
 
 
@@ -285,11 +291,11 @@ def label(
     :param offsets: each token's characters ``[start, end)``, as the tokenizer gives them.
     :param spans: learned characters ``[start, end)``, in order and apart.
     """
-    labels = [IGNORED] * len(input_ids)
-    span = 0
-    for position, (start, end) in enumerate(offsets):
-        while span < len(spans) and start >= spans[span][1]:
-            span += 1
-        if span < len(spans) and start >= spans[span][0] and end > start and position > 0:
-            labels[position] = input_ids[position]
-    return Example(list(input_ids), labels)
+    ids = np.array(input_ids)
+    starts, ends = np.array(offsets).reshape(-1, 2).T
+    learned = np.zeros(len(ids), dtype=bool)
+    for first, last in spans:
+        learned |= (starts >= first) & (starts < last)
+    learned &= ends > starts
+    learned[:1] = False
+    return Example(ids, np.where(learned, ids, IGNORED))

@@ -50,6 +50,12 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "4294967296",
         "Largest file in bytes that a trainer fetches from elsewhere.",
     ),
+    "max_cache_bytes": (
+        "integer",
+        "21474836480",
+        "What trainers keep for each other below home, in bytes: tokenized data, reference log-probabilities,"
+        " unpacked models. What was used longest ago goes first.",
+    ),
 }
 """Setting -> (type, default, description)."""
 

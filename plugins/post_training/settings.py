@@ -26,6 +26,7 @@ class Settings:
     max_body_bytes: int
     max_data_uri_bytes: int
     max_data_bytes: int
+    max_cache_bytes: int
 
 
 def load_settings() -> Settings:
@@ -47,6 +48,7 @@ def load_settings() -> Settings:
         max_body_bytes=_positive("max_body_bytes"),
         max_data_uri_bytes=_positive("max_data_uri_bytes"),
         max_data_bytes=_positive("max_data_bytes"),
+        max_cache_bytes=_positive("max_cache_bytes"),
     )
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, ViTConfig
 
+from lightning_modules import base_model
 from lightning_modules.adapters import target_modules
 from lightning_modules.base_model import (
     MAX_ADAPTERS,
@@ -22,11 +24,13 @@ from lightning_modules.base_model import (
     identity_of,
     merge_adapter,
     meta_model,
+    unpacked,
 )
+from lightning_modules.kept import Kept
 from lightning_modules.models import load_config, load_model, load_tokenizer
 from lightning_modules.train import is_permanent
 from post_training.errors import ModelError
-from tests.lightning_modules.bases import adapt, find, load, logits, lora, write_adapter
+from tests.lightning_modules.bases import adapt, find, load, logits, lora, write_adapter, write_gguf
 from tests.lightning_modules.tiny import TINY
 
 AdapterMaker = Callable[..., Path]
@@ -49,6 +53,30 @@ def test_a_folder_is_its_own_base(tiny_model_dir: Path, tmp_path: Path) -> None:
     name = str(tiny_model_dir)
     assert find(name, tmp_path) == Base(name=name, source=name, tokenizer_source=name, adapters=())
     assert not (tmp_path / "base").exists()
+
+
+def test_a_gguf_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tiny.gguf"
+    tokens = [*map(chr, range(97, 123)), "ab", *(f"token{i}" for i in range(372)), "<end>"]
+    config = copy.deepcopy(TINY["llama"])
+    write_gguf(AutoModelForCausalLM.from_config(config), file, tokens)  # type: ignore[no-untyped-call]
+    kept, packed = Kept(tmp_path / "kept", 2**30), find(file, tmp_path)
+    base = unpacked(packed, kept)
+    assert (base.name, base.source) == (str(file), base.tokenizer_source)
+    assert base.source != packed.source
+    torch.testing.assert_close(logits(load(base.source)), logits(load(file)), rtol=0, atol=0)
+    assert load_tokenizer(base.source).eos_token == "<end>"
+    assert load_tokenizer(base.source)("cab")["input_ids"] == load_tokenizer(str(file))("cab")["input_ids"]
+    monkeypatch.setattr(base_model, "unpack", None)
+    assert unpacked(find(file, tmp_path), kept) == base
+    with_own_tokenizer = replace(packed, tokenizer_source="another")
+    assert unpacked(with_own_tokenizer, kept) == replace(base, tokenizer_source="another")
+
+
+def test_safetensors_are_not_unpacked(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = find(tiny_model_dir, tmp_path)
+    assert unpacked(base, Kept(tmp_path / "kept", 2**30)) is base
+    assert not (tmp_path / "kept").exists()
 
 
 def test_what_lies_under_a_name_is_known_by_its_content(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -13,12 +14,41 @@ from hypothesis import strategies as st
 
 from lightning_modules.data.datamodule import Arrangement, FineTuningData, collate, epoch_order
 from lightning_modules.data.packing import pack
-from lightning_modules.data.tokenize import Example, Pair
+from lightning_modules.data.tokenize import Example, Item, Pair
 
 
 def example(length: int, first: int = 1) -> Example:
     ids = list(range(first, first + length))
     return Example(ids, [-100, *ids[1:]])
+
+
+class Items(list[Item]):
+    """A shard in memory."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(map(len, self))
+
+
+@dataclass
+class InMemory:
+    """A data set whose shards are lists; what else a job asks of one is left out."""
+
+    shards: Sequence[Items]
+
+    @classmethod
+    def of(cls, items: Sequence[Item], size: int = 1000) -> Any:
+        return cls([Items(items[at : at + size]) for at in range(0, len(items), size)])
+
+    @property
+    def counts(self) -> list[int]:
+        return list(map(len, self.shards))
+
+    def __getitem__(self, number: int) -> Items:
+        return self.shards[number]
+
+    def check(self) -> None:
+        """Nothing can be wrong."""
 
 
 def test_pack_by_hand() -> None:
@@ -112,29 +142,29 @@ def test_a_batch_has_references_only_if_every_pair_has_one() -> None:
 
 
 def test_packed_pairs_fit_a_row_of_two_sequences() -> None:
-    pairs = [pair(4, 4), pair(2, 2), pair(2, 2), pair(1, 1)]
+    pairs = [pair(4, 4), pair(2, 2), pair(2, 2), pair(3, 3)]
     options: dict[str, Any] = {"pad_id": 0, "batch_size": 1, "validation_batches": 0, "max_seq_length": 4}
-    data = FineTuningData(pairs, pairs, **options, packed=True)
-    assert [len(row) for row in data.train_loader.rows] == [1, 2, 1]
+    data = FineTuningData(InMemory.of(pairs), InMemory.of(pairs), **options, packed=True)
+    assert [step[0]["units"] for step in data.train_loader] == [1, 2, 1]
 
 
 def test_items_seen_are_those_of_the_epochs_and_of_the_validation() -> None:
-    train, held_out = [pair(2, 2) for _ in range(8)], [pair(2, 2) for _ in range(3)]
+    train, held_out = (InMemory.of([pair(2, 2) for _ in range(count)]) for count in (8, 3))
     options: dict[str, Any] = {"pad_id": 0, "batch_size": 2, "max_seq_length": 8, "steps_per_epoch": 1}
     data = FineTuningData(train, held_out, validation_batches=1, **options)
-    assert [id(item) for item in data.items_seen(5)] == [id(item) for item in (*train[:2], *held_out[:2])]
+    assert data.seen(5) == [(train, 0, [0, 1]), (held_out, 0, [0, 1])]
     shuffled = FineTuningData(train, train, validation_batches=0, shuffle=True, **options)
     seen = [
         i
         for epoch in range(2)
-        for i in epoch_order([4] * 8, 2, shuffle=True, grouped=True, seed=0, epoch=epoch)[0]
+        for i in epoch_order([4] * 8, 2, shuffle=True, grouped=True, seed=[0, epoch, 0])[0]
     ]
-    assert {id(item) for item in shuffled.items_seen(2)} == {id(train[i]) for i in seen}
-    assert len(shuffled.items_seen(10**6)) == 8
+    assert shuffled.seen(2) == [(train, 0, sorted(set(seen)))]
+    assert shuffled.seen(10**6) == [(train, 0, list(range(8)))]
 
 
 def test_unshuffled_keeps_the_order() -> None:
-    assert epoch_order([3, 1, 2, 5, 4], 2, shuffle=False, grouped=True, seed=1, epoch=3) == [
+    assert epoch_order([3, 1, 2, 5, 4], 2, shuffle=False, grouped=True, seed=[1, 3, 0]) == [
         [0, 1],
         [2, 3],
         [4],
@@ -143,7 +173,7 @@ def test_unshuffled_keeps_the_order() -> None:
 
 def test_shuffled_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
-        return epoch_order([1] * 50, 4, shuffle=True, grouped=True, seed=seed, epoch=epoch)
+        return epoch_order([1] * 50, 4, shuffle=True, grouped=True, seed=[seed, epoch, 0])
 
     first = order(1, 0)
     torch.manual_seed(99)
@@ -161,14 +191,14 @@ def test_shuffled_rows_of_like_length_meet() -> None:
             max(lengths[i] for i in step) * len(step) - sum(lengths[i] for i in step) for step in steps
         )
 
-    grouped = epoch_order(lengths, 8, shuffle=True, grouped=True, seed=0, epoch=0)
-    plain = epoch_order(lengths, 8, shuffle=True, grouped=False, seed=0, epoch=0)
+    grouped = epoch_order(lengths, 8, shuffle=True, grouped=True, seed=[0, 0, 0])
+    plain = epoch_order(lengths, 8, shuffle=True, grouped=False, seed=[0, 0, 0])
     assert padding(grouped) < padding(plain) / 5
     assert sorted(chain.from_iterable(plain)) == sorted(chain.from_iterable(grouped))
 
 
-def module(**changes: Any) -> FineTuningData:
-    train = [example(2 + i % 5) for i in range(11)]
+def module(size: int = 1000, **changes: Any) -> FineTuningData:
+    train = InMemory.of([example(2 + i % 5, first=10 * i) for i in range(11)], size)
     options: dict[str, Any] = {"pad_id": 0, "batch_size": 2, "validation_batches": 2, "max_seq_length": 8}
     options |= {"accumulation": 2, "shuffle": True, "seed": 3}
     return FineTuningData(train, train, **(options | changes))
@@ -199,9 +229,32 @@ def test_an_epoch_may_be_cut_and_the_next_has_its_own_order() -> None:
     assert len(module(steps_per_epoch=99).train_dataloader()) == 3
 
 
+def rows_of(loader: Iterable[list[dict[str, Any]]]) -> list[int]:
+    """The numbers of the rows that were trained, by their last scored token."""
+    return [int(target) // 10 for step in loader for batch in step for target in batch["targets"][-1:]]
+
+
+def test_shards_follow_each_other_and_shuffled_change_places() -> None:
+    one = {"batch_size": 1, "accumulation": 1}
+    assert rows_of(module(4, **one, shuffle=False).train_dataloader()) == list(range(11))
+    loader = module(4, **one).train_dataloader()
+    epochs = [rows_of(loader) for _ in range(8)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
+    assert sorted(epochs[0][:4]) == [0, 1, 2, 3], "the first epoch begins with what is there"
+    assert len({epoch[0] // 4 for epoch in epochs[1:]}) > 1, "later ones with any"
+    assert len({tuple(row for row in epoch if row < 4) for epoch in epochs}) > 1
+
+
+def test_a_step_has_rows_of_one_shard() -> None:
+    loader = module(4, shuffle=False).train_dataloader()
+    assert [sum(len(batch["input_ids"]) for batch in step) for step in loader] == [4, 4, 3]
+    assert len(module(3, shuffle=False).train_dataloader()) == 4
+
+
+@pytest.mark.parametrize("size", [1000, 4])
 @pytest.mark.parametrize("position", range(7))
-def test_a_loader_goes_on_where_another_stopped(position: int) -> None:
-    first, second = module().train_dataloader(), module().train_dataloader()
+def test_a_loader_goes_on_where_another_stopped(position: int, size: int) -> None:
+    first, second = module(size).train_dataloader(), module(size).train_dataloader()
     steps = chain.from_iterable(iter(first) for _ in range(3))
     for _ in range(position):
         next(steps)
@@ -219,6 +272,7 @@ def test_packed_rows_hold_every_sequence_once() -> None:
 def test_validation_is_in_file_order_and_limited() -> None:
     batches = list(module(packed=True).val_dataloader())
     assert [batch["input_ids"].shape[0] for batch in batches] == [2, 2]
-    assert batches[0]["input_ids"].tolist() == [[1, 0], [1, 2]]
+    assert batches[0]["input_ids"].tolist() == [[0, 0], [10, 11]]
+    assert len(list(module(3, validation_batches=4).val_dataloader())) == 4
     assert len(module(validation_batches=None).val_dataloader()) == 6
     assert len(module(validation_batches=0).val_dataloader()) == 0

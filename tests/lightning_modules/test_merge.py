@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFWriter
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +21,7 @@ from lightning_modules.merge import export_merged, merged_state_dict
 from lightning_modules.models import load_model
 from lightning_modules.nf4 import BACKENDS, dequantized, quantize_base
 from post_training.errors import DivergenceError
+from tests.lightning_modules.bases import write_gguf
 from tests.lightning_modules.test_adapters import CONFIGS, lora, randomize, tiny
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -197,38 +197,6 @@ def test_settings_of_training_stay_behind(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert loaded.config._attn_implementation == "sdpa"
     assert loaded.generation_config.temperature == 0.5
-
-
-def write_gguf(model: Any, path: Path) -> None:
-    """Write a Llama as a gguf file with fp32 weights; its q and k may be permuted, which is no matter."""
-    config, writer = model.config, GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    names = {
-        **{f"self_attn.{letter}_proj": f"attn_{letter}" for letter in "qkv"},
-        **{f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
-        "self_attn.o_proj": "attn_output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    parts = {"embed_tokens": "token_embd", "norm": "output_norm"} | {
-        f"layers.{i}.{name}": f"blk.{i}.{short}"
-        for i in range(config.num_hidden_layers)
-        for name, short in names.items()
-    }
-    for name, short in parts.items():
-        writer.add_tensor(f"{short}.weight", model.model.get_submodule(name).weight.detach().numpy())
-    writer.add_tensor("output.weight", model.lm_head.weight.detach().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])

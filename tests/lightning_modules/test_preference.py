@@ -12,13 +12,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lightning_modules.attempts import REFERENCES_FILE
 from lightning_modules.job import prepare_job
-from lightning_modules.preference import load_references
 from lightning_modules.record import open_record
+from post_training.schemas.trainer import CACHE_FOLDER, TrainerSpec
 from tests.lightning_modules.plain import plain_steps
 from tests.lightning_modules.tiny import LORA, PAIRS
 
@@ -155,22 +155,38 @@ def test_references_are_computed_once_and_kept_for_a_retry(make_spec: Any) -> No
     spec = make_spec(preference=PREFERENCE, training={"n_epochs": 2}, data={"shuffle": True})
     job = prepare_job(spec, open_record(spec))
     job.run()
-    saved = load_references(spec.work_dir / REFERENCES_FILE)
-    assert saved is not None
-    pairs = job.data.items_seen(2)
-    assert len(saved) == sum(pair.chosen.scored + pair.rejected.scored for pair in pairs)
-    (spec.work_dir / REFERENCES_FILE).touch()
-    written = (spec.work_dir / REFERENCES_FILE).stat().st_mtime_ns
+    (file,) = references_of(spec)
+    shard = job.data.train_loader.shards[0]
+    saved = load_file(file)["log_probs"]
+    pairs = [shard[index] for index in range(len(shard))]
+    assert len(saved) == sum(sequence.scored for pair in pairs for sequence in pair.sequences)
+    assert not saved.isnan().any()
+    written = file.stat().st_mtime_ns
     prepare_job(spec, open_record(spec)).run()
-    assert (spec.work_dir / REFERENCES_FILE).stat().st_mtime_ns == written
-    assert load_references(spec.work_dir / "nothing") is None
+    assert references_of(spec) == [file]
+    assert file.stat().st_mtime_ns == written
+
+
+def references_of(spec: TrainerSpec) -> list[Path]:
+    return list((spec.work_dir / CACHE_FOLDER / "references").rglob("*.safetensors"))
+
+
+def test_another_model_and_another_type_have_references_of_their_own(
+    make_spec: Any, run: Run, tmp_path: Path, dropout_model: str
+) -> None:
+    common: dict[str, Any] = {"preference": PREFERENCE, "cache_dir": tmp_path / "cache"}
+    once = {"max_steps_per_epoch": 1}
+    changes: list[dict[str, Any]] = [{}, {"model": dropout_model}, {"training": once | {"dtype": "bf16"}}, {}]
+    for number, change in enumerate(changes):
+        run(make_spec(**({"training": once, "work_dir": tmp_path / str(number)} | common | change)))
+    assert len(list((tmp_path / "cache" / "references").iterdir())) == 3
 
 
 def test_adapters_need_no_second_model(make_spec: Any) -> None:
     spec = make_spec(preference=PREFERENCE, runtime={"reference_logprobs": "live"})
     job = prepare_job(spec, open_record(spec))
     job.run()
-    assert not (spec.work_dir / REFERENCES_FILE).exists()
+    assert not references_of(spec)
     total = sum(p.numel() for p in job.module.parameters())
     trained = sum(p.numel() for p in job.module.parameters() if p.requires_grad)
     base = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(spec.model).parameters())

@@ -21,7 +21,6 @@ from lightning_modules.trained import TRAINED_FILE
 from post_training.job_lock import claim
 from post_training.schemas.record import TAG_WARNING
 from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerSpec
-from tests.lightning_modules.tiny import LORA
 from tests.lightning_modules.trainers import ROOT, finish, result_of, start, wait_for, write
 
 
@@ -241,26 +240,3 @@ def test_a_result_that_a_full_disk_does_not_take_is_said_in_one_line(
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 1
     assert "usage: " in capsys.readouterr().err
-
-
-LOADED = """
-import sys
-from lightning_modules.train import leave_out_unused
-from post_training.schemas.trainer import TrainerSpec
-leave_out_unused(TrainerSpec.model_validate_json(sys.argv[1]))
-import peft
-print(sys.modules.get("bitsandbytes") is not None)
-"""
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-def test_bitsandbytes_is_imported_for_a_4_bit_base_only(quantized: bool, make_spec: Any) -> None:
-    spec = make_spec(algorithm=LORA | {"quantize_base": quantized})
-    answer = subprocess.run(
-        [sys.executable, "-c", LOADED, spec.model_dump_json()],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert answer.stdout.strip() == str(quantized)

@@ -12,7 +12,7 @@ from post_training.datasets import Resolver
 from post_training.record import run_params
 from post_training.schemas.record import TAG_ATTEMPT, TAG_SUPERSEDES, TAG_TRAIN_DATA, TAG_VALIDATION_DATA
 from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTuneRequest
-from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrackingTarget, TrainerSpec
+from post_training.schemas.trainer import CACHE_FOLDER, RESULT_FILE, SPEC_FILE, TrackingTarget, TrainerSpec
 from post_training.settings import load_settings
 from post_training.tracking import JobRun, Tracking
 
@@ -46,6 +46,8 @@ def write_spec(
         begun=ti.try_number > 1 or TAG_ATTEMPT in run.tags,
         keep_state_in_mlflow=settings.keep_state_in_mlflow,
         max_data_bytes=settings.max_data_bytes,
+        cache_dir=settings.home / CACHE_FOLDER,
+        max_cache_bytes=settings.max_cache_bytes,
         tracking=TrackingTarget(tracking_uri=tracking.server.uri, run_id=run.run_id),
     )
     draft = work_dir / f"{SPEC_FILE}.tmp"

@@ -17,6 +17,10 @@ BASE_FOLDER = "base"
 """Below the job's folder: the base model, where it comes from MLflow."""
 
 
+CACHE_FOLDER = "cache"
+"""Below the deployment's folder, or the job's: what jobs make once and share."""
+
+
 class TrackingTarget(LenientModel):
     """The MLflow run that a trainer writes to. Credentials travel in the environment."""
 
@@ -60,6 +64,14 @@ class TrainerSpec(LenientModel):
         default=True, description="Whether a retry on another machine may go on from what MLflow holds."
     )
     max_data_bytes: int = Field(default=2**32, description="Largest data set that is fetched.")
+    cache_dir: Path | None = Field(
+        default=None,
+        description="Where tokenized data, reference log-probabilities and unpacked models are kept for other"
+        " jobs; null is the job's folder.",
+    )
+    max_cache_bytes: int = Field(
+        default=20 * 2**30, description="What that folder may hold; what was used longest ago is removed."
+    )
     tracking: TrackingTarget | None = Field(description="Null trains without a record.")
 
 

@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from lightning_modules.data.tokenize import Item
 from lightning_modules.job import Finished, Job, prepare_job
 from lightning_modules.record import open_record
 from post_training.datasets import Resolver
@@ -70,6 +71,12 @@ class Trial:
     def __init__(self, spec: TrainerSpec) -> None:
         self.spec = spec
         self._watch = Watch()
+
+    @property
+    def items(self) -> list[Item]:
+        """What the job trains on."""
+        shard = self.job.data.train_loader.shards[0]
+        return [shard[index] for index in range(len(shard))]
 
     @cached_property
     def job(self) -> Job:

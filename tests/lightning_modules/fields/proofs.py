@@ -62,7 +62,7 @@ def packs(bench: Bench) -> None:
     """Two of four equal rows share a packed batch, and the loss stays theirs."""
     changes: dict[str, Any] = {DATA: bench.file([bench.rows[1]] * 4)}
     changes["training_config__data_config__batch_size"] = 1
-    ((item,), *_) = bench.trial(False, **changes).job.data.train_loader.rows
+    item = bench.trial(False, **changes).job.data.train_loader.shards[0][0]
     lengths = [len(sequence) for sequence in item.sequences]
     changes["runtime__max_seq_length"] = 2 * sum(lengths) // len(lengths)
     losses = []
@@ -93,7 +93,7 @@ def scores_input(bench: Bench) -> None:
 def cuts(bench: Bench) -> None:
     """A longer sequence loses its end."""
     (whole, short) = (
-        [sequence.input_ids for (item,) in trial.job.data.train_loader.rows for sequence in item.sequences]
+        [list(sequence.ids) for item in trial.items for sequence in item.sequences]
         for trial in (bench.trial(128), bench.trial(32))
     )
     assert 32 < max(map(len, whole)) < 128

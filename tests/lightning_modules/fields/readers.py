@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torchao.quantization.qat.linear import FakeQuantizedLinear
 from transformers import AutoModelForCausalLM
 
-from lightning_modules.attempts import REFERENCES_FILE
 from lightning_modules.module import STATE_KEY
 from post_training.job_ids import TaskKey
 from post_training.record import new_run
 from post_training.schemas.record import TAG_JOB_UUID, TAG_WARNING
+from post_training.schemas.trainer import CACHE_FOLDER
 from post_training.schemas.training import RESERVED_TAG_PREFIXES
 from tests.lightning_modules.fields.bench import Trial
 from tests.lightning_modules.recorded import read_table
@@ -141,7 +141,8 @@ def layers(trial: Trial) -> int:
 def references(trial: Trial) -> tuple[bool, bool]:
     """Whether the reference's log-probabilities come with a step's batch, and from a file."""
     ((batch, *_), *_) = trial.watch.steps
-    return "reference" in batch, (trial.spec.work_dir / REFERENCES_FILE).exists()
+    folder = trial.spec.work_dir / CACHE_FOLDER / "references"
+    return "reference" in batch, any(folder.rglob("*.safetensors"))
 
 
 def warning(trial: Trial) -> str:

@@ -1,0 +1,387 @@
+"""Data sets as token ids, a few thousand rows at a time, in files that jobs share and map into memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from lightning_modules.data.content import Row
+from lightning_modules.data.formats import Turn
+from lightning_modules.data.layout import Ids
+from lightning_modules.data.reading import RawDataset
+from lightning_modules.data.tokenize import (
+    IGNORED,
+    Example,
+    Item,
+    Pair,
+    Tokenized,
+    check_bad_rows,
+    tokenize_rows,
+)
+from lightning_modules.kept import Kept, digest_of, make
+from post_training.errors import DataError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkProcess
+
+    from transformers import PreTrainedTokenizerBase
+
+SHARD_ROWS = 2**13
+"""Rows that are tokenized before training begins: three seconds of work. Larger sets go on meanwhile."""
+
+FORMAT = 1
+"""Version of the files, and of how rows become tokens."""
+
+OPEN_SHARDS = 2
+"""Mapped at once: where training is, and where validation is."""
+
+NICENESS = 10
+"""Of the process that tokenizes ahead: a tenth of the processor time of what trains, or all that is idle."""
+
+Conversations = Callable[[Mapping[str, Any]], Sequence[Sequence[Turn]]]
+"""Reads a row's conversations, or raises BadRowError."""
+
+
+class Shard(Protocol):
+    """Neighbouring rows of a data set."""
+
+    def __len__(self) -> int:
+        """Return how many items there are."""
+
+    def __getitem__(self, index: int, /) -> Item:
+        """Return an item."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each item."""
+
+
+class Shards(Protocol):
+    """A data set in shards, in file order."""
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Items of each shard."""
+
+    def __getitem__(self, number: int, /) -> Shard:
+        """Return a shard, made if it is not there.
+
+        :raises DataError: if too many of its rows are bad.
+        """
+
+    def check(self) -> str | None:
+        """Say what was found wrong meanwhile.
+
+        :raises DataError: if rows that come later are bad.
+        """
+
+    def make_ahead(self) -> None:
+        """Make what is left while training goes on."""
+
+    def close(self) -> None:
+        """End that."""
+
+    def without_reference(self, number: int, indices: Sequence[int]) -> list[int]:
+        """Return which pairs of a shard have no reference log-probabilities."""
+
+    def set_references(self, number: int, indices: Sequence[int], log_probs: Tensor) -> None:
+        """Keep reference log-probabilities.
+
+        :param indices: of the pairs in a shard.
+        :param log_probs: of their scored tokens, one pair after the other (n).
+        """
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    """How rows become items.
+
+    :param form: names the method and the data format.
+    :param conversations: what they read of a row.
+    :param item: makes an item of a row's tokenized conversations.
+    :param max_seq_length: tokens; longer conversations are cut at the end.
+    :param vocab_size: tokens that the model knows.
+    :param train_on_input: whether the prompt is learned too.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    form: str
+    conversations: Conversations
+    item: Callable[..., Item]
+    max_seq_length: int
+    vocab_size: int
+    train_on_input: bool
+
+    def digest(self, data: str) -> str:
+        """Return what tells the outcome from others.
+
+        :param data: digest of the data set.
+        """
+        tokenizer: Any = self.tokenizer
+        template = tokenizer.chat_template
+        today = datetime.now(UTC).date().isoformat() if "strftime_now" in str(template) else ""
+        parts = (tokenizer.backend_tokenizer.to_str(), template, tokenizer.all_special_tokens, today)
+        limits = (self.form, self.max_seq_length, self.vocab_size, self.train_on_input)
+        return digest_of(FORMAT, SHARD_ROWS, data, parts, limits)
+
+    def tokenized(self, rows: Iterable[Row]) -> Tokenized:
+        """Tokenize rows."""
+        return tokenize_rows(
+            rows,
+            self.tokenizer,
+            self.conversations,
+            max_seq_length=self.max_seq_length,
+            vocab_size=self.vocab_size,
+            train_on_input=self.train_on_input,
+        )
+
+
+class StoredShard:
+    """A shard in a file: ids (t), whether each is learned (t), and where each sequence ends (s).
+
+    :param item: makes an item of its sequences.
+    :param references: file of the scored tokens' reference log-probabilities (n), not a number where there is
+        none yet; None or missing has none.
+    """
+
+    def __init__(self, file: Path, item: Callable[..., Item], references: Path | None = None) -> None:
+        opened: Any = safe_open(file, framework="numpy")
+        self._file = opened
+        self._item = item
+        facts = self._file.metadata()
+        self.bad: dict[int, str] = {int(number): why for number, why in json.loads(facts["bad"]).items()}
+        self.cut = int(facts["cut"])
+        self._each = int(facts["sequences"])
+        self._ends: Ids = self._file.get_tensor("ends")
+        self._references: Any = None
+        if references is not None and references.exists():
+            self._references = safe_open(references, framework="numpy")
+
+    def __len__(self) -> int:
+        return len(self._ends) // self._each
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each item."""
+        sizes = np.diff(self._ends, prepend=0).reshape(-1, self._each).sum(1)
+        return cast(list[int], sizes.tolist())
+
+    def __getitem__(self, index: int) -> Item:
+        first = range(len(self))[index] * self._each
+        start, ends = _start(self._ends, first), self._ends[first : first + self._each]
+        at = slice(start, int(ends[-1]))
+        ids = self._file.get_slice("ids")[at].astype(np.int64)
+        labels = np.where(self._file.get_slice("learned")[at], ids, IGNORED)
+        cuts = ends[:-1] - start
+        parts = zip(np.split(ids, cuts), np.split(labels, cuts), strict=True)
+        item = self._item(*(Example(*part) for part in parts))
+        if isinstance(item, Pair):
+            item.reference = self._reference(index)
+        return item
+
+    @cached_property
+    def _scored_ends(self) -> Ids:
+        """How many tokens are scored up to each sequence's end (s)."""
+        return cast(Ids, self._file.get_tensor("scored_ends"))
+
+    def scored_span(self, index: int) -> tuple[int, int]:
+        """Return where an item's scored tokens stand among all of the shard."""
+        first = index * self._each
+        return _start(self._scored_ends, first), int(self._scored_ends[first + self._each - 1])
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return int(self._scored_ends[-1]) if len(self) else 0
+
+    def _reference(self, index: int) -> Tensor | None:
+        if self._references is None:
+            return None
+        start, end = self.scored_span(index)
+        values = torch.from_numpy(self._references.get_slice("log_probs")[start:end])
+        return None if values.isnan().any() else values
+
+    def all_references(self) -> NDArray[np.float32]:
+        """Return those of all scored tokens (n)."""
+        if self._references is None:
+            return np.full(self.scored, np.nan, dtype=np.float32)
+        return cast(NDArray[np.float32], self._references.get_tensor("log_probs"))
+
+
+def _start(ends: Ids, index: int) -> int:
+    return int(ends[index - 1]) if index else 0
+
+
+def write_shard(file: Path, tokenized: Tokenized) -> None:
+    """Write what :class:`StoredShard` reads."""
+    examples = [example for row in tokenized.rows for example in row]
+    empty: list[Ids] = [np.zeros(0, dtype=np.int64)]
+    ids = np.concatenate(empty + [example.ids for example in examples])
+    labels = np.concatenate(empty + [np.asarray(example.labels) for example in examples])
+    ends = np.cumsum([len(example) for example in examples], dtype=np.int64)
+    learned = labels != IGNORED
+    scored = np.concatenate([[0], np.cumsum(learned, dtype=np.int64)])
+    tensors = {"ids": ids.astype(np.int32), "learned": learned, "ends": ends, "scored_ends": scored[ends]}
+    facts = {
+        "bad": json.dumps(tokenized.bad),
+        "cut": str(tokenized.cut),
+        "sequences": str(len(tokenized.rows[0]) if tokenized.rows else 1),
+    }
+    save_file(tensors, file, facts)
+
+
+@dataclass
+class TokenizedRows:
+    """A data set whose shards are tokenized when they are first asked for, or ahead by another process.
+
+    :param max_bad_fraction: bad rows up to this share are skipped.
+    :param tell_of_bad: is given the bad rows before an error names the first.
+    """
+
+    dataset: RawDataset
+    tokenizing: Tokenizing
+    kept: Kept
+    max_bad_fraction: float = 0.0
+    tell_of_bad: Callable[[Mapping[int, str]], None] = lambda bad: None
+    bad: dict[int, str] = field(default_factory=dict, init=False)
+    cut: int = field(default=0, init=False)
+    counts: list[int] = field(init=False)
+    """Items of each shard; of one that is not made yet its rows."""
+
+    def __post_init__(self) -> None:
+        rows = len(self.dataset.rows)
+        self.counts = [min(SHARD_ROWS, rows - at) for at in range(0, rows, SHARD_ROWS)]
+        self.digest = self.tokenizing.digest(self.dataset.digest)
+        self._folder = self.kept.place("tokenized", self.digest)
+        self._references: Path | None = None
+        self._made: set[int] = set()
+        self._open: dict[int, StoredShard] = {}
+        self._process: ForkProcess | None = None
+
+    @property
+    def all_made(self) -> bool:
+        """Whether no row is left to tokenize."""
+        return len(self._made) == len(self.counts)
+
+    def make(self, number: int) -> Path:
+        """Tokenize a shard unless its file is there, and take note of its bad rows."""
+        file = self._file(number)
+        if not file.exists():
+            tokenized = self._tokenized(number)
+            make(file, lambda draft: write_shard(draft, tokenized))
+        if number not in self._made:
+            shard = StoredShard(file, self.tokenizing.item)
+            self.bad |= shard.bad
+            self.cut += shard.cut
+            self.counts[number] = len(shard)
+            self._made.add(number)
+        return file
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"{number}.safetensors"
+
+    def _tokenized(self, number: int) -> Tokenized:
+        start = number * SHARD_ROWS
+        try:
+            rows = self.dataset.rows[start : start + SHARD_ROWS]
+        except OSError as error:
+            raise DataError(f"cannot read the data set {self.dataset.source}: {error}") from error
+        return self.tokenizing.tokenized(rows)
+
+    def check(self) -> str | None:
+        """Return what is said of bad rows that are skipped, None where there are none.
+
+        :raises DataError: if those found so far are more than may be skipped.
+        """
+        while (number := self._first_unmade()) is not None and self._file(number).exists():
+            self.make(number)
+        try:
+            return check_bad_rows(self.dataset, self.bad, self.max_bad_fraction)
+        except DataError:
+            self.tell_of_bad(self.bad)
+            raise
+
+    def _first_unmade(self) -> int | None:
+        return None if self.all_made else min(set(range(len(self.counts))) - self._made)
+
+    def __getitem__(self, number: int) -> StoredShard:
+        file = self.make(number)
+        self.check()
+        if number not in self._open:
+            while len(self._open) >= OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
+            self._open[number] = StoredShard(file, self.tokenizing.item, self._references_of(number))
+        return self._open[number]
+
+    def keep_references(self, model: Any) -> None:
+        """Look for reference log-probabilities, and keep them, by what tells their model from others."""
+        self._references = self.kept.place("references", digest_of(self.digest, model))
+        self._open.clear()  # opened without them
+
+    def without_reference(self, number: int, indices: Sequence[int]) -> list[int]:
+        """Return which pairs of a shard have no reference log-probabilities."""
+        shard = self[number]
+        missing = np.isnan(shard.all_references())
+        return [index for index in indices if missing[slice(*shard.scored_span(index))].any()]
+
+    def set_references(self, number: int, indices: Sequence[int], log_probs: Tensor) -> None:
+        """Keep reference log-probabilities.
+
+        :param indices: of the pairs in a shard.
+        :param log_probs: of their scored tokens, one pair after the other (n).
+        """
+        shard = self[number]
+        values = shard.all_references()
+        spans = [slice(*shard.scored_span(index)) for index in indices]
+        parts = np.split(log_probs.numpy(), np.cumsum([span.stop - span.start for span in spans])[:-1])
+        for span, part in zip(spans, parts, strict=True):
+            values[span] = part
+        file = self._references_of(number)
+        assert file is not None  # noqa: S101 - asked for by keep_references
+        make(file, lambda draft: save_file({"log_probs": values}, draft))
+        del self._open[number]
+
+    def _references_of(self, number: int) -> Path | None:
+        return None if self._references is None else self._references / f"{number}.safetensors"
+
+    def make_ahead(self) -> None:
+        """Tokenize what is left in a process of its own, whose files are found by ``check``.
+
+        A thread would share the interpreter with the training step. What the process cannot do is tried again
+        here when it is needed.
+        """
+        if self.all_made or self._process is not None:
+            return
+        # Forked, as PyTorch's data loaders are: it begins with what is read and imported here.
+        self._process = get_context("fork").Process(target=self._make_all, args=(os.getpid(),), daemon=True)
+        self._process.start()
+
+    def _make_all(self, parent: int) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.nice(NICENESS)
+        for number in range(len(self.counts)):
+            if os.getppid() != parent:
+                return
+            if number not in self._made:
+                self.make(number)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.join()

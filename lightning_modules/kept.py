@@ -1,0 +1,81 @@
+"""Files that jobs share: made once, under the digest of all that they are made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+YOUNG_SECONDS = 3600.0
+"""What was used since then is not removed: its job may be under way."""
+
+
+class Kept:
+    """A folder of such files, by kind and digest; what was used last stays longest.
+
+    Whatever is missing is made again, so that it may be removed at any time.
+
+    :param folder: made when something is kept.
+    :param max_bytes: what ``trim`` leaves, unless more than that is in use.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+
+    def place(self, kind: str, digest: str) -> Path:
+        """Return the folder for what has this digest, which counts as used now."""
+        place = self._folder / kind / digest
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.utime(place)
+        return place
+
+    def trim(self) -> None:
+        """Remove what was used longest ago until the rest has its size."""
+        places = sorted(self._folder.glob("*/*"), key=lambda place: place.stat().st_mtime)
+        sizes = {place: _size(place) for place in places}
+        excess = sum(sizes.values()) - self._max_bytes
+        for place in places:
+            if excess <= 0 or time.time() - place.stat().st_mtime < YOUNG_SECONDS:
+                return
+            log.info("removing %s, %.0f MB, from what is kept for other jobs", place, sizes[place] / 1e6)
+            shutil.rmtree(place, ignore_errors=True)
+            excess -= sizes[place]
+
+
+def make(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let a file or folder be written under another name, then give it its own; return it.
+
+    Whoever makes the same meanwhile makes it in vain: one of them stays, and all are alike.
+    """
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write(draft)
+        try:
+            draft.replace(path)
+        except OSError:  # a folder that holds something is not replaced
+            if not path.is_dir():
+                raise
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+    return path
+
+
+def digest_of(*parts: Any) -> str:
+    """Return a SHA-256 in hexadecimal digits of what JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _size(place: Path) -> int:
+    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())

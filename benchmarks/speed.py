@@ -18,9 +18,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import distribution, version
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -120,6 +121,15 @@ def races(gpu: bool) -> dict[str, Race]:
     }
 
 
+FP32: Mapping[str, dict[str, Any]] = {
+    "trl_trainer": {"weights": "float32", "settings": {"bf16": False}},
+    "ours": {"dtype": "fp32"},
+}
+"""What a contender's options become to compute in fp32."""
+
+PRECISION, COMPARED_ROUNDS = ("SFT, LoRA on q and v", "DPO, LoRA on q and v, two epochs"), 2
+"""Races, and how many of their rounds, whose losses are compared with those in fp32."""
+
 LENGTHS, BATCHES, SWEEP_TOKENS = (128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16), 2048
 
 
@@ -135,7 +145,7 @@ def main() -> None:
     import torch
 
     gpu = torch.cuda.is_available()
-    figures: dict[str, Any] = {"machine": machine(gpu), "races": {}, "sweeps": {}}
+    figures: dict[str, Any] = {"machine": machine(gpu), "races": {}, "deviations": {}, "sweeps": {}}
     console = Console()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = unpacked_model(Path(folder) / "model")
@@ -149,6 +159,8 @@ def main() -> None:
                 continue
             console.rule(name)
             figures["races"][name] = runner.run(race)
+            if name in PRECISION:
+                figures["deviations"][name] = runner.deviations(race, figures["races"][name])
             console.print(summary(figures["races"][name]))
         if not options.no_sweeps:
             figures["sweeps"] = sweeps(runner)
@@ -172,12 +184,12 @@ class Runner:
                 command, ours = self._command(race, contender), contender.module == "ours"
                 running[name] = stack.enter_context(Process(command, trainer=ours))
                 # Waited for before the next one loads: what a reference takes is measured meanwhile.
-                found[name] = {"seconds": [], "reference_seconds": 0.0} | running[name].answer()
+                found[name] = {"seconds": [], "losses": [], "reference_seconds": 0.0} | running[name].answer()
             for number in range(self._rounds + 1):
                 for name, process in running.items():
                     answer = process.round()
                     found[name]["peak"] = answer["peak"]
-                    found[name].setdefault("losses", answer["losses"])
+                    found[name]["losses"].append(answer["losses"])
                     if number > 0:
                         found[name]["seconds"].append(answer["seconds"])
         for one in found.values():
@@ -186,10 +198,26 @@ class Runner:
             one |= {"samples": race.rows}
         return found
 
-    def _command(self, race: Race, contender: Contender) -> list[str]:
+    def deviations(self, race: Race, found: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+        """Return how far the losses of a contender's first rounds are from those in fp32, in nats a step."""
+        off: dict[str, list[float]] = {}
+        for name in (BASELINE, "ours"):
+            contender = race.contenders[name]
+            options = dict(contender.options) | FP32[contender.module]
+            with Process(
+                self._command(race, replace(contender, options=options), COMPARED_ROUNDS),
+                trainer=contender.module == "ours",
+            ) as process:
+                process.answer()
+                exact = [process.round()["losses"] for _ in range(COMPARED_ROUNDS)]
+            pairs = zip(chain(*found[name]["losses"]), chain(*exact), strict=False)
+            off[name] = [abs(ours - theirs) for ours, theirs in pairs]
+        return off
+
+    def _command(self, race: Race, contender: Contender, rounds: int | None = None) -> list[str]:
         options = dict(contender.options)
         if contender.module == "ours":
-            options |= {"tracking_uri": self._tracking_uri, "rounds": self._rounds + 1}
+            options |= {"tracking_uri": self._tracking_uri, "rounds": rounds or self._rounds + 1}
         task = Task(
             race.method,
             str(self._model),

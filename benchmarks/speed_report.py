@@ -30,6 +30,16 @@ def write_report(figures: Mapping[str, Any], folder: Path) -> str:
         f" {libraries}. Medians of interleaved rounds."
     ]
     parts += [f"### {name}\n\n{race_table(race, figures['gemm'])}" for name, race in figures["races"].items()]
+    lines = [
+        [name, contender, " ".join(f"{nats:.4f}" for nats in steps)]
+        for name, off in figures["deviations"].items()
+        for contender, steps in off.items()
+    ]
+    if lines:
+        header = ["", "", "nats, step by step"]
+        parts.append(
+            f"### Loss in bf16, how far from the same contender's in fp32\n\n{markdown(header, lines)}"
+        )
     for name, rows in figures["sweeps"].items():
         lines = [[str(row[name]), f"{row['tokens_per_second']:.0f}", gib(row["peak"])] for row in rows]
         parts.append(f"### Growth with the {name}\n\n{markdown([name, 'tokens/s', 'peak GiB'], lines)}")
@@ -62,7 +72,7 @@ def race_table(race: Mapping[str, Mapping[str, Any]], gemm: float) -> str:
                 f"{flops / seconds / gemm:.0%}",
             ]
         )
-    losses = {name: " ".join(f"{loss:.4f}" for loss in one["losses"]) for name, one in race.items()}
+    losses = {name: " ".join(f"{loss:.4f}" for loss in one["losses"][0]) for name, one in race.items()}
     return (
         markdown(HEADER, lines)
         + "\n\n"

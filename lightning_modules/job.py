@@ -191,14 +191,16 @@ def build_model(
     for adapter in base.adapters:
         model = merge_adapter(model, adapter)
     check_logits(model)
-    takes_trees = speed_up(model, setting.runtime.attn_implementation, length)
+    if isinstance(setting.spec.request, PreferenceOptimizeRequest):
+        switch_off_dropout(model)
+    takes_trees = speed_up(model, setting.runtime.attn_implementation, length, device=setting.device)
     if setting.data.packed and not takes_trees:
         check_packing(model)
     if setting.efficiency.enable_activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     trained = weights.prepare(model, setting.spec.request, base.name).train()
     if isinstance(setting.spec.request, PreferenceOptimizeRequest):
-        switch_off_dropout(trained)
+        switch_off_dropout(trained)  # the adapters'
     use_fast_adapters(trained)
     if not takes_trees:
         return trained, Arrangement.PACKED if setting.data.packed else Arrangement.PADDED

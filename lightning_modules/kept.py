@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import time
 import uuid
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 
-YOUNG_SECONDS = 3600.0
-"""What was used since then is not removed: its job may be under way."""
-
 
 class Kept:
     """A folder of such files, by kind and digest; what was used last stays longest.
 
-    Whatever is missing is made again, so that it may be removed at any time.
+    Whatever is missing is made again, so that what nobody uses may be removed at any time.
 
     :param folder: made when something is kept.
     :param max_bytes: what ``trim`` leaves, unless more than that is in use.
@@ -32,23 +31,39 @@ class Kept:
         self._folder, self._max_bytes = folder, max_bytes
 
     def place(self, kind: str, digest: str) -> Path:
-        """Return the folder for what has this digest, which counts as used now."""
+        """Return the folder for what has this digest: in use from now on, as long as this object is there."""
         place = self._folder / kind / digest
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.utime(place)
-        return place
+        while True:
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with suppress(FileNotFoundError):  # removed at this moment
+                descriptor = os.open(place, os.O_RDONLY)
+                weakref.finalize(self, os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                os.utime(place)
+                return place
 
     def trim(self) -> None:
-        """Remove what was used longest ago until the rest has its size."""
+        """Remove what was used longest ago, and is not in use, until the rest has its size."""
         places = sorted(self._folder.glob("*/*"), key=lambda place: place.stat().st_mtime)
         sizes = {place: _size(place) for place in places}
         excess = sum(sizes.values()) - self._max_bytes
         for place in places:
-            if excess <= 0 or time.time() - place.stat().st_mtime < YOUNG_SECONDS:
-                return
-            log.info("removing %s, %.0f MB, from what is kept for other jobs", place, sizes[place] / 1e6)
-            shutil.rmtree(place, ignore_errors=True)
-            excess -= sizes[place]
+            if excess > 0 and _removed(place):
+                log.info("removed %s, %.0f MB, from what is kept for other jobs", place, sizes[place] / 1e6)
+                excess -= sizes[place]
+
+
+def _removed(place: Path) -> bool:
+    """Remove what is kept at a place; return whether it could be, which it cannot while someone uses it."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(place, ignore_errors=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def make(path: Path, write: Callable[[Path], None]) -> Path:

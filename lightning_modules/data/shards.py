@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -52,6 +54,9 @@ OPEN_SHARDS = 2
 
 NICENESS = 10
 """Of the process that tokenizes ahead: a tenth of the processor time of what trains, or all that is idle."""
+
+PR_SET_PDEATHSIG = 1
+"""The signal that a process is sent when the one that forked it ends: prctl(2)."""
 
 Conversations = Callable[[Mapping[str, Any]], Sequence[Sequence[Turn]]]
 """Reads a row's conversations, or raises BadRowError."""
@@ -373,6 +378,8 @@ class TokenizedRows:
 
     def _make_all(self, parent: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if sys.platform == "linux":  # it holds what the trainer has open, the job's lock too
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.nice(NICENESS)
         for number in range(len(self.counts)):
             if os.getppid() != parent:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lightning_modules.dropout import has_dropout
 from lightning_modules.engine.attention import TREE
 from lightning_modules.engine.gating import gated_class
 from lightning_modules.engine.norms import LayerNorm, RMSNorm, rms_norm_class
@@ -19,18 +20,20 @@ from post_training.errors import ModelError
 log = logging.getLogger(__name__)
 
 
-def speed_up(model: PreTrainedModel, attention: str, max_seq_length: int) -> bool:
+def speed_up(model: PreTrainedModel, attention: str, max_seq_length: int, *, device: str = "cpu") -> bool:
     """Replace what is slow, in place; a replacement by which the model computes something else is undone.
 
     :param model: in evaluation mode, with eager attention.
     :param attention: ``eager`` to leave it so; else :mod:`lightning_modules.engine.attention` is tried, and
         where the architecture does not take it the named function of transformers is used.
     :param max_seq_length: tokens of the longest sequence.
+    :param device: that trains: on a GPU ours has no dropout.
     :returns: whether rows may be laid out as trees.
     :raises ModelError: if the architecture has no such attention.
     """
     expected, kind = alone(model), model.config.model_type
-    trees = attention != "eager" and _takes_trees(model, expected, max_seq_length)
+    able = device == "cpu" or not has_dropout(model)
+    trees = attention != "eager" and able and _takes_trees(model, expected, max_seq_length)
     if not trees:
         try:
             model.set_attn_implementation(attention)

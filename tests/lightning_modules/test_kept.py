@@ -9,44 +9,46 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.kept import YOUNG_SECONDS, Kept, digest_of, make
+from lightning_modules.kept import Kept, digest_of, make
 
 DAY = 86_400
 
 
-def filled(kept: Kept, kind: str, digest: str, size: int, age: float) -> Path:
-    place = kept.place(kind, digest)
+def fill(folder: Path, kind: str, digest: str, age: float) -> Path:
+    """Keep 100 bytes that were used some days ago, and are no longer."""
+    place = Kept(folder, 0).place(kind, digest)
     (place / "part").mkdir()
-    (place / "part" / "file").write_bytes(b"x" * size)
-    then = time.time() - age
+    (place / "part" / "file").write_bytes(b"x" * 100)
+    then = time.time() - age * DAY
     os.utime(place, (then, then))
     return place
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "kept", max_bytes=250)
-    oldest, old = filled(kept, "models", "a", 100, 3 * DAY), filled(kept, "tokenized", "b", 100, 2 * DAY)
-    middle, young = filled(kept, "tokenized", "c", 100, DAY), filled(kept, "models", "d", 100, 0)
-    kept.trim()
-    assert [place.exists() for place in (oldest, old, middle, young)] == [False, False, True, True]
+    ages = [("models", "a", 4), ("tokenized", "b", 3), ("tokenized", "c", 2), ("models", "d", 1)]
+    places = [fill(tmp_path, *one) for one in reversed(ages)][::-1]
+    Kept(tmp_path, max_bytes=250).trim()
+    assert [place.exists() for place in places] == [False, False, True, True]
+    Kept(tmp_path / "nothing", max_bytes=0).trim()
 
 
 def test_to_ask_for_it_is_to_use_it(tmp_path: Path) -> None:
-    kept = Kept(tmp_path, max_bytes=150)
-    first, second = filled(kept, "models", "a", 100, 3 * DAY), filled(kept, "models", "b", 100, 2 * DAY)
-    assert kept.place("models", "a") == first
-    kept.trim()
+    first, second = fill(tmp_path, "models", "a", 3), fill(tmp_path, "models", "b", 2)
+    assert Kept(tmp_path, 0).place("models", "a") == first
+    Kept(tmp_path, max_bytes=150).trim()
     assert (first.exists(), second.exists()) == (True, False)
 
 
-def test_what_a_job_may_be_using_stays(tmp_path: Path) -> None:
-    kept = Kept(tmp_path, max_bytes=0)
-    used, unused = (
-        filled(kept, "models", name, 10, YOUNG_SECONDS + late) for name, late in (("a", -60), ("b", 60))
-    )
-    kept.trim()
+def test_what_a_job_uses_stays(tmp_path: Path) -> None:
+    used, unused = fill(tmp_path, "models", "a", 3), fill(tmp_path, "models", "b", 2)
+    job = Kept(tmp_path, max_bytes=0)
+    job.place("models", "a")
+    os.utime(used, (0, 0))
+    Kept(tmp_path, max_bytes=0).trim()
     assert (used.exists(), unused.exists()) == (True, False)
-    Kept(tmp_path / "nothing", max_bytes=0).trim()
+    del job
+    Kept(tmp_path, max_bytes=0).trim()
+    assert not used.exists()
 
 
 def test_nothing_half_written_has_the_name(tmp_path: Path) -> None:

@@ -104,3 +104,13 @@ def test_what_knows_eager_attention_only_says_so() -> None:
     model.config.attention_chunk_size = 16
     with pytest.raises(ModelError, match=r"gemma2 need runtime\.attn_implementation eager"):
         speed_up(model, "sdpa", 64)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_trees_have_no_dropout_on_a_gpu(device: str) -> None:
+    config = copy.deepcopy(TINY["gpt2"])
+    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.1
+    trees = speed_up(tiny(config), "sdpa", 64, device=device)
+    assert trees == (device == "cpu")
+    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0
+    assert speed_up(tiny(config), "sdpa", 64, device=device)

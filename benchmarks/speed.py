@@ -280,7 +280,7 @@ def sweeps(runner: Runner) -> dict[str, list[dict[str, Any]]]:
     for length in LENGTHS:
         words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
         text = " ".join(words[i % 10] for i in range(2 * length))
-        options = {"row": {"question": "Count.", "answer": text}, "length": length}
+        options = {"answer": text, "length": length}
         rows = SWEEP_TOKENS // length
         found["length"].append({"length": length} | _alone(runner, rows, rows, options))
     for batch in BATCHES:

@@ -74,6 +74,7 @@ def make(path: Path, write: Callable[[Path], None]) -> Path:
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write(draft)
+        _sync(draft)
         try:
             draft.replace(path)
         except OSError:  # a folder that holds something is not replaced
@@ -85,6 +86,16 @@ def make(path: Path, write: Callable[[Path], None]) -> Path:
         else:
             draft.unlink(missing_ok=True)
     return path
+
+
+def _sync(path: Path) -> None:
+    """Bring what was written onto the disk: a name must not outlive a crash that its content does not."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def digest_of(*parts: Any) -> str:

@@ -29,7 +29,9 @@ TARGETS: dict[str, dict[str, Any]] = {
 def specification(task: Task, folder: Path) -> TrainerSpec:
     """Return the job: every round's rows in one epoch, in file order."""
     options = task.options
-    raw = [task.options["row"]] * task.rows if "row" in task.options else task.raw()
+    raw = task.raw()
+    if "answer" in options:  # rows of one length, which share no more than the system prompt
+        raw = [{"question": f"{i}, count.", "answer": options["answer"]} for i in range(task.rows)]
     lines = [json.dumps(row) for row in raw] * options["rounds"]
     (folder / "rows.jsonl").write_text("\n".join(lines))
     adapter = None if options.get("algorithm") == "full" else LORA | TARGETS[task.targets]

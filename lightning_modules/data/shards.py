@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -174,7 +174,7 @@ class StoredShard:
         self._each = int(facts["sequences"])
         self._ends: Ids = self._file.get_tensor("ends")
         self._references: Any = None
-        if references is not None and references.exists():
+        if references is not None and _is_whole(references):
             self._references = safe_open(references, framework="numpy")
 
     def __len__(self) -> int:
@@ -232,6 +232,15 @@ def _start(ends: Ids, index: int) -> int:
     return int(ends[index - 1]) if index else 0
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether there is such a file, and a disk that was full or a crash has not left a part of it."""
+    try:
+        with safe_open(file, framework="numpy"):
+            return True
+    except (FileNotFoundError, SafetensorError):
+        return False
+
+
 def write_shard(file: Path, tokenized: Tokenized) -> None:
     """Write what :class:`StoredShard` reads."""
     examples = [example for row in tokenized.rows for example in row]
@@ -286,7 +295,7 @@ class TokenizedRows:
     def make(self, number: int) -> Path:
         """Tokenize a shard unless its file is there, and take note of its bad rows."""
         file = self._file(number)
-        if not file.exists():
+        if not _is_whole(file):
             tokenized = self._tokenized(number)
             make(file, lambda draft: write_shard(draft, tokenized))
         if number not in self._made:

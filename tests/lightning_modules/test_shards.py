@@ -94,6 +94,16 @@ def test_what_is_kept_is_not_tokenized_again(
     again[2]
 
 
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_part_of_a_file_is_made_again(left: int, tmp_path: Path, tokenizing: Tokenizing) -> None:
+    file = tokenized_rows(tmp_path, tokenizing).make(1)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left])
+    again = tokenized_rows(tmp_path, tokenizing)
+    assert texts(tokenizing.tokenizer, again[1]) == [f"{row['answer']}<|im_end|>" for row in ROWS[4:8]]
+    assert file.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -20,9 +20,8 @@ from lightning_modules.engine.attention import TREE, attend
 
 log = logging.getLogger(__name__)
 
-LONG_JOB = 2.5e13
-"""Tokens times parameters from which a job is compiled: six minutes of LoRA on two cores, of which compiling
-takes 20 s and saves 40 s."""
+LONG_JOB = 4e13
+"""Tokens times parameters from which a job is compiled: ten minutes of LoRA on two cores."""
 
 
 def is_long(tokens: int, parameters: int) -> bool:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning_modules.trained import rename_whole
+
 log = logging.getLogger(__name__)
 
 
@@ -74,9 +76,8 @@ def make(path: Path, write: Callable[[Path], None]) -> Path:
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write(draft)
-        _sync(draft)
         try:
-            draft.replace(path)
+            rename_whole(draft, path)
         except OSError:  # a folder that holds something is not replaced
             if not path.is_dir():
                 raise
@@ -86,16 +87,6 @@ def make(path: Path, write: Callable[[Path], None]) -> Path:
         else:
             draft.unlink(missing_ok=True)
     return path
-
-
-def _sync(path: Path) -> None:
-    """Bring what was written onto the disk: a name must not outlive a crash that its content does not."""
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def digest_of(*parts: Any) -> str:

@@ -14,7 +14,15 @@ from post_training.schemas.jobs import Checkpoint, FiniteOrNull
 from post_training.schemas.trainer import TrainerSpec
 
 TRAINED_FILE = "trained.json"
-OF_AN_ATTEMPT = {"attempt", "attempt_id", "begun", "keep_state_in_mlflow", "max_data_bytes"}
+OF_AN_ATTEMPT = {
+    "attempt",
+    "attempt_id",
+    "begun",
+    "cache_dir",
+    "keep_state_in_mlflow",
+    "max_cache_bytes",
+    "max_data_bytes",
+}
 """What in a spec may differ between two attempts at the same."""
 
 
@@ -58,7 +66,11 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def rename_whole(draft: Path, file: Path) -> None:
-    """Rename a draft once it is on the disk: a machine that goes down leaves the old file or the new one."""
-    with draft.open("rb") as written:
-        os.fsync(written.fileno())
+    """Rename a draft once it is on the disk: a machine that goes down leaves the old file or the new one.
+
+    :param draft: a file; or a folder, where no other has the name.
+    """
+    for part in draft.rglob("*") if draft.is_dir() else [draft]:
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
     os.replace(draft, file)

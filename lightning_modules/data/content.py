@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any, overload
 
 BLOCK_ROWS = 1000
@@ -34,6 +35,17 @@ class Content:
     def of(cls, file: IO[bytes]) -> Content:
         """Take an open file's content, whatever happens to the file."""
         return cls(os.dup(file.fileno()))
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[bytes], folder: Path | None) -> Content:
+        """Write parts one after the other into a file without a name, so that all are never in memory.
+
+        :param folder: on whose disk it lies; None is the system's for such files.
+        """
+        with TemporaryFile(dir=folder) as file:
+            file.writelines(parts)
+            file.flush()
+            return cls.of(file)
 
     def open(self) -> BufferedReader:
         """Return the file at its beginning; one position is shared by all that were opened."""
@@ -83,7 +95,6 @@ class LazyRows(Sequence[Row]):
 
     def __init__(self, count: int, read: Callable[[int, int], list[Row]]) -> None:
         self._count, self._read = count, read
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._count
@@ -103,5 +114,4 @@ class LazyRows(Sequence[Row]):
             place = range(self._count)[index]
             return self[place : place + 1][0]
         start, end, step = index.indices(self._count)
-        with self._lock:
-            return self._read(start, max(start, end))[::step]
+        return self._read(start, max(start, end))[::step]

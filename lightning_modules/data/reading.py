@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import sys
-import tempfile
 from array import array
 from bisect import bisect_right
 from codecs import BOM_UTF8
@@ -106,11 +105,7 @@ def _read_data_uri(uri: str, limits: Limits) -> RawDataset:
         kind, sent = parse_data_uri(uri)
     except ValueError as error:
         raise DataError(str(error)) from None
-    with tempfile.TemporaryFile(dir=limits.folder) as file:
-        file.write(sent)
-        file.flush()
-        content = Content.of(file)
-    return _parse(uri, content, kind, limits)
+    return _parse(uri, Content.of_parts([sent], limits.folder), kind, limits)
 
 
 def _read_hub(source: str, limits: Limits) -> RawDataset:
@@ -329,20 +324,24 @@ def _parse_parquet(content: Content, limits: Limits) -> Sequence[Row]:
     limit = limits.max_bytes
     if sum(groups) > limit or file.metadata.num_rows > limit:
         raise _UnpackedError
-    unpacked = 0
     rows = min(BATCH_ROWS, max(1, limit // max([1, *groups])))
     starts, ends = [0], [0]
-    with tempfile.TemporaryFile(dir=limits.folder) as copy:
+
+    def parts() -> Iterator[bytes]:
+        unpacked = 0
         for batch in file.iter_batches(rows):
             unpacked += batch.nbytes
             if unpacked > limit:
                 raise _UnpackedError
-            with pyarrow.ipc.new_stream(copy, batch.schema) as stream:
+            part = pyarrow.BufferOutputStream()
+            with pyarrow.ipc.new_stream(part, batch.schema) as stream:
                 stream.write_batch(batch)
+            content = part.getvalue().to_pybytes()
             starts.append(starts[-1] + len(batch))
-            ends.append(copy.tell())
-        copy.flush()
-        batches = Content.of(copy)
+            ends.append(ends[-1] + len(content))
+            yield content
+
+    batches = Content.of_parts(parts(), limits.folder)
 
     def read(first: int, last: int) -> list[Row]:
         found: list[Row] = []

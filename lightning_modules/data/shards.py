@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -54,9 +53,6 @@ OPEN_SHARDS = 2
 
 NICENESS = 10
 """Of the process that tokenizes ahead: a tenth of the processor time of what trains, or all that is idle."""
-
-PR_SET_PDEATHSIG = 1
-"""The signal that a process is sent when the one that forked it ends: prctl(2)."""
 
 Conversations = Callable[[Mapping[str, Any]], Sequence[Sequence[Turn]]]
 """Reads a row's conversations, or raises BadRowError."""
@@ -295,15 +291,16 @@ class TokenizedRows:
     def make(self, number: int) -> Path:
         """Tokenize a shard unless its file is there, and take note of its bad rows."""
         file = self._file(number)
+        if number in self._made:
+            return file
         if not _is_whole(file):
             tokenized = self._tokenized(number)
             make(file, lambda draft: write_shard(draft, tokenized))
-        if number not in self._made:
-            shard = StoredShard(file, self.tokenizing.item)
-            self.bad |= shard.bad
-            self.cut += shard.cut
-            self.counts[number] = len(shard)
-            self._made.add(number)
+        shard = StoredShard(file, self.tokenizing.item)
+        self.bad |= shard.bad
+        self.cut += shard.cut
+        self.counts[number] = len(shard)
+        self._made.add(number)
         return file
 
     def _file(self, number: int) -> Path:
@@ -388,7 +385,9 @@ class TokenizedRows:
     def _make_all(self, parent: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if sys.platform == "linux":  # it holds what the trainer has open, the job's lock too
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            from post_training.parent_death import die_with  # noqa: PLC0415 - of Linux alone
+
+            die_with(parent)()
         os.nice(NICENESS)
         for number in range(len(self.counts)):
             if os.getppid() != parent:

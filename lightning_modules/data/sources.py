@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
@@ -103,14 +103,17 @@ def _missing(source: str) -> DataError:
 
 
 def _keep(source: str, stream: HTTPResponse | BinaryIO, limits: Limits) -> Content:
-    """Copy to the end, in pieces, so that it is never all in memory."""
-    with TemporaryFile(dir=limits.folder) as file:
+    """Copy to the end, in pieces, unless they are too many."""
+
+    def pieces() -> Iterator[bytes]:
+        size = 0
         while piece := stream.read(CHUNK_BYTES):
-            file.write(piece)
-            if file.tell() > limits.max_bytes:
+            size += len(piece)
+            if size > limits.max_bytes:
                 raise too_large(source, limits)
-        file.flush()
-        return Content.of(file)
+            yield piece
+
+    return Content.of_parts(pieces(), limits.folder)
 
 
 def _open_path(path: str, roots: Sequence[Path]) -> Content:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,8 @@ def test_another_training_or_another_run_is_not_taken_for_it(make_spec: Any) -> 
         read_trained(spec.model_copy(update={"begun": True, "attempt": 2, "attempt_id": "0199-b"}))
         is not None
     )
+    elsewhere = {"cache_dir": Path("/another/home/cache"), "max_cache_bytes": 1, "max_data_bytes": 1}
+    assert read_trained(spec.model_copy(update=elsewhere)) is not None
     for other in (
         make_spec(training={"n_epochs": 3}, tracking=spec.tracking.model_dump()),
         make_spec(tracking={"tracking_uri": "http://mlflow", "run_id": "b"}),

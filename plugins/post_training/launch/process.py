@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
-import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-_PR_SET_PDEATHSIG = 1
-# Loaded here: between fork and exec a child may call it, but not load it.
-_prctl = ctypes.CDLL(None, use_errno=True).prctl
+from post_training.parent_death import die_with
+
 _POLL_SECONDS = 0.2
 
 
@@ -59,7 +56,7 @@ class TrainerProcess:
             text=True,
             errors="replace",
             pass_fds=pass_fds,
-            preexec_fn=_die_with(os.getpid()),
+            preexec_fn=die_with(os.getpid()),
         )
         self._reader = threading.Thread(target=self._read, name="trainer-output", daemon=True)
         self._reader.start()
@@ -135,19 +132,3 @@ class TrainerProcess:
         """Append a line to the log, or do without where the disk refuses: the child waits for its reader."""
         with suppress(OSError), self._log.open("a", encoding="utf-8") as copy:
             copy.write(line)
-
-
-def bind_to_parent(number: signal.Signals) -> None:
-    """Let this process get a signal when the thread that started it ends."""
-    _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """Return what the child runs before exec: be killed when the parent's thread ends, also if it has."""
-
-    def bind() -> None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return bind

@@ -18,12 +18,13 @@ from post_training.errors import InvalidRequestError, PostTrainingError, Superse
 from post_training.job_ids import TRAINING_OPERATORS, TaskKey, job_uuid_of
 from post_training.job_lock import claim, locked, newest_claim, note_holder
 from post_training.launch.local import trainer_argv, trainer_environment
-from post_training.launch.process import TrainerProcess, bind_to_parent
+from post_training.launch.process import TrainerProcess
 from post_training.operators.hooks import MLflowHook, PostTrainingHook
 from post_training.operators.links import MLflowRunLink
 from post_training.operators.request import build_request, with_runtime_defaults
 from post_training.operators.spec import run_of, write_spec
 from post_training.operators.task_record import PermanentFailureError, TaskRecord
+from post_training.parent_death import bind_to_parent
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest

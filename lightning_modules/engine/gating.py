@@ -6,13 +6,15 @@ Reference: Shazeer, "GLU Variants Improve Transformer", https://arxiv.org/abs/20
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from lightning_modules.engine.classes import derived
 
 Forward = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor], Tensor]
@@ -61,13 +63,8 @@ def gated_class(module: nn.Module) -> type[nn.Module] | None:
         for name, (forward, _) in ACTIVATIONS.items():
             same_act = torch.equal(act(given), forward(given))
             if same_act and torch.equal(down(forward(given) * up(sample)), expected):
-                return _fast_class(own, name)
+                return cast(type[nn.Module], derived(GatedMLP, own, activation=name))
     return None
-
-
-@cache  # one class for all layers: torch.compile then compiles them once
-def _fast_class(own: Any, activation: str) -> type[nn.Module]:
-    return type(own.__name__, (GatedMLP, own), {"activation": activation, "__module__": __name__})
 
 
 class _Gate(torch.autograd.Function):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from lightning_modules.engine.classes import derived
 
 EPSILON_NAMES = ("variance_epsilon", "eps")
 
@@ -70,14 +71,8 @@ def rms_norm_class(module: nn.Module) -> type[nn.Module] | None:
                 sample.square().mean(-1, keepdim=True) + getattr(module, names[0])
             )
             if torch.allclose(sample * scale, expected, rtol=2e-2, atol=1e-3):
-                return _fast_class(own, offset, names[0])
+                return cast(type[nn.Module], derived(RMSNorm, own, offset=offset, epsilon_name=names[0]))
     return None
-
-
-@cache  # one class for all layers: torch.compile then compiles them once
-def _fast_class(own: Any, offset: float, epsilon_name: str) -> type[nn.Module]:
-    values: dict[str, Any] = {"offset": offset, "epsilon_name": epsilon_name, "__module__": __name__}
-    return type(own.__name__, (RMSNorm, own), values)
 
 
 class _RMSNorm(torch.autograd.Function):

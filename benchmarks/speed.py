@@ -30,7 +30,7 @@ from rich.console import Console
 
 from benchmarks.contenders.rounds import Task
 from benchmarks.speed_report import write_report
-from post_training.launch.local import trainer_environment
+from post_training.launch.local import tcmalloc, trainer_environment
 from tests.mlflow_server import MLflowServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -339,6 +339,7 @@ def machine(gpu: bool) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} cores of {cpu}",
         "libraries": {name: version(name) for name in LIBRARIES},
+        "allocator": tcmalloc() or "glibc",
     }
 
 

@@ -27,7 +27,7 @@ def write_report(figures: Mapping[str, Any], folder: Path) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
     parts = [
         f"Measured on {machine['date']}, {machine['device']}; bf16 GEMM {figures['gemm'] / 1e9:.0f} GFLOP/s;"
-        f" {libraries}. Medians of interleaved rounds."
+        f" {libraries}; our trainer with {machine['allocator']}. Medians of interleaved rounds."
     ]
     parts += [f"### {name}\n\n{race_table(race, figures['gemm'])}" for name, race in figures["races"].items()]
     lines = [

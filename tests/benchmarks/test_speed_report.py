@@ -17,7 +17,7 @@ def contender(seconds: float, peak_gib: float, **facts: Any) -> dict[str, Any]:
 def test_ratios_are_of_the_seconds_and_shares_of_the_useful_products(tmp_path: Path) -> None:
     flops = 4 * (WEIGHTS * 1000 + HEAD * 100)
     figures: dict[str, Any] = {
-        "machine": {"date": "2026-11-28", "device": "2 cores", "libraries": LIBRARIES},
+        "machine": {"date": "2026-11-28", "device": "2 cores", "libraries": LIBRARIES, "allocator": "glibc"},
         "gemm": flops / 1.0,  # what the machine could do in a second
         "races": {
             "SFT": {
@@ -43,7 +43,7 @@ def test_ratios_are_of_the_seconds_and_shares_of_the_useful_products(tmp_path: P
 
 def test_a_race_without_trl_has_no_ratios(tmp_path: Path) -> None:
     figures: dict[str, Any] = {
-        "machine": {"date": "2026-11-28", "device": "2 cores", "libraries": LIBRARIES},
+        "machine": {"date": "2026-11-28", "device": "2 cores", "libraries": LIBRARIES, "allocator": "glibc"},
         "gemm": 1e12,
         "races": {"full": {"full": contender(10.0, 4, tokens=1000, scored=100)}},
         "deviations": {},

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from ctypes.util import find_library
 from pathlib import Path
 
+import pytest
+
+from post_training.launch import local
 from post_training.launch.local import trainer_argv, trainer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,3 +47,34 @@ def test_a_checkouts_sources_come_first_on_the_search_path() -> None:
 def test_what_the_operator_set_for_its_worker_stands() -> None:
     assert trainer_environment({}, {})["GOMP_SPINCOUNT"] == "1000"
     assert trainer_environment({"GOMP_SPINCOUNT": "5"}, {})["GOMP_SPINCOUNT"] == "5"
+    assert trainer_environment({"MALLOC_TOP_PAD_": "5"}, {})["MALLOC_TOP_PAD_"] == "5"
+
+
+def test_memory_comes_from_tcmalloc_where_the_machine_has_it() -> None:
+    environment = trainer_environment({"PATH": os.environ["PATH"]}, {})
+    maps = subprocess.run(
+        [sys.executable, "-c", "print(open('/proc/self/maps').read())"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert maps.stderr == ""
+    assert ("libtcmalloc" in maps.stdout) == (find_library("tcmalloc_minimal") is not None)
+
+
+def test_an_allocator_that_is_chosen_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "tcmalloc", lambda: "libtcmalloc.so.4")
+    preloads = {
+        None: "libtcmalloc.so.4",
+        "a.so": "libtcmalloc.so.4:a.so",
+        "libjemalloc.so.2": "libjemalloc.so.2",
+    }
+    for chosen, preloaded in preloads.items():
+        inherited = {} if chosen is None else {"LD_PRELOAD": chosen}
+        assert trainer_environment(inherited, {})["LD_PRELOAD"] == preloaded
+
+
+def test_without_tcmalloc_nothing_is_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "tcmalloc", lambda: None)
+    assert "LD_PRELOAD" not in trainer_environment({}, {})

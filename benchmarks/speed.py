@@ -162,6 +162,7 @@ def main() -> None:
             if name in PRECISION:
                 figures["deviations"][name] = runner.deviations(race, figures["races"][name])
             console.print(summary(figures["races"][name]))
+        figures["precision"] = precision(model, options.data)
         if not options.no_sweeps:
             figures["sweeps"] = sweeps(runner)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -272,6 +273,13 @@ class Process:
             raise RuntimeError(self._log.read()[-3000:])
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def precision(model: Path, data: Path) -> dict[str, dict[str, float]]:
+    """Return what :mod:`benchmarks.precision` finds, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.precision", "--model", str(model), "--data", str(data)]
+    found: dict[str, dict[str, float]] = json.loads(subprocess.check_output(command, text=True))
+    return found
 
 
 def sweeps(runner: Runner) -> dict[str, list[dict[str, Any]]]:

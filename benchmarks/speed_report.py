@@ -40,6 +40,15 @@ def write_report(figures: Mapping[str, Any], folder: Path) -> str:
         parts.append(
             f"### Loss in bf16, how far from the same contender's in fp32\n\n{markdown(header, lines)}"
         )
+    if figures["precision"]:
+        header = ["", "nats a token", "nats an answer"]
+        lines = [
+            [name, f"{off['token']:.4f}", f"{off['answer']:.3f}"]
+            for name, off in figures["precision"].items()
+        ]
+        parts.append(
+            "### Log-probabilities in bf16, root mean square from fp32's\n\n" + markdown(header, lines)
+        )
     for name, rows in figures["sweeps"].items():
         lines = [[str(row[name]), f"{row['tokens_per_second']:.0f}", gib(row["peak"])] for row in rows]
         parts.append(f"### Growth with the {name}\n\n{markdown([name, 'tokens/s', 'peak GiB'], lines)}")

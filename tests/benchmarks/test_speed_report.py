@@ -27,6 +27,7 @@ def test_ratios_are_of_the_seconds_and_shares_of_the_useful_products(tmp_path: P
             }
         },
         "deviations": {"SFT": {"ours": [0.01, 0.0201]}},
+        "precision": {"ours": {"token": 0.04171, "answer": 0.5}},
         "sweeps": {"batch": [{"batch": 1, "tokens_per_second": 10.0, "peak": 2**30}]},
     }
     text = write_report(figures, tmp_path)
@@ -36,6 +37,7 @@ def test_ratios_are_of_the_seconds_and_shares_of_the_useful_products(tmp_path: P
     assert ["ours", "500", "4.00", "5.00", "2.50", "1.00", "0.25", "50%"] in lines
     assert ["ours", "1.5000 1.2500"] in lines
     assert ["SFT", "ours", "0.0100 0.0201"] in lines
+    assert ["ours", "0.0417", "0.500"] in lines
     assert ["1", "10", "1.00"] in lines
     assert (tmp_path / "speed.md").read_text() == text
     assert "<svg" in (tmp_path / "speed.svg").read_text()
@@ -47,6 +49,7 @@ def test_a_race_without_trl_has_no_ratios(tmp_path: Path) -> None:
         "gemm": 1e12,
         "races": {"full": {"full": contender(10.0, 4, tokens=1000, scored=100)}},
         "deviations": {},
+        "precision": {},
         "sweeps": {},
     }
     assert "| full | 100 | 0.80 |  |  | 4.00 |  |" in write_report(figures, tmp_path)

@@ -30,6 +30,7 @@ from rich.console import Console
 
 from benchmarks.contenders.rounds import Task
 from benchmarks.speed_report import write_report
+from benchmarks.startup import start_up
 from post_training.launch.local import tcmalloc, trainer_environment
 from tests.mlflow_server import MLflowServer
 
@@ -163,6 +164,7 @@ def main() -> None:
                 figures["deviations"][name] = runner.deviations(race, figures["races"][name])
             console.print(summary(figures["races"][name]))
         figures["precision"] = precision(model, options.data)
+        figures["start"] = start_up(model, options.data, server.uri, Path(folder) / "starts")
         if not options.no_sweeps:
             figures["sweeps"] = sweeps(runner)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,11 @@ def write_report(figures: Mapping[str, Any], folder: Path) -> str:
         parts.append(
             f"### Loss in bf16, how far from the same contender's in fp32\n\n{markdown(header, lines)}"
         )
+    if start := figures["start"]:
+        parts.append(
+            f"### Start\n\nFrom the trainer's start {start['begins']:.1f} s to its first step and"
+            f" {start['ends']:.1f} s to that step's end; at the first start {start['first']:.1f} s."
+        )
     if figures["precision"]:
         header = ["", "nats a token", "nats an answer"]
         lines = [

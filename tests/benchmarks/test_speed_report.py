@@ -27,6 +27,7 @@ def test_ratios_are_of_the_seconds_and_shares_of_the_useful_products(tmp_path: P
             }
         },
         "deviations": {"SFT": {"ours": [0.01, 0.0201]}},
+        "start": {"first": 12.5, "begins": 8.25, "ends": 9.75},
         "precision": {"ours": {"token": 0.04171, "answer": 0.5}},
         "sweeps": {"batch": [{"batch": 1, "tokens_per_second": 10.0, "peak": 2**30}]},
     }
@@ -39,6 +40,7 @@ def test_ratios_are_of_the_seconds_and_shares_of_the_useful_products(tmp_path: P
     assert ["SFT", "ours", "0.0100 0.0201"] in lines
     assert ["ours", "0.0417", "0.500"] in lines
     assert ["1", "10", "1.00"] in lines
+    assert "8.2 s to its first step and 9.8 s to that step's end; at the first start 12.5 s" in text
     assert (tmp_path / "speed.md").read_text() == text
     assert "<svg" in (tmp_path / "speed.svg").read_text()
 
@@ -50,6 +52,7 @@ def test_a_race_without_trl_has_no_ratios(tmp_path: Path) -> None:
         "races": {"full": {"full": contender(10.0, 4, tokens=1000, scored=100)}},
         "deviations": {},
         "precision": {},
+        "start": {},
         "sweeps": {},
     }
     assert "| full | 100 | 0.80 |  |  | 4.00 |  |" in write_report(figures, tmp_path)

@@ -249,7 +249,7 @@ def loss_of(model: Any, tokenizer: Any, held_out: Path) -> float:
     """Return the mean cross-entropy of the held-out answers' tokens, in nats."""
     import torch
 
-    from lightning_modules.data.datamodule import Arrangement, collate
+    from lightning_modules.data.batches import Arrangement, collate
     from lightning_modules.data.formats import instruct_turns
     from lightning_modules.data.reading import read_dataset
     from lightning_modules.data.tokenize import tokenize_rows

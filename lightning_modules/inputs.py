@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from lightning_modules.data.content import RawDataset
 from lightning_modules.data.datamodule import FineTuningData
-from lightning_modules.data.reading import RawDataset, read_dataset
+from lightning_modules.data.reading import read_dataset
 from lightning_modules.data.shards import TokenizedRows, Tokenizing
 from lightning_modules.data.sources import Limits
 from lightning_modules.kept import Kept

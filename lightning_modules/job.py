@@ -22,7 +22,9 @@ from lightning_modules.checkpoint import (
     FileCheckpointIO,
     SaveInterval,
 )
-from lightning_modules.data.datamodule import Arrangement, FineTuningData, Seen
+from lightning_modules.data.batches import Arrangement
+from lightning_modules.data.datamodule import FineTuningData
+from lightning_modules.data.loaders import Seen
 from lightning_modules.dropout import has_dropout, switch_off_dropout
 from lightning_modules.engine.compiling import compile_layers, is_long
 from lightning_modules.engine.lora import use_fast_adapters

@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_modules.data.datamodule import Batch
+from lightning_modules.data.batches import Batch
 from lightning_modules.means import Means, perplexity
 from lightning_modules.objective import Objective, Outcome, language_model
 from lightning_modules.offloading import offloaded

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_modules.data.datamodule import Batch
+from lightning_modules.data.batches import Batch
 from lightning_modules.logprobs import token_log_probs
 from lightning_modules.probes import hidden_states
 

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lightning_modules.data.datamodule import Batch
+from lightning_modules.data.batches import Batch
 from lightning_modules.objective import Outcome, Sum, scored_log_probs
 from lightning_modules.preference_losses import PREFERENCE_LOSSES, kl_estimate, rewards
 from post_training.schemas import record as names

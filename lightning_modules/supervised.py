@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_modules.data.datamodule import Batch
+from lightning_modules.data.batches import Batch
 from lightning_modules.objective import Outcome, Sum, scored_log_probs
 
 

@@ -115,3 +115,15 @@ class LazyRows(Sequence[Row]):
             return self[place : place + 1][0]
         start, end, step = index.indices(self._count)
         return self._read(start, max(start, end))[::step]
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A data set's rows, bad ones included, with the SHA-256 of its content.
+
+    Rows of jsonl, parquet and the hub are read when they are asked for; of json and csv all are in memory.
+    """
+
+    source: str
+    digest: str
+    rows: Sequence[Row]

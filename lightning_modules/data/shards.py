@@ -16,9 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from lightning_modules.data.content import Row
+from lightning_modules.data.content import RawDataset, Row
 from lightning_modules.data.formats import Turn
-from lightning_modules.data.reading import RawDataset
 from lightning_modules.data.stored_shard import StoredShard, is_whole, write_shard
 from lightning_modules.data.tokenize import (
     Item,

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from torch import Tensor
 
-from lightning_modules.data.content import Row
+from lightning_modules.data.content import RawDataset, Row
 from lightning_modules.data.formats import Turn, tools_of
 from lightning_modules.data.layout import Ids
 from lightning_modules.data.messages import BadRowError
-from lightning_modules.data.reading import RawDataset
 from post_training.errors import DataError
 
 if TYPE_CHECKING:

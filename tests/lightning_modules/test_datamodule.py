@@ -1,4 +1,4 @@
-"""Packing, order, padding and the loader's position."""
+"""Steps, shards and the position that is resumed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from lightning_modules.data.datamodule import Arrangement, FineTuningData, collate, epoch_order
-from lightning_modules.data.packing import pack
+from lightning_modules.data.datamodule import FineTuningData
+from lightning_modules.data.loaders import epoch_order
 from lightning_modules.data.tokenize import Example, Item, Pair
 
 
@@ -51,94 +49,9 @@ class InMemory:
         """Nothing can be wrong."""
 
 
-def test_pack_by_hand() -> None:
-    assert pack([5, 3, 4, 2, 6], 10) == [[0, 1, 3], [2, 4]]
-    assert pack([], 10) == []
-    with pytest.raises(ValueError, match="11 tokens does not fit a row of 10"):
-        pack([11], 10)
-
-
-@given(st.lists(st.integers(1, 20), max_size=60))
-def test_pack_keeps_every_sequence_within_the_rows(lengths: list[int]) -> None:
-    rows = pack(lengths, 20)
-    assert sorted(chain.from_iterable(rows)) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
-    half_empty = [row for row in rows if sum(lengths[i] for i in row) <= 10]
-    assert len(half_empty) <= 1  # two of them would have been one
-    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
-
-
-def test_collate_pads_to_the_longest_and_ends_before_the_last_scored_token() -> None:
-    batch = collate([[example(3)], [example(4, first=5)]], 9, Arrangement.PADDED)
-    assert batch["input_ids"].tolist() == [[1, 2, 9], [5, 6, 7]]
-    assert batch["predictors"].tolist() == [0, 1, 3, 4, 5]
-    assert batch["targets"].tolist() == [2, 3, 6, 7, 8]
-    assert (batch["tokens"], batch["scored"], batch["units"]) == (7, 5, 5)
-    assert "position_ids" not in batch
-
-
-def test_what_follows_the_last_scored_token_is_left_out() -> None:
-    dialog = Example([1, 2, 3, 4, 5, 6], [-100, -100, 3, -100, -100, -100])
-    batch = collate([[dialog]], 0, Arrangement.TREE)
-    assert batch["input_ids"].tolist() == [[1, 2]]
-    assert (batch["predictors"].tolist(), batch["targets"].tolist()) == ([1], [3])
-    assert batch["tokens"] == 6
-
-
-def test_collate_restarts_positions_in_packed_rows() -> None:
-    batch = collate([[example(3), example(4, first=5)], [example(4)]], 0, Arrangement.PACKED)
-    assert batch["input_ids"].tolist() == [[1, 2, 5, 6, 7], [1, 2, 3, 0, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
-    assert batch["predictors"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert batch["targets"].tolist() == [2, 3, 6, 7, 8, 2, 3, 4]
-    assert "layout" not in batch
-
-
-def test_one_row_has_no_padding() -> None:
-    batch = collate([[example(3)], [example(4, first=5)]], 0, Arrangement.FLAT)
-    assert batch["input_ids"].tolist() == [[1, 2, 5, 6, 7]]
-    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
-    assert [segment.span for segment in batch["layout"].segments] == [(0, 2), (2, 5)]
-    assert batch["predictors"].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_a_shared_beginning_is_scored_for_each_sequence() -> None:
-    first, second = (
-        Example([*range(1, 31), last, 99], [-100, *range(2, 31), last, -100]) for last in (40, 50)
-    )
-    batch = collate([[first], [second]], 0, Arrangement.TREE)
-    assert batch["input_ids"].tolist() == [list(range(1, 31))]
-    assert batch["predictors"].tolist() == [*range(30), *range(30)]
-    assert batch["targets"].tolist() == [*range(2, 31), 40, *range(2, 31), 50]
-    assert (batch["tokens"], batch["scored"]) == (64, 60)
-
-
 def pair(chosen: int, rejected: int, reference: list[float] | None = None) -> Pair:
     numbers = torch.tensor(reference) if reference is not None else None
     return Pair(example(chosen), example(rejected, first=10), numbers)
-
-
-def test_pairs_take_two_rows_each_and_number_their_scored_tokens() -> None:
-    rows = [[pair(3, 2, [0.1, 0.2, 0.3])], [pair(2, 4, [1.0, 2.0, 3.0, 4.0])]]
-    batch = collate(rows, 0, Arrangement.PADDED)
-    assert batch["input_ids"].tolist() == [[1, 2, 0], [10, 0, 0], [1, 0, 0], [10, 11, 12]]
-    assert batch["predictors"].tolist() == [0, 1, 3, 6, 9, 10, 11]
-    assert (batch["units"], batch["tokens"], batch["scored"]) == (2, 11, 7)
-    assert batch["sequence"].tolist() == [0, 0, 1, 2, 3, 3, 3]
-    assert batch["reference"].tolist() == pytest.approx([0.1, 0.2, 0.3, 1.0, 2.0, 3.0, 4.0])
-
-
-def test_packed_pairs_share_a_row_in_the_same_order() -> None:
-    rows = [[pair(3, 2), pair(2, 2)], [pair(2, 4)]]
-    batch = collate(rows, 0, Arrangement.PACKED)
-    assert batch["input_ids"].tolist() == [[1, 2, 10, 1, 10], [1, 10, 11, 12, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 0, 0, 0], [0, 0, 1, 2, 0]]
-    assert batch["sequence"].tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 5]
-    assert (batch["units"], "reference" in batch) == (3, False)
-
-
-def test_a_batch_has_references_only_if_every_pair_has_one() -> None:
-    assert "reference" not in collate([[pair(2, 2, [0.1, 0.2])], [pair(2, 2)]], 0, Arrangement.TREE)
 
 
 def test_packed_pairs_fit_a_row_of_two_sequences() -> None:
@@ -161,40 +74,6 @@ def test_items_seen_are_those_of_the_epochs_and_of_the_validation() -> None:
     ]
     assert shuffled.seen(2) == [(train, 0, sorted(set(seen)))]
     assert shuffled.seen(10**6) == [(train, 0, list(range(8)))]
-
-
-def test_unshuffled_keeps_the_order() -> None:
-    assert epoch_order([3, 1, 2, 5, 4], 2, shuffle=False, grouped=True, seed=[1, 3, 0]) == [
-        [0, 1],
-        [2, 3],
-        [4],
-    ]
-
-
-def test_shuffled_order_depends_on_seed_and_epoch_alone() -> None:
-    def order(seed: int, epoch: int) -> list[list[int]]:
-        return epoch_order([1] * 50, 4, shuffle=True, grouped=True, seed=[seed, epoch, 0])
-
-    first = order(1, 0)
-    torch.manual_seed(99)
-    assert order(1, 0) == first
-    assert order(1, 1) != first
-    assert order(2, 0) != first
-    assert sorted(chain.from_iterable(first)) == list(range(50))
-
-
-def test_shuffled_rows_of_like_length_meet() -> None:
-    lengths = [1 + i * 7919 % 100 for i in range(256)]
-
-    def padding(steps: Sequence[Sequence[int]]) -> int:
-        return sum(
-            max(lengths[i] for i in step) * len(step) - sum(lengths[i] for i in step) for step in steps
-        )
-
-    grouped = epoch_order(lengths, 8, shuffle=True, grouped=True, seed=[0, 0, 0])
-    plain = epoch_order(lengths, 8, shuffle=True, grouped=False, seed=[0, 0, 0])
-    assert padding(grouped) < padding(plain) / 5
-    assert sorted(chain.from_iterable(plain)) == sorted(chain.from_iterable(grouped))
 
 
 def module(size: int = 1000, **changes: Any) -> FineTuningData:

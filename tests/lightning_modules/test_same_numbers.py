@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.adapters import add_adapters
-from lightning_modules.data.datamodule import Arrangement, collate
+from lightning_modules.data.batches import Arrangement, collate
 from lightning_modules.data.tokenize import Example, Pair
 from lightning_modules.engine.lora import use_fast_adapters
 from lightning_modules.engine.prepare import speed_up

@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.data import shards
-from lightning_modules.data.content import LazyRows, Row
+from lightning_modules.data.content import LazyRows, RawDataset, Row
 from lightning_modules.data.formats import instruct_turns
-from lightning_modules.data.reading import RawDataset, read_dataset
+from lightning_modules.data.reading import read_dataset
 from lightning_modules.data.shards import TokenizedRows, Tokenizing
 from lightning_modules.data.tokenize import Example, Pair
 from lightning_modules.job import prepare_job

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lightning_modules.data.datamodule import Arrangement, collate
+from lightning_modules.data.batches import Arrangement, collate
 from lightning_modules.data.packing import pack
 from lightning_modules.data.tokenize import Example
 from lightning_modules.engine.prepare import speed_up

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from lightning_modules.data.content import Row
+from lightning_modules.data.content import RawDataset, Row
 from lightning_modules.data.formats import Turn, dialog_turns, instruct_turns
 from lightning_modules.data.messages import BadRowError
-from lightning_modules.data.reading import RawDataset
 from lightning_modules.data.tokenize import (
     IGNORED,
     Example,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_modules.data.datamodule import Arrangement, collate
+from lightning_modules.data.batches import Arrangement, collate
 from lightning_modules.engine.compiling import LONG_JOB, compile_layers, is_long
 from lightning_modules.engine.lora import use_fast_adapters
 from lightning_modules.engine.prepare import speed_up

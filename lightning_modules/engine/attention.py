@@ -20,14 +20,10 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from lightning_modules.engine.flex import flex_attend
-from lightning_modules.engine.tiles import Group, Heads, Layout, Plan
+from lightning_modules.engine.tiles import Heads, Layout, Plan
 
 TREE = "post_training_tree"
 """Name in transformers' table; it has no mask function there: the layout is the mask."""
-
-KEPT_WIDTH = 512
-"""Keys up to which attention weights are kept for the backward pass; of wider tiles they are computed again,
-so that what is held grows with the tokens and not with their square."""
 
 
 @dataclass(frozen=True)
@@ -89,39 +85,41 @@ def _layout_of_rows(rows: int, length: int) -> Layout:
 
 
 class _TileAttention(torch.autograd.Function):
-    """softmax(scale · QKᵀ + mask) · V, tile by tile: (heads, t, d) -> (heads, t, e)."""
+    """softmax(scale · QKᵀ + mask) · V, tile by tile: (heads, t, d) -> (heads, t, e).
+
+    The weights are computed again for the gradient: kept, they take more memory than all else in a layer but
+    its gates, and grow with the square of the length.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, options: Options
     ) -> Tensor:
         plan = layout.plan(options.window, Heads(len(query), len(key)), value.dtype)
-        tiles = zip(plan.groups, plan.masks, *_gathered(plan, query, key, value), strict=True)
+        tiles = zip(plan.masks, *_gathered(plan, query, key, value), strict=True)
         ctx.plan, ctx.options, ctx.noises = plan, options, []
-        outputs, kept = [], []
-        for group, mask, q, k, v in tiles:
+        outputs = []
+        for mask, q, k, v in tiles:
             weights, _ = _weights(q, k, mask, options)
             noise = _noise(weights, options.dropout)
             outputs.append(torch.bmm(_times(weights, noise), v))
             ctx.noises.append(noise)
-            if _is_kept(group, options):
-                kept.append(weights)
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value)
         return _to_heads(_to_queries(plan, outputs), len(query))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *rest = ctx.saved_tensors
-        plan, options, kept = ctx.plan, ctx.options, iter(rest)
+        query, key, value = ctx.saved_tensors
+        plan, options = ctx.plan, ctx.options
         # of padding the gradient is 0
         given = functional.pad(_to_rows(upstream), (0, 0, 0, 1)).index_select(0, plan.queries)
         upstreams = _by_group(given, plan.query_counts, plan.masks, dim=1)
         gathered = _gathered(plan, query, key, value)
-        tiles = zip(plan.groups, plan.masks, ctx.noises, *gathered, upstreams, strict=True)
+        tiles = zip(plan.masks, ctx.noises, *gathered, upstreams, strict=True)
         of_query, of_key, of_value = [], [], []
-        for group, mask, noise, q, k, v, of_output in tiles:
-            weights, slope = (next(kept), None) if _is_kept(group, options) else _weights(q, k, mask, options)
+        for mask, noise, q, k, v, of_output in tiles:
+            weights, slope = _weights(q, k, mask, options)
             of_value.append(torch.bmm(_times(weights, noise).mT, of_output))
             of_weights = _times(torch.bmm(of_output, v.mT), noise)
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
@@ -183,10 +181,6 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor, options: Options) -> tuple[Tens
     bounded = torch.bmm(q, k.mT).mul_(options.scale / options.cap).tanh_()
     slope = 1 - bounded.square()
     return torch.softmax(bounded.mul_(options.cap).add_(mask), -1), slope
-
-
-def _is_kept(group: Group, options: Options) -> bool:
-    return options.cap is None and (group.width <= KEPT_WIDTH or options.dropout > 0)
 
 
 def _noise(weights: Tensor, dropout: float) -> Tensor | None:

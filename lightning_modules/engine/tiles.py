@@ -133,7 +133,7 @@ class Plan:
     """
 
     def __init__(self, groups: Sequence[Group], tokens: int, heads: Heads, dtype: torch.dtype) -> None:
-        self.groups, self.tokens, self.heads = tuple(groups), tokens, heads
+        self.tokens, self.heads = tokens, heads
         self.masks = [group.mask(heads, dtype) for group in groups]
         rows = [group.query_rows(heads, tokens) for group in groups]
         self.queries = torch.cat(rows)

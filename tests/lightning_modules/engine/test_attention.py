@@ -84,11 +84,7 @@ def both(
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])
 @pytest.mark.parametrize("cap", [None, 2.0])
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
-def test_tiles_equal_a_dense_mask(
-    name: str, window: int | None, cap: float | None, kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "KEPT_WIDTH", 10**6 if kept else 0)
+def test_tiles_equal_a_dense_mask(name: str, window: int | None, cap: float | None) -> None:
     segments = LAYOUTS[name]
     layout, seen = Layout(segments), visible(segments, window)
     options: dict[str, Any] = {"scaling": 0.7, "sliding_window": window, "softcap": cap, "layout": layout}
@@ -98,6 +94,15 @@ def test_tiles_equal_a_dense_mask(
 
     for got, want in both(ours, lambda *t: dense(*t, seen, 0.7, cap), inputs(layout.tokens, Shape())):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_kept_that_grows_with_the_square_of_the_length() -> None:
+    kept: list[Tensor] = []
+    layout = Layout.of_rows(1, 300)
+    leaves = inputs(layout.tokens, Shape())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attend(MODULE, *leaves, None, layout=layout)
+    assert sum(t.numel() for t in kept) == sum(t.numel() for t in leaves)
 
 
 @pytest.mark.parametrize("shape", [Shape(3, 3), Shape(6, 1, 16), Shape(4, 2, 12, 20)])

@@ -1,7 +1,7 @@
 """What the orchestration costs: import, submit, first step, cancel, list and status.
 
 ``python -m benchmarks.orchestration`` starts both servers in a temporary folder, runs jobs on a tiny model
-and fills Airflow and MLflow with jobs. Prints a table; ``--json FILE`` keeps the figures.
+and fills Airflow and MLflow with jobs. Prints a table and writes it to a folder, with the figures as JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Column, Table
 
+from benchmarks.machine import machine
+from benchmarks.speed_report import markdown
 from post_training.schemas.record import TAG_RESOURCES
 from post_training.standalone import Standalone
 from tests.tiny_model import write_tiny_model
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1000, help="jobs to fill the servers with")
     parser.add_argument("--calls", type=int, default=50, help="calls behind each median")
     parser.add_argument("--cancels", type=int, default=5, help="running jobs to cancel, one by one")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="where files go")
     options = parser.parse_args()
     figures: dict[str, Any] = import_cost()
     with tempfile.TemporaryDirectory() as folder:
@@ -64,9 +66,7 @@ def main() -> None:
             figures |= first_step(servers, model, data)
             figures |= cancels(servers, model, data, options.cancels)
             figures |= with_many_jobs(servers, model, data, options.jobs, options.calls)
-    report(figures)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2))
+    report(figures, options.output)
 
 
 def import_cost() -> dict[str, Any]:
@@ -236,12 +236,20 @@ def body(job_uuid: str, model: Path, data: Path) -> dict[str, Any]:
     }
 
 
-def report(figures: dict[str, Any]) -> None:
-    """Print the figures."""
+def report(figures: dict[str, Any], folder: Path) -> None:
+    """Print the figures, and write ``orchestration.md`` and ``orchestration.json``."""
+    where = machine()
+    lines = [
+        [name, f"{value:.3f}" if isinstance(value, float) else str(value)] for name, value in figures.items()
+    ]
     table = Table("figure", Column("value", overflow="fold"))
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    for line in lines:
+        table.add_row(*line)
     Console().print(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "orchestration.json").write_text(json.dumps({"machine": where, "figures": figures}, indent=1))
+    heading = f"Measured on {where['date']}, {where['device']}; SQLite, a tiny model.\n\n"
+    (folder / "orchestration.md").write_text(heading + markdown(["", ""], lines) + "\n")
 
 
 if __name__ == "__main__":

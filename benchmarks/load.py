@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 from mlflow import MlflowClient
 
-from benchmarks.orchestration import API, ROOT, body, report
+from benchmarks.orchestration import API, ROOT, body, show
 from post_training.schemas.record import TAG_JOB_UUID, TAG_METHOD
 from post_training.standalone import DAG_IDS, Standalone
 from tests.tiny_model import write_tiny_model
@@ -82,7 +82,7 @@ def main() -> None:
             polls = poll(servers, [f"distinct-{i}" for i in range(options.clients)], options.seconds)
             figures |= timed("polls", polls)
             figures["polls a second"] = len(polls) / options.seconds
-    report(figures)
+    show(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))
 

@@ -14,12 +14,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep, time
 from typing import Any
 
 import httpx
-import psutil
+import psutil  # type: ignore[import-untyped]
 from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Column, Table
@@ -66,7 +67,8 @@ def main() -> None:
             figures |= first_step(servers, model, data)
             figures |= cancels(servers, model, data, options.cancels)
             figures |= with_many_jobs(servers, model, data, options.jobs, options.calls)
-    report(figures, options.output)
+    show(figures)
+    write(figures, options.output)
 
 
 def import_cost() -> dict[str, Any]:
@@ -153,14 +155,8 @@ def with_many_jobs(servers: Standalone, model: Path, data: Path, jobs: int, call
             )
         total = perf_counter() - start
         listed = [timed(lambda: http.get(f"{API}/jobs").raise_for_status()) for _ in range(calls)]
-        read = [
-            timed(
-                lambda i=i: http.get(
-                    f"{API}/job/status", params={"job_uuid": f"many-{i * jobs // calls}"}
-                ).raise_for_status()
-            )
-            for i in range(calls)
-        ]
+        asked = [f"many-{i * jobs // calls}" for i in range(calls)]
+        read = [timed(partial(read_status, http, job_uuid)) for job_uuid in asked]
         found = len(http.get(f"{API}/jobs").json()["data"])
     return {
         "jobs in Airflow and MLflow": found,
@@ -197,10 +193,17 @@ def submit(http: httpx.Client, request: dict[str, Any]) -> None:
     http.post(f"{API}/supervised-fine-tune", json=request).raise_for_status()
 
 
+def read_status(http: httpx.Client, job_uuid: str) -> dict[str, Any]:
+    """Return a job's status."""
+    answer = http.get(f"{API}/job/status", params={"job_uuid": job_uuid}).raise_for_status()
+    status: dict[str, Any] = answer.json()
+    return status
+
+
 def wait_until_ended(http: httpx.Client, job_uuid: str) -> dict[str, Any]:
     """Return the status of a completed job."""
     while True:
-        status: dict[str, Any] = http.get(f"{API}/job/status", params={"job_uuid": job_uuid}).json()
+        status = read_status(http, job_uuid)
         if status["status"] not in ("scheduled", "in_progress"):
             assert status["status"] == "completed", status
             return status
@@ -236,20 +239,28 @@ def body(job_uuid: str, model: Path, data: Path) -> dict[str, Any]:
     }
 
 
-def report(figures: dict[str, Any], folder: Path) -> None:
-    """Print the figures, and write ``orchestration.md`` and ``orchestration.json``."""
-    where = machine()
-    lines = [
-        [name, f"{value:.3f}" if isinstance(value, float) else str(value)] for name, value in figures.items()
-    ]
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures."""
     table = Table("figure", Column("value", overflow="fold"))
-    for line in lines:
+    for line in lines_of(figures):
         table.add_row(*line)
     Console().print(table)
+
+
+def lines_of(figures: dict[str, Any]) -> list[list[str]]:
+    """Return names and values as they are read."""
+    return [
+        [name, f"{value:.3f}" if isinstance(value, float) else str(value)] for name, value in figures.items()
+    ]
+
+
+def write(figures: dict[str, Any], folder: Path) -> None:
+    """Write ``orchestration.md`` and ``orchestration.json``."""
+    where = machine()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "orchestration.json").write_text(json.dumps({"machine": where, "figures": figures}, indent=1))
     heading = f"Measured on {where['date']}, {where['device']}; SQLite, a tiny model.\n\n"
-    (folder / "orchestration.md").write_text(heading + markdown(["", ""], lines) + "\n")
+    (folder / "orchestration.md").write_text(heading + markdown(["", ""], lines_of(figures)) + "\n")
 
 
 if __name__ == "__main__":

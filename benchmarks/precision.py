@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lightning_modules.engine.prepare import speed_up
 from lightning_modules.logprobs import token_log_probs
 
 ROWS = 32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 Sequence = tuple[Tensor, int]
 """Token ids (1, s), and how many of them are the prompt."""
@@ -38,12 +39,13 @@ def main() -> None:
 def deviations(model: str, data: Path) -> dict[str, dict[str, float]]:
     """Return root mean squares by way of computing: ``token``, and ``answer``, summed over each answer."""
     sequences = read(model, data)
-    exact = [plain(load(model, torch.float32), *sequence) for sequence in sequences]
+    reference = load(model, torch.float32)
+    exact = [plain(reference, *sequence) for sequence in sequences]
     found = {}
     for name, (dtype, compute) in WAYS.items():
         loaded = load(model, dtype, attention="eager" if compute is ours else "sdpa")
         if compute is ours:
-            speed_up(loaded, "sdpa", max(ids.shape[1] for ids, _ in sequences))
+            speed_up(loaded, "sdpa", max(ids.shape[1] for ids, _ in sequences), device=DEVICE)
         off = [compute(loaded, *row) - target for row, target in zip(sequences, exact, strict=True)]
         found[name] = {
             "token": torch.cat(off).square().mean().sqrt().item(),
@@ -54,7 +56,7 @@ def deviations(model: str, data: Path) -> dict[str, dict[str, float]]:
 
 def read(model: str, data: Path) -> list[Sequence]:
     """Return the first rows of GSM8K as the chat template lays them out."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
     sequences = []
     for line in (data / "gsm8k_train.jsonl").read_text().splitlines()[:ROWS]:
         row = json.loads(line)
@@ -66,21 +68,19 @@ def read(model: str, data: Path) -> list[Sequence]:
             ]
             for messages, prompt in ((asked, True), (answered, False))
         )
-        sequences.append((torch.tensor([whole]), len(before)))
+        sequences.append((torch.tensor([whole], device=DEVICE), len(before)))
     return sequences
 
 
 def load(model: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
     """Return the model in evaluation mode."""
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, attn_implementation=attention
-    )
-    return loaded.eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention)
+    return cast(PreTrainedModel, loaded.to(DEVICE).eval())
 
 
 def plain(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
     """Compute the answer's log-probabilities (n) from transformers' logits."""
-    logits = model(input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1]
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1]
     return logits.float().log_softmax(-1).gather(1, ids[0, prompt:, None]).squeeze(1)
 
 

@@ -147,6 +147,8 @@ def main() -> None:
         "machine": machine(),
         "gemm": gemm_peak(),
         "races": {},
+        "precision": {},
+        "start": {},
         "deviations": {},
         "sweeps": {},
     }
@@ -166,8 +168,9 @@ def main() -> None:
             if name in PRECISION:
                 figures["deviations"][name] = runner.deviations(race, figures["races"][name])
             console.print(summary(figures["races"][name]))
-        figures["precision"] = precision(model, options.data)
-        figures["start"] = start_up(model, options.data, server.uri, Path(folder) / "starts")
+        if not options.only:
+            figures["precision"] = precision(model, options.data)
+            figures["start"] = start_up(model, options.data, server.uri, Path(folder) / "starts")
         if not options.no_sweeps:
             figures["sweeps"] = sweeps(runner)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def write_report(figures: Mapping[str, Any], folder: Path) -> str:
     if start := figures["start"]:
         parts.append(
             f"### Start\n\nFrom the trainer's start {start['begins']:.1f} s to its first step and"
-            f" {start['ends']:.1f} s to that step's end; at the first start {start['first']:.1f} s."
+            f" {start['ends']:.1f} s to that step's end."
         )
     if figures["precision"]:
         header = ["", "nats a token", "nats an answer"]

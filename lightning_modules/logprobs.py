@@ -29,7 +29,7 @@ CHUNK_LOGITS = 2**22
 """Logits that exist at once: 16 MiB in fp32."""
 
 CORRECTED = 16
-"""The most probable tokens whose logits are computed in fp32 where log-probabilities are to be precise."""
+"""The most probable tokens, whose logits are computed once more in fp32."""
 
 MIN_ROWS = 64
 """Rows of a chunk at least, however large the vocabulary: fewer would only read the head's weight."""
@@ -72,27 +72,27 @@ def chunk_rows(config: Any) -> int:
 
 
 def token_log_probs(
-    hidden: Tensor, targets: Tensor, head: nn.Module, config: Any, *, precise: bool = True
+    hidden: Tensor, targets: Tensor, head: nn.Module, config: Any, *, in_fp32: bool = True
 ) -> Tensor:
     """Compute each token's log-probability, in nats and fp32.
 
     :param hidden: hidden states (n, h); n may be 0.
     :param targets: token ids (n).
     :param head: output embedding, h -> v; its trained parameters get their gradients too. May not be sharded,
-        nor, if ``precise``, quantized.
+        nor, if ``in_fp32``, quantized.
     :param config: the model's config: ``vocab_size`` and the scalings of its logits.
-    :param precise: do not let the products' type, the weight's or autocast's, round what matters of the
-        logits. The gradient has that type in either case.
+    :param in_fp32: run a head that is more than a linear layer, such as an adapted one, in fp32. Of a linear
+        one the type of its products rounds nothing that matters in either case.
     :returns: log-probabilities (n).
     """
     rows, scaling = chunk_rows(config), Scaling.of(config)
     if type(head) is nn.Linear:
-        linear = LinearHead(scaling, rows, compute_dtype(head.weight), precise)
+        linear = LinearHead(scaling, rows, compute_dtype(head.weight))
         answer = _LinearLogProbs.apply(hidden, head.weight, head.bias, targets, linear)  # type: ignore[no-untyped-call]
         return cast(Tensor, answer)
 
     def of_chunk(states: Tensor, ids: Tensor) -> Tensor:
-        logits = _run_in_fp32(head, states) if precise else head(states).float()
+        logits = _run_in_fp32(head, states) if in_fp32 else head(states).float()
         return -functional.cross_entropy(scaling.apply(logits), ids, reduction="none")
 
     pieces = [
@@ -155,13 +155,11 @@ class LinearHead:
     :param scaling: of its logits.
     :param rows: whose logits exist at once.
     :param dtype: type of the products.
-    :param precise: as of :func:`token_log_probs`.
     """
 
     scaling: Scaling
     rows: int
     dtype: torch.dtype
-    precise: bool
 
     def chunks(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
@@ -198,7 +196,7 @@ class _Chunk:
         highest = logits.amax(-1).float()
         normalizer = highest - self._probabilities.amax(-1).log()
         of_targets = logits.gather(1, targets[:, None]).squeeze(1).float()
-        if head.precise and head.dtype != torch.float32:
+        if head.dtype != torch.float32:
             ids = logits.topk(min(CORRECTED, logits.shape[1]), -1, sorted=False).indices
             normalizer = self._correct(ids, normalizer, weight)
             of_targets = self._exact(targets[:, None], weight).squeeze(1)

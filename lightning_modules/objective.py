@@ -49,14 +49,14 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-def scored_log_probs(model: nn.Module, batch: Batch, *, precise: bool) -> Tensor:
+def scored_log_probs(model: nn.Module, batch: Batch, *, in_fp32: bool) -> Tensor:
     """Return the log-probability of each scored token (n) in fp32, in nats.
 
-    :param precise: as of :func:`lightning_modules.logprobs.token_log_probs`.
+    :param in_fp32: as of :func:`lightning_modules.logprobs.token_log_probs`.
     """
     transformer = language_model(model)
     hidden = hidden_states(transformer, batch["input_ids"], batch.get("position_ids"), batch.get("layout"))
     selected = hidden.flatten(0, 1).index_select(0, batch["predictors"])
     head = transformer.get_output_embeddings()  # type: ignore[no-untyped-call]
     config = transformer.config.get_text_config()
-    return token_log_probs(selected, batch["targets"], head, config, precise=precise)
+    return token_log_probs(selected, batch["targets"], head, config, in_fp32=in_fp32)

@@ -35,7 +35,7 @@ class PreferenceOptimization:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Outcome:
         """Sum the batch's losses; the metrics are TRL's, means over pairs but for ``kl``, over tokens."""
-        policy = scored_log_probs(model, batch, precise=True)
+        policy = scored_log_probs(model, batch, in_fp32=True)
         reference = batch["reference"] if "reference" in batch else reference_log_probs(model, batch)
         ratios = policy - reference
         result = rewards(ratios, batch["sequence"], self.config)
@@ -77,4 +77,4 @@ def reference_log_probs(model: nn.Module, batch: Batch) -> Tensor:
         model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     )
     with without:
-        return scored_log_probs(model, batch, precise=True)
+        return scored_log_probs(model, batch, in_fp32=True)

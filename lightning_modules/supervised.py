@@ -13,5 +13,5 @@ class SupervisedFineTuning:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Outcome:
         """Sum the cross-entropy of the batch's scored tokens, in nats."""
-        loss = -scored_log_probs(model, batch, precise=False).sum()
+        loss = -scored_log_probs(model, batch, in_fp32=False).sum()
         return Outcome(loss, nll=Sum(loss.detach(), batch["scored"]))

@@ -23,7 +23,7 @@ def train_tokenizer() -> PreTrainedTokenizerBase:
         show_progress=False,
     )
     bpe.train_from_iterator([text for row in ROWS for text in row.values()], trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",

@@ -46,7 +46,7 @@ class ReferencePass:
 
     def __init__(self, trainer: Any) -> None:
         self.seconds, self._warm = 0.0, False
-        self._compute = getattr(trainer, "compute_ref_log_probs", None)
+        self._compute: Any = getattr(trainer, "compute_ref_log_probs", None)
         if self._compute is not None:
             trainer.compute_ref_log_probs = lambda *given: self._timed(*given)
 

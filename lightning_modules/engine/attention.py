@@ -88,7 +88,7 @@ class _TileAttention(torch.autograd.Function):
     """softmax(scale · QKᵀ + mask) · V, tile by tile: (heads, t, d) -> (heads, t, e).
 
     The weights are computed again for the gradient: kept, they take more memory than all else in a layer but
-    its gates, and grow with the square of the length.
+    its gates, and grow with the square of the length. So does dropout's noise, which has to be kept.
     """
 
     @staticmethod

@@ -16,10 +16,9 @@ from tests.tiny_model import write_tiny_model
 def test_a_step_begins_before_it_ends(
     tmp_path: Path, mlflow_server: MLflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(startup, "STARTS", 2)
+    monkeypatch.setattr(startup, "STARTS", 1)
     rows = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(8)]
     (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     model = write_tiny_model(tmp_path / "model")
     found = startup.start_up(model, tmp_path, mlflow_server.uri, tmp_path / "starts")
     assert 1 < found["begins"] < found["ends"] < 120
-    assert 1 < found["first"] < 120

@@ -54,15 +54,15 @@ def trainer_environment(inherited: Mapping[str, str], credentials: Mapping[str, 
 
 
 def _preload(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Load tcmalloc, where there is one, before the C library, unless an allocator is chosen already.
+    """Load tcmalloc, where there is one, before the C library; an ``LD_PRELOAD`` that is empty is a no.
 
     Activations of ever other sizes fragment glibc's heap; tcmalloc holds them in a sixth less memory, and a
     step is a tenth faster.
     """
-    chosen, library = inherited.get("LD_PRELOAD", ""), tcmalloc()
-    if library is None or "malloc" in chosen:
+    chosen, library = inherited.get("LD_PRELOAD"), tcmalloc()
+    if library is None or chosen == "" or "malloc" in (chosen or ""):
         return {}
-    return {"LD_PRELOAD": ":".join(filter(None, [library, chosen]))}
+    return {"LD_PRELOAD": library if chosen is None else f"{chosen}:{library}"}
 
 
 @lru_cache(maxsize=1)

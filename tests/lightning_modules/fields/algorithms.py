@@ -76,7 +76,7 @@ def prefers(*values: Any, **changes: Any) -> Proof:
             owners = batch["sequence"].tolist()
             # Growing along the chosen answers, falling along the rejected ones, and other for each pair.
             ratios = [(0.02 + 0.01 * i) * (-1) ** owner for i, owner in enumerate(owners)]
-            batch["reference"] = scored_log_probs(module.model, batch, precise=True).detach() - torch.tensor(
+            batch["reference"] = scored_log_probs(module.model, batch, in_fp32=True).detach() - torch.tensor(
                 ratios
             )
             outcome = module.objective(module.model, batch)

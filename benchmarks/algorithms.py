@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from post_training.launch.local import trainer_argv, trainer_environment
-from post_training.schemas.trainer import RESULT_FILE, SPEC_FILE, TrainerSpec
+from benchmarks import trainers
+from post_training.schemas.trainer import RESULT_FILE, TrainerSpec
 
 WIDTH = 120
 """Columns of the printed table, also where the output is no terminal."""
@@ -170,23 +167,13 @@ def train(run: Run, data: Mapping[str, Path], work_dir: Path, steps: int) -> dic
         "attempt": 1,
         "tracking": None,
     }
-    file = work_dir / SPEC_FILE
-    file.write_text(TrainerSpec.model_validate(spec).model_dump_json())
     started = perf_counter()
-    with (work_dir / "log").open("w") as log:
-        subprocess.run(
-            trainer_argv(sys.executable, file),
-            env=trainer_environment(os.environ, {}),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=True,
-        )
-    return figures_of(work_dir, perf_counter() - started)
+    lines = trainers.train(TrainerSpec.model_validate(spec), work_dir)
+    return figures_of(work_dir, lines, perf_counter() - started)
 
 
-def figures_of(work_dir: Path, seconds: float) -> dict[str, Any]:
-    """Read what a training recorded."""
-    lines = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+def figures_of(work_dir: Path, lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Return the figures of what a training recorded."""
     validation = [line["values"] for line in lines if "validation_loss" in line.get("values", {})]
     params = {line["key"]: line["value"] for line in lines if line["kind"] == "param"}
     resources = json.loads((work_dir / RESULT_FILE).read_text())["resources"]

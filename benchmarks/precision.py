@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks.contenders.rounds import Task
 from lightning_modules.engine.prepare import speed_up
 from lightning_modules.logprobs import token_log_probs
 
@@ -56,20 +57,9 @@ def deviations(model: str, data: Path) -> dict[str, dict[str, float]]:
 
 def read(model: str, data: Path) -> list[Sequence]:
     """Return the first rows of GSM8K as the chat template lays them out."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    sequences = []
-    for line in (data / "gsm8k_train.jsonl").read_text().splitlines()[:ROWS]:
-        row = json.loads(line)
-        asked = [{"role": "user", "content": row["question"]}]
-        answered = [*asked, {"role": "assistant", "content": row["answer"]}]
-        before, whole = (
-            tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)[
-                "input_ids"
-            ]
-            for messages, prompt in ((asked, True), (answered, False))
-        )
-        sequences.append((torch.tensor([whole], device=DEVICE), len(before)))
-    return sequences
+    task = Task("sft", model, str(data), ROWS, 1, "qv", {})
+    found = task.sequences(AutoTokenizer.from_pretrained(model))
+    return [(torch.tensor([ids], device=DEVICE), prompt) for ids, prompt in found]
 
 
 def load(model: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:

@@ -24,12 +24,7 @@ def main() -> None:
     adapted = get_peft_model(model.to(device), config).train()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
-    rows = []
-    for row in task.messages():
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-        before, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
-        rows.append((ids, [-100] * len(before) + ids[len(before) :]))
+    rows = [(ids, [-100] * prompt + ids[prompt:]) for ids, prompt in task.sequences(tokenizer)]
     rounds.ready()
     for _ in rounds.each():
         for start in range(0, len(rows), task.batch_size):

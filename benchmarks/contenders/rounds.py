@@ -53,6 +53,18 @@ class Task:
             for row in self.raw()
         ]
 
+    def sequences(self, tokenizer: Any) -> list[tuple[list[int], int]]:
+        """Return each row's token ids as the chat template lays them out, and how many are the prompt."""
+        found = []
+        for row in self.messages():
+            texts = (
+                tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False),
+                tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False),
+            )
+            before, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+            found.append((ids, len(before)))
+        return found
+
     def raw(self) -> list[dict[str, str]]:
         """Return the rows as they are in the file."""
         name = "gsm8k_train.jsonl" if self.method == "sft" else "gsm8k_preferences.jsonl"

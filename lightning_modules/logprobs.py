@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.engine.norms import compute_dtype
 
-CHUNK_LOGITS = 2**22
-"""Logits that exist at once: 16 MiB in fp32."""
+CHUNK_LOGITS = 2**23
+"""Logits that exist at once: 32 MiB in fp32."""
 
 CORRECTED = 16
 """The most probable tokens, whose logits are computed once more in fp32."""

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lightning_modules.engine.classes import derived
-from lightning_modules.engine.lora import Linear, Recipe
 
 Forward = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor], Tensor]
@@ -43,12 +42,7 @@ class GatedMLP(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform each position: (…, h) -> (…, h)."""
         gate, up = self.gate_proj(hidden), self.up_proj(hidden)
-        gated = _Gate.apply(gate, up, self.activation)  # type: ignore[no-untyped-call]
-        # the compiler decides itself what it keeps
-        if isinstance(self.down_proj, Linear) and not torch.compiler.is_compiling():
-            recipe = Recipe(partial(_gated, self.activation), (gate, up))
-            return cast(Tensor, self.down_proj(gated, recipe=recipe))
-        return cast(Tensor, self.down_proj(gated))
+        return cast(Tensor, self.down_proj(_Gate.apply(gate, up, self.activation)))  # type: ignore[no-untyped-call]
 
 
 def gated_class(module: nn.Module) -> type[nn.Module] | None:
@@ -78,7 +72,8 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _gated(activation, gate, up)
+        forward, _ = ACTIVATIONS[activation]
+        return forward(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
@@ -86,8 +81,3 @@ class _Gate(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         forward, backward = ACTIVATIONS[ctx.activation]
         return backward(upstream * up, gate), forward(gate).mul_(upstream), None
-
-
-def _gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    forward, _ = ACTIVATIONS[activation]
-    return forward(gate).mul_(up)

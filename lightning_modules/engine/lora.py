@@ -5,8 +5,7 @@ peft multiplies in the type of its adapters: in fp32 a copy of the input and sev
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -17,21 +16,11 @@ from torch.autograd.function import once_differentiable
 from lightning_modules.engine.norms import compute_dtype
 
 
-class Recipe(NamedTuple):
-    """How an input was made of tensors that are kept anyway: for gradients it is made once more."""
-
-    make: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
-
-
 class Linear(lora.Linear):
     """peft's, with one adapter that is plain LoRA without dropout."""
 
-    def forward(self, x: Tensor, *args: Any, recipe: Recipe | None = None, **kwargs: Any) -> Tensor:
-        """Compute ``W x + (alpha / rank) · B A x``: (…, in_features) -> (…, out_features).
-
-        :param recipe: of ``x``, which then is not kept for the backward pass.
-        """
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute ``W x + (alpha / rank) · B A x``: (…, in_features) -> (…, out_features)."""
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
         [name] = self.active_adapters
@@ -39,8 +28,7 @@ class Linear(lora.Linear):
         flat = x.reshape(-1, x.shape[-1])
         base = self.base_layer(flat)
         dtype = compute_dtype(base)
-        make, tensors = (None, ()) if recipe is None else (recipe.make, (t.detach() for t in recipe.tensors))
-        answer = _Update.apply(base.to(dtype), flat.to(dtype), down, up, self.scaling[name], make, *tensors)  # type: ignore[no-untyped-call]
+        answer = _Update.apply(base.to(dtype), flat.to(dtype), down, up, self.scaling[name])  # type: ignore[no-untyped-call]
         return cast(Tensor, answer).view(*x.shape[:-1], -1)
 
 
@@ -68,22 +56,19 @@ class _Update(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         scaling: float,
-        make: Callable[..., Tensor] | None,
-        *tensors: Tensor,
     ) -> Tensor:
         down, up = down.to(x.dtype), (up * scaling).to(x.dtype)
         inner = x @ down.T
-        ctx.save_for_backward(inner, down, up, *((x,) if make is None else tensors))
-        ctx.scaling, ctx.make = scaling, make
+        ctx.save_for_backward(inner, down, up, x)
+        ctx.scaling = scaling
         return torch.addmm(base, inner, up.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        inner, down, up, *rest = ctx.saved_tensors
-        x = rest[0] if ctx.make is None else ctx.make(*rest).view(len(inner), -1).to(inner.dtype)
+        inner, down, up, x = ctx.saved_tensors
         of_inner = upstream @ up
         of_x = of_inner @ down if ctx.needs_input_grad[1] else None
         of_down = (of_inner.T @ x).float()
         of_up = (upstream.T @ inner).float().mul_(ctx.scaling)
-        return upstream, of_x, of_down, of_up, None, None, *(None for _ in rest if ctx.make is not None)
+        return upstream, of_x, of_down, of_up, None

@@ -53,7 +53,7 @@ def chunk_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def test_a_chunk_has_as_many_rows_as_its_logits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert chunk_rows(config(vocab_size=49152)) == 85  # 2^22 / 49152 = 85.33
+    assert chunk_rows(config(vocab_size=49152)) == 170  # 2^23 / 49152 = 170.67
     assert chunk_rows(config(vocab_size=2**26)) == logprobs.MIN_ROWS
 
 

@@ -25,8 +25,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.engine.norms import compute_dtype
 
-CHUNK_LOGITS = 2**23
-"""Logits that exist at once: 32 MiB in fp32."""
+CHUNK_LOGITS = 2**24
+"""Logits that exist at once: 32 MiB in bf16. Fewer rows make slow products."""
+
+BLOCK_LOGITS = 2**21
+"""Logits that become probabilities at once: 8 MiB in fp32, which caches hold."""
 
 CORRECTED = 16
 """The most probable tokens, whose logits are computed once more in fp32."""
@@ -126,6 +129,7 @@ class _LinearLogProbs(torch.autograd.Function):
             found[at] = chunk.log_probs
             if unit is not None:
                 unit[at] = chunk.of_hidden()
+            del chunk  # before there is the next
         ctx.head = head
         ctx.save_for_backward(*((unit,) if unit is not None else (hidden, weight, bias, targets)))
         return found
@@ -144,6 +148,7 @@ class _LinearLogProbs(torch.autograd.Function):
             if of_hidden is not None:
                 of_hidden[at] = chunk.of_hidden() * upstream[at, None]
             chunk.add_of_parameters(of_weight, of_bias, upstream[at, None])
+            del chunk
         of_parameters = (None if g is None else g.to(weight.dtype) for g in (of_weight, of_bias))
         return of_hidden, *of_parameters, None, None
 
@@ -190,54 +195,66 @@ class _Chunk:
         self._bias = None if bias is None else bias * self._factor
         cast_bias = None if self._bias is None else self._bias.to(head.dtype)
         logits = functional.linear(self._hidden.to(head.dtype), cast_weight, cast_bias)
+        self.log_probs = torch.empty(len(targets), device=hidden.device)
+        self._of_targets = torch.empty(len(targets), 1, device=hidden.device)
+        rows = max(1, BLOCK_LOGITS // logits.shape[1])
+        for start in range(0, len(targets), rows):
+            self._differentiate(slice(start, start + rows), logits, weight)
+        self._of_others = logits
+
+    def _differentiate(self, at: slice, logits: Tensor, weight: Tensor) -> None:
+        """Compute some rows' log-probabilities, and write their gradient in the place of their logits.
+
+        That of the target, the largest, stays in fp32 and apart.
+        """
+        capped = logits[at] if self._cap is None else self._capped(logits[at].float())
+        probabilities = torch.softmax(capped, -1, dtype=torch.float32)
+        normalizer = capped.amax(-1).float() - probabilities.amax(-1).log()
+        targets = self._targets[at, None]
+        of_targets = capped.gather(1, targets).float()
+        if logits.dtype != torch.float32:
+            ids = capped.topk(min(CORRECTED, logits.shape[1]), -1, sorted=False).indices
+            exact = self._exact(at, ids, weight)
+            normalizer = _correct(probabilities, ids, exact, normalizer)
+            of_targets = self._exact(at, targets, weight)
+        self.log_probs[at] = of_targets.squeeze(1) - normalizer
+        gradient = probabilities.neg_().scatter_add_(1, targets, torch.ones_like(of_targets))
         if self._cap is not None:
-            logits = self._capped(logits.float())
-        self._probabilities = torch.softmax(logits, -1, dtype=torch.float32)
-        highest = logits.amax(-1).float()
-        normalizer = highest - self._probabilities.amax(-1).log()
-        of_targets = logits.gather(1, targets[:, None]).squeeze(1).float()
-        if head.dtype != torch.float32:
-            ids = logits.topk(min(CORRECTED, logits.shape[1]), -1, sorted=False).indices
-            normalizer = self._correct(ids, normalizer, weight)
-            of_targets = self._exact(targets[:, None], weight).squeeze(1)
-        self._slopes = None if self._cap is None else 1 - (logits / self._cap).square_()
-        self.log_probs = of_targets - normalizer
+            gradient *= 1 - (capped / self._cap).square_()
+        self._of_targets[at] = gradient.gather(1, targets)
+        logits[at] = gradient.scatter_(1, targets, 0.0)
 
     def _capped(self, logits: Tensor) -> Tensor:
         return logits if self._cap is None else logits.div_(self._cap).tanh_().mul_(self._cap)
 
-    def _exact(self, ids: Tensor, weight: Tensor) -> Tensor:
+    def _exact(self, at: slice, ids: Tensor, weight: Tensor) -> Tensor:
         """Return the scaled logits of some tokens (m, k) in fp32."""
-        logits = torch.einsum("mh,mkh->mk", self._hidden.float(), weight[ids].float())
+        logits = torch.einsum("mh,mkh->mk", self._hidden[at].float(), weight[ids].float())
         return self._capped(logits if self._bias is None else logits + self._bias[ids].float())
-
-    def _correct(self, ids: Tensor, normalizer: Tensor, weight: Tensor) -> Tensor:
-        """Give some tokens (m, k) their exact logits; return the normalizer, log of the sum of exp, then."""
-        corrected = (self._exact(ids, weight) - normalizer[:, None]).exp()
-        change = (corrected - self._probabilities.gather(1, ids)).sum(-1)
-        growth = torch.log1p(change)
-        self._probabilities.scatter_(1, ids, corrected).mul_(torch.exp(-growth)[:, None])
-        return normalizer + growth
 
     def of_hidden(self) -> Tensor:
         """Return the gradient for the hidden states (m, h)."""
-        chosen = self._weight[self._targets].float()
-        if self._slopes is not None:
-            chosen *= self._slopes.gather(1, self._targets[:, None])
-        expected = self._sloped_probabilities().to(self._weight.dtype) @ self._weight
-        return (chosen - expected).mul_(self._factor)
+        of_others = (self._of_others @ self._weight).float()
+        return of_others.addcmul_(self._of_targets, self._weight[self._targets].float()).mul_(self._factor)
 
     def add_of_parameters(self, of_weight: Tensor, of_bias: Tensor | None, upstream: Tensor) -> None:
         """Add the gradients for weight (v, h) and bias (v), given those of the log-probabilities (m, 1)."""
-        given = self._sloped_probabilities() * -upstream
-        at_target = (
-            upstream if self._slopes is None else upstream * self._slopes.gather(1, self._targets[:, None])
-        )
-        given.scatter_add_(1, self._targets[:, None], at_target)
-        dtype = self._weight.dtype
-        of_weight += given.to(dtype).T @ self._hidden.to(dtype)
+        dtype, given = self._of_others.dtype, upstream * self._hidden
+        of_weight += self._of_others.T @ given.to(dtype)
+        of_weight.index_add_(0, self._targets, self._of_targets * given.float())
         if of_bias is not None:
-            of_bias += given.sum(0).mul_(self._factor)
+            of_others = (self._of_others.T @ upstream.to(dtype)).float()
+            of_targets = of_others.index_add_(0, self._targets, self._of_targets * upstream)
+            of_bias += of_targets.squeeze(1).mul_(self._factor)
 
-    def _sloped_probabilities(self) -> Tensor:
-        return self._probabilities if self._slopes is None else self._probabilities * self._slopes
+
+def _correct(probabilities: Tensor, ids: Tensor, exact: Tensor, normalizer: Tensor) -> Tensor:
+    """Give some tokens their exact logits, (m, k), in probabilities (m, v).
+
+    :returns: the normalizer (m), log of the sum of exp, that then holds.
+    """
+    corrected = (exact - normalizer[:, None]).exp()
+    change = (corrected - probabilities.gather(1, ids)).sum(-1)
+    growth = torch.log1p(change)
+    probabilities.scatter_(1, ids, corrected).mul_(torch.exp(-growth)[:, None])
+    return normalizer + growth

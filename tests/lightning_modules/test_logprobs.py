@@ -53,7 +53,7 @@ def chunk_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def test_a_chunk_has_as_many_rows_as_its_logits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert chunk_rows(config(vocab_size=49152)) == 170  # 2^23 / 49152 = 170.67
+    assert chunk_rows(config(vocab_size=49152)) == 341  # 2^24 / 49152 = 341.33
     assert chunk_rows(config(vocab_size=2**26)) == logprobs.MIN_ROWS
 
 
@@ -131,8 +131,8 @@ def test_a_bf16_head_does_not_round_its_logits(chunk_of: Callable[[int], None]) 
     of_exact, wanted = torch.autograd.grad(exact.sum(), [hidden, exact_head.weight])
     of_fine, found = torch.autograd.grad(fine.sum(), [hidden, head.weight])
     assert found.dtype == of_fine.dtype == torch.bfloat16
-    torch.testing.assert_close(of_fine, of_exact)
-    torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=2e-3)  # its products are bf16's
+    torch.testing.assert_close(of_fine, of_exact, rtol=0.016, atol=1e-3)  # its products are bf16's
+    torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=2e-3)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16-weight", "autocast"])

@@ -125,7 +125,7 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.at_once = of_hidden and not (of_weight or of_bias)
         unit = torch.empty_like(hidden) if ctx.at_once else None
         found = torch.empty(len(hidden), device=hidden.device)
-        for at, chunk in head.chunks(hidden, weight, bias, targets):
+        for at, chunk in head.chunks(hidden, weight, bias, targets, gradients=ctx.at_once):
             found[at] = chunk.log_probs
             if unit is not None:
                 unit[at] = chunk.of_hidden()
@@ -144,7 +144,7 @@ class _LinearLogProbs(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32)
         of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for at, chunk in ctx.head.chunks(hidden, weight, bias, targets):
+        for at, chunk in ctx.head.chunks(hidden, weight, bias, targets, gradients=True):
             if of_hidden is not None:
                 of_hidden[at] = chunk.of_hidden() * upstream[at, None]
             chunk.add_of_parameters(of_weight, of_bias, upstream[at, None])
@@ -167,14 +167,17 @@ class LinearHead:
     dtype: torch.dtype
 
     def chunks(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, gradients: bool
     ) -> Iterator[tuple[slice, _Chunk]]:
-        """Yield places in (n) and what is computed for them."""
+        """Yield places in (n) and what is computed for them.
+
+        :param gradients: whether they will be asked for.
+        """
         cast_weight = weight.to(self.dtype)
         for start in range(0, len(hidden), self.rows):
             at = slice(start, min(start + self.rows, len(hidden)))
             with torch.autocast(hidden.device.type, enabled=False):
-                yield at, _Chunk(self, hidden[at], weight, cast_weight, bias, targets[at])
+                yield at, _Chunk(self, hidden[at], weight, cast_weight, bias, targets[at], gradients)
 
 
 class _Chunk:
@@ -188,6 +191,7 @@ class _Chunk:
         cast_weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        gradients: bool,
     ) -> None:
         self._factor, self._cap = head.scaling.factor, head.scaling.cap
         self._weight, self._targets = cast_weight, targets
@@ -199,14 +203,14 @@ class _Chunk:
         self._of_targets = torch.empty(len(targets), 1, device=hidden.device)
         rows = max(1, BLOCK_LOGITS // logits.shape[1])
         for start in range(0, len(targets), rows):
-            self._differentiate(slice(start, start + rows), logits, weight)
+            at = slice(start, start + rows)
+            probabilities, capped = self._find(at, logits, weight)
+            if gradients:
+                self._differentiate(at, probabilities, capped, logits)
         self._of_others = logits
 
-    def _differentiate(self, at: slice, logits: Tensor, weight: Tensor) -> None:
-        """Compute some rows' log-probabilities, and write their gradient in the place of their logits.
-
-        That of the target, the largest, stays in fp32 and apart.
-        """
+    def _find(self, at: slice, logits: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute some rows' log-probabilities; return all tokens' probabilities, and the capped logits."""
         capped = logits[at] if self._cap is None else self._capped(logits[at].float())
         probabilities = torch.softmax(capped, -1, dtype=torch.float32)
         normalizer = capped.amax(-1).float() - probabilities.amax(-1).log()
@@ -218,7 +222,12 @@ class _Chunk:
             normalizer = _correct(probabilities, ids, exact, normalizer)
             of_targets = self._exact(at, targets, weight)
         self.log_probs[at] = of_targets.squeeze(1) - normalizer
-        gradient = probabilities.neg_().scatter_add_(1, targets, torch.ones_like(of_targets))
+        return probabilities, capped
+
+    def _differentiate(self, at: slice, probabilities: Tensor, capped: Tensor, logits: Tensor) -> None:
+        """Write the gradient of some rows in the place of their logits; the target's stays in fp32, apart."""
+        targets = self._targets[at, None]
+        gradient = probabilities.neg_().scatter_add_(1, targets, torch.ones_like(probabilities[:, :1]))
         if self._cap is not None:
             gradient *= 1 - (capped / self._cap).square_()
         self._of_targets[at] = gradient.gather(1, targets)

@@ -40,12 +40,13 @@ def check_gradients(ours: Tensor, expected: Tensor, leaves: list[Tensor]) -> Non
 
 @pytest.fixture(autouse=True)
 def chunk_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Set how many rows a chunk has; 3 until a test says otherwise."""
+    """Set how many rows a chunk has, 3 until a test says otherwise; a block has 2."""
     torch.manual_seed(0)
 
     def set_rows(rows: int) -> None:
         monkeypatch.setattr(logprobs, "CHUNK_LOGITS", rows * VOCABULARY)
         monkeypatch.setattr(logprobs, "MIN_ROWS", 1)
+        monkeypatch.setattr(logprobs, "BLOCK_LOGITS", 2 * VOCABULARY)
 
     set_rows(3)
     return set_rows

@@ -112,6 +112,8 @@ def _airflow_settings(layout: Layout) -> dict[str, str]:
         "AIRFLOW__API__PORT": str(layout.ports.airflow),
         "AIRFLOW__API__BASE_URL": layout.airflow_url,
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+        # A file that has changed is parsed at once; by default all others are too, twice a minute.
+        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "120",
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(layout.ports.worker_logs),
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(layout.ports.triggerer_logs),
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",

@@ -176,19 +176,35 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     :param folder: with the adapter's configuration and its weights in safetensors.
     :raises ModelError: if it is no such adapter, or does not fit the model.
     """
+    adapted = attach_adapter(model, folder)
+    with _fitting(folder):
+        merged = cast(Any, adapted).merge_and_unload(safe_merge=True)  # its tuner's method
+    return cast(PreTrainedModel, merged.requires_grad_(True).eval())
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a LoRA or DoRA adapter beside the weights of its base, which are left as they are.
+
+    :param folder: with the adapter's configuration and its weights in safetensors.
+    :raises ModelError: if it is no such adapter, or does not fit the model.
+    """
     _adapter_config(folder)
     weights = _adapter_weights(folder)
-    try:
-        with warnings.catch_warnings():
-            # GPT-2's head is no Conv1D like its other projections; peft settles each by its type.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            adapted = PeftModel(model, LoraConfig.from_pretrained(str(folder), inference_mode=True))
+    with _fitting(folder), warnings.catch_warnings():
+        # GPT-2's head is no Conv1D like its other projections; peft settles each by its type.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        adapted = PeftModel(model, LoraConfig.from_pretrained(str(folder), inference_mode=True))
         loaded: Any = set_peft_model_state_dict(adapted, load_file(weights))
         _check_names(loaded.missing_keys, loaded.unexpected_keys)
-        merged = cast(Any, adapted).merge_and_unload(safe_merge=True)  # its tuner's method
+    return adapted
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # PEFT's and torch's: shapes, names, values that are not finite
         raise ModelError(f"the adapter {folder} does not fit the model: {_squeezed(error)}") from error
-    return cast(PreTrainedModel, merged.requires_grad_(True).eval())
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -11,12 +11,13 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from lightning_modules.data.sources import shown
 from lightning_modules.fencing import RunFence
 from lightning_modules.sender import RefusedError
 from lightning_modules.spool import Event
+from lightning_modules.tables import upload_tables
 
 MAX_METRICS_PER_REQUEST = 1000
 MAX_DIGEST_CHARACTERS = 36
@@ -112,14 +113,8 @@ class MLflowDelivery:
         self._client.log_inputs(self._run_id, datasets=[_dataset_input(event) for event in events])
 
     def _tables(self, events: Sequence[Event]) -> None:
-        """Upload each table as it is now, and list it in the tag by which MLflow's page knows tables."""
         names = list(dict.fromkeys(event["name"] for event in events))
-        for name in names:
-            self._client.log_artifact(self._run_id, str(self._folder / name))
-        listed = json.loads(self._tags_now().get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
-        new = [entry for name in names if (entry := {"path": name, "type": "table"}) not in listed]
-        if new:
-            self._client.set_tag(self._run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps(listed + new))
+        upload_tables(self._client, self._run_id, self._folder, names)
 
     def _tags_now(self) -> dict[str, str]:
         return dict(self._client.get_run(self._run_id).data.tags)

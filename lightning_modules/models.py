@@ -130,9 +130,10 @@ def unpack(source: str, folder: Path) -> None:
     _read_tokenizer(source).save_pretrained(folder)
 
 
-def load_config(source: str) -> PretrainedConfig:
+def load_config(source: str, *, quantized: bool = False) -> PretrainedConfig:
     """Load the model's configuration alone.
 
+    :param quantized: whether it may be that of a quantized model, which nothing can be trained on.
     :raises ModelError: if it cannot be found or read, or is that of a quantized model.
     """
     location, file = locate(source)
@@ -140,7 +141,7 @@ def load_config(source: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(
             location, trust_remote_code=False, **({} if file is None else {"gguf_file": file})
         )
-    if (quantization := getattr(config, "quantization_config", None)) is not None:
+    if (quantization := getattr(config, "quantization_config", None)) is not None and not quantized:
         method = quantization.get("quant_method")
         raise ModelError(f"the model {source} is quantized ({method}): start from the unquantized one")
     return cast(PretrainedConfig, config)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning.pytorch as pl
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_modules.engine.attention import TREE
+from lightning_modules.data.messages import Message
+from lightning_modules.generation import answers, max_positions, prompt_ids
 from post_training.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class SamplePrompts(pl.Callback):
         for i, prompt in enumerate(self._prompts):
             field = f"logger_config.sample_prompts.{i}"
             try:
-                tokens = len(prompt_ids(self._tokenizer, prompt))
+                tokens = len(prompt_ids(self._tokenizer, [_user_turn(prompt)]))
             except Exception as error:  # a template raises what it likes
                 raise InvalidRequestError.of(field, f"the chat template refuses it: {error}") from error
             if positions is not None and tokens >= positions:
@@ -105,62 +104,12 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
     :returns: the answer without special tokens, of at most ``MAX_NEW_TOKENS`` tokens, and of as many as
         the model has positions for.
     """
-    ids = prompt_ids(tokenizer, prompt)
-    positions = max_positions(model)
-    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        max_new_tokens=MAX_NEW_TOKENS if positions is None else min(MAX_NEW_TOKENS, positions - len(ids)),
-        eos_token_id=end_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    batch = torch.tensor([ids], device=model.device)
-    with _generating(model, greedy):
-        output: Any = model.generate(  # type: ignore[operator]
-            batch, attention_mask=torch.ones_like(batch), generation_config=greedy
-        )
-    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+    [text] = answers(model, tokenizer, [prompt_ids(tokenizer, [_user_turn(prompt)])], MAX_NEW_TOKENS)
+    return text
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokenize a conversation of one user turn, up to where the answer begins; length n."""
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's and those of the model's own generation."""
-    own = model.generation_config.eos_token_id
-    ids = own if isinstance(own, list) else [own]
-    return sorted({tokenizer.eos_token_id, *ids} - {None})
-
-
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Return the longest sequence that the model is made for, in tokens; None where it has no limit."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
-
-
-@contextmanager
-def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Lend the model what generation needs.
-
-    transformers fills what ``config`` leaves open from the model's own settings: a penalty on
-    repetitions would not be greedy decoding, and sampling's settings bring warnings. And attention along
-    trees takes no cache.
-    """
-    own, attention = model.generation_config, model.config.get_text_config()._attn_implementation
-    model.generation_config = config
-    if attention == TREE:
-        capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-        model.set_attn_implementation("eager" if capped else "sdpa")  # sdpa has no caps
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        if attention == TREE:
-            model.set_attn_implementation(TREE)
+def _user_turn(prompt: str) -> Message:
+    return {"role": "user", "content": prompt}
 
 
 def _answering(module: pl.LightningModule) -> AnsweringModule:

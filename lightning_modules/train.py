@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import sys
-import traceback
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from lightning_modules.lean_imports import leave_out_unused
-from lightning_modules.trained import Trained, job_of, read_trained, write_trained, write_whole
-from post_training.errors import (
-    DataError,
-    DivergenceError,
-    HardwareError,
-    InputsChangedError,
-    InvalidRequestError,
-    ModelError,
-    PostTrainingError,
+from lightning_modules.process import (
+    EXIT_COMPLETED,
+    EXIT_FAILED,
+    describe,
+    is_permanent,
+    log_plainly,
+    quieten_libraries,
 )
+from lightning_modules.trained import Trained, job_of, read_trained, write_trained, write_whole
+from post_training.errors import DivergenceError, InputsChangedError
 from post_training.job_lock import newest_claim
 from post_training.schemas.record import TAG_RESOURCES
 from post_training.schemas.trainer import RESULT_FILE, TrainerResult, TrainerSpec
@@ -38,18 +33,8 @@ from post_training.schemas.trainer import RESULT_FILE, TrainerResult, TrainerSpe
 if TYPE_CHECKING:
     from lightning_modules.record import JobRecord
 
-EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED = 0, 1, 143
+EXIT_STOPPED = 143
 PROGRESS_SECONDS = 5.0
-PERMANENT_ERRORS = (
-    DataError,
-    ModelError,
-    HardwareError,
-    DivergenceError,
-    InvalidRequestError,
-    ValidationError,
-    NotADirectoryError,
-    PermissionError,
-)
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +121,7 @@ class Attempt:
 
 def _train(spec: TrainerSpec, attempt: Attempt) -> TrainerResult:
     """Train, or take what an earlier attempt has trained, and wait until the record holds it."""
-    _log_plainly()
+    log_plainly()
     from lightning_modules.record import open_record  # noqa: PLC0415
 
     record = attempt.record = open_record(spec)
@@ -159,7 +144,7 @@ def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt) -> Trained:
     from lightning_modules.callbacks import Progress, Resources  # noqa: PLC0415
     from lightning_modules.job import prepare_job  # noqa: PLC0415
 
-    _quieten_libraries()
+    quieten_libraries()
     resources = Resources()
     job = prepare_job(spec, record, [Progress(PROGRESS_SECONDS), resources], attempt.should_stop)
     try:
@@ -175,49 +160,11 @@ def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt) -> Trained:
     )
 
 
-def describe(error: Exception) -> str:
-    """Reduce an error to one sentence; print the traceback of one that nobody foresaw."""
-    if isinstance(error, PostTrainingError):
-        return " ".join(str(error).split())
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"the spec is invalid: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-    if not isinstance(error, FileNotFoundError):
-        traceback.print_exception(error)
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def is_permanent(error: Exception) -> bool:
-    """Whether another attempt would fail the same way: not so where a network or disk may have failed."""
-    return isinstance(error, PERMANENT_ERRORS) and not isinstance(error.__cause__, OSError)
-
-
 def write_result(path: Path, result: TrainerResult, attempt_id: str) -> None:
     """Write an attempt's result complete or not at all."""
     signed = result.model_copy(update={"attempt_id": attempt_id})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, signed.model_dump_json(indent=2))
-
-
-def _log_plainly() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
-    # of kernels for other machines or that are not used here, and of each other
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TQDM_DISABLE", "1")
-
-
-def _quieten_libraries() -> None:
-    """Hide advice, and what libraries say to each other; not what they say of our use of them."""
-    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-        logging.getLogger(name).handlers.clear()  # ours would print each line again
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"transformers|peft|lightning\.")
 
 
 if __name__ == "__main__":

@@ -183,10 +183,16 @@ def _tokenize_all(
             yield number, list(islice(examples, len(rendered[number])))
 
 
-def check_bad_rows(dataset: RawDataset, bad: Mapping[int, str], max_fraction: float) -> str | None:
+def check_bad_rows(
+    dataset: RawDataset,
+    bad: Mapping[int, str],
+    max_fraction: float,
+    field: str = "runtime.max_bad_row_fraction",
+) -> str | None:
     """Return what is said of rows that are skipped, None where there are none.
 
     :param max_fraction: bad rows up to this share are skipped.
+    :param field: where that was said.
     :raises DataError: naming the first bad rows and their reasons, if more than that share are bad.
     """
     if not bad:
@@ -195,7 +201,7 @@ def check_bad_rows(dataset: RawDataset, bad: Mapping[int, str], max_fraction: fl
     more = f"; and {len(bad) - REPORTED_ROWS} more" if len(bad) > REPORTED_ROWS else ""
     summary = f"{len(bad)} of {len(dataset.rows)} rows of {dataset.source} are bad"
     if len(bad) / len(dataset.rows) > max_fraction:
-        raise DataError(f"{summary} and runtime.max_bad_row_fraction is {max_fraction:g}: {report}{more}")
+        raise DataError(f"{summary} and {field} is {max_fraction:g}: {report}{more}")
     return f"{summary} and were skipped: {report}{more}"
 
 

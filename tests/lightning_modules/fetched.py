@@ -6,7 +6,7 @@ import pytest
 
 from lightning_modules.data.reading import read_dataset
 from lightning_modules.data.sources import Limits
-from lightning_modules.train import is_permanent
+from lightning_modules.process import is_permanent
 from post_training.errors import DataError
 
 JSONL = b'{"question": "2+2?", "answer": "4"}\n'

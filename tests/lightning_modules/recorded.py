@@ -33,6 +33,11 @@ def points(client: MlflowClient, run_id: str, key: str = "train_loss") -> list[t
     return [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
 
 
+def table_of(client: MlflowClient, run_id: str, name: str) -> dict[str, list[Any]]:
+    """Read a table as MLflow does; it looks only at what the run's tag lists."""
+    return dict(client.load_table("0", name, [run_id]).to_dict("list"))
+
+
 def models(client: MlflowClient, run_id: str) -> list[LoggedModel]:
     """The run's logged models."""
     return list(client.search_logged_models(["0"], filter_string=f"source_run_id = '{run_id}'"))

@@ -28,7 +28,7 @@ from lightning_modules.base_model import (
 )
 from lightning_modules.kept import Kept
 from lightning_modules.models import load_config, load_model, load_tokenizer
-from lightning_modules.train import is_permanent
+from lightning_modules.process import is_permanent
 from post_training.errors import ModelError
 from tests.lightning_modules.bases import adapt, find, load, logits, lora, write_adapter, write_gguf
 from tests.lightning_modules.tiny import TINY

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from lightning_modules.base_model import Base, find_base, merge_adapter
 from lightning_modules.models import load_tokenizer
-from lightning_modules.train import is_permanent
+from lightning_modules.process import is_permanent
 from post_training.errors import ModelError
 from post_training.schemas.trainer import TrackingTarget
 from tests.lightning_modules.bases import find, load, logits, write_adapter

@@ -36,6 +36,7 @@ from tests.lightning_modules.recorded import (
     points,
     read_table,
     retried,
+    table_of,
 )
 from tests.waiting import wait_until
 
@@ -279,11 +280,6 @@ def test_a_discarded_note_is_gone_and_others_stay(
 
 
 COLUMNS = ("step", "answer")
-
-
-def table_of(client: MlflowClient, run_id: str, name: str) -> dict[str, list[Any]]:
-    """Read a table as MLflow does; it looks only at what the run's tag lists."""
-    return dict(client.load_table("0", name, [run_id]).to_dict("list"))
 
 
 @pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes")  # MLflow's own log_table

@@ -26,9 +26,10 @@ from transformers import (
 
 from lightning_modules.engine.attention import TREE
 from lightning_modules.engine.prepare import speed_up
+from lightning_modules.generation import prompt_ids
 from lightning_modules.module import StopRequestedError
 from lightning_modules.record import LocalRecord
-from lightning_modules.samples import MAX_NEW_TOKENS, SamplePrompts, answer, prompt_ids
+from lightning_modules.samples import MAX_NEW_TOKENS, SamplePrompts, answer
 from lightning_modules.spool import Spool
 from post_training.errors import InvalidRequestError
 from tests.lightning_modules.recorded import read_table
@@ -171,7 +172,7 @@ def test_an_answer_ends_where_the_model_s_positions_do(tokenizer: PreTrainedToke
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(TINY["gpt2"])).eval()
     prompt = LONG[:860]
-    left = 256 - len(prompt_ids(tokenizer, prompt))
+    left = 256 - len(prompt_ids(tokenizer, [{"role": "user", "content": prompt}]))
     assert len(new_tokens(model, tokenizer, prompt, left)) == left < MAX_NEW_TOKENS  # no end token before
     assert answer(model, tokenizer, prompt) == expected(model, tokenizer, prompt, left)
 

@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 
 from lightning_modules.data.reading import read_dataset
 from lightning_modules.data.sources import Limits, first_line, shown
-from lightning_modules.train import is_permanent
+from lightning_modules.process import is_permanent
 from post_training.errors import DataError
 from tests.lightning_modules.fetched import JSONL, ROW, failure
 from tests.mlflow_server import MLflowServer

@@ -1,0 +1,58 @@
+"""The evaluation process: ``python -m lightning_modules.evaluate /path/to/evaluation.json``.
+
+Exit codes: 0 completed, 1 failed (the reason is in ``evaluation-result.json``).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lightning_modules.process import (
+    EXIT_COMPLETED,
+    EXIT_FAILED,
+    describe,
+    is_permanent,
+    log_plainly,
+    quieten_libraries,
+)
+from lightning_modules.trained import write_whole
+from post_training.schemas.evaluation import EVALUATION_RESULT_FILE, EvaluationResult, EvaluationSpec
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate what a spec file describes; return the process's exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1:
+        print("usage: python -m lightning_modules.evaluate SPEC.json", file=sys.stderr)
+        return EXIT_FAILED
+    path = Path(arguments[0])
+    try:
+        result = _evaluate(EvaluationSpec.model_validate_json(path.read_bytes()))
+    except Exception as error:
+        result = EvaluationResult(status="failed", error=describe(error), permanent=is_permanent(error))
+        print(f"failed: {result.error}", file=sys.stderr)
+    write_whole(path.parent / EVALUATION_RESULT_FILE, result.model_dump_json(indent=2))
+    return EXIT_COMPLETED if result.status == "completed" else EXIT_FAILED
+
+
+def _evaluate(spec: EvaluationSpec) -> EvaluationResult:
+    log_plainly()
+    # Seconds of imports: a spec that cannot be read must not wait for them.
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    from lightning_modules.evaluation import evaluate  # noqa: PLC0415
+    from lightning_modules.evaluation_report import record_report, write_report  # noqa: PLC0415
+
+    quieten_libraries()
+    comparison = evaluate(spec)
+    write_report(comparison, spec.config, spec.work_dir)
+    if spec.tracking is not None:
+        client = MlflowClient(tracking_uri=spec.tracking.tracking_uri)
+        record_report(client, spec.tracking.run_id, comparison, spec.work_dir)
+    metrics = {name: values.metrics() for name, values in comparison.values.items()}
+    return EvaluationResult(status="completed", metrics=metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

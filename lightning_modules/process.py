@@ -1,0 +1,72 @@
+"""What the processes of a worker share: exit codes, how they log, and how they tell an error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+
+from pydantic import ValidationError
+
+from post_training.errors import (
+    DataError,
+    DivergenceError,
+    HardwareError,
+    InvalidRequestError,
+    ModelError,
+    PostTrainingError,
+)
+
+EXIT_COMPLETED, EXIT_FAILED = 0, 1
+
+PERMANENT_ERRORS = (
+    DataError,
+    ModelError,
+    HardwareError,
+    DivergenceError,
+    InvalidRequestError,
+    ValidationError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+
+def describe(error: Exception) -> str:
+    """Reduce an error to one sentence; print the traceback of one that nobody foresaw."""
+    if isinstance(error, PostTrainingError):
+        return " ".join(str(error).split())
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"the spec is invalid: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    if not isinstance(error, FileNotFoundError):
+        traceback.print_exception(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether another attempt would fail the same way: not so where a network or disk may have failed."""
+    return isinstance(error, PERMANENT_ERRORS) and not isinstance(error.__cause__, OSError)
+
+
+def log_plainly() -> None:
+    """Write what is logged to standard output, a line each."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
+    # of kernels for other machines or that are not used here, and of each other
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def quieten_libraries() -> None:
+    """Hide advice, and what libraries say to each other; not what they say of our use of them."""
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).handlers.clear()  # ours would print each line again
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"transformers|peft|lightning\.")

@@ -13,6 +13,9 @@ from lightning_modules.engine.classes import derived
 
 EPSILON_NAMES = ("variance_epsilon", "eps")
 
+MIN_SCALE = 1e-3
+"""Scales above it can be divided out of a result of any type."""
+
 
 class RMSNorm(nn.Module):
     """``x / rms(x) · (offset + weight)`` in fp32, for classes of that formula: :func:`rms_norm_class`.
@@ -23,6 +26,9 @@ class RMSNorm(nn.Module):
     weight: nn.Parameter
     offset: ClassVar[float]
     epsilon_name: ClassVar[str]
+    invertible: bool | None = None
+    """Whether the frozen weight is nowhere near zero; None before the first call."""
+
     in_fp32 = False
     """Whether the result stays in fp32; otherwise it has the type in which the next layer multiplies."""
 
@@ -30,8 +36,20 @@ class RMSNorm(nn.Module):
         """Normalize the last dimension: (…, h) -> (…, h)."""
         dtype = torch.float32 if self.in_fp32 else compute_dtype(self.weight)
         epsilon = getattr(self, self.epsilon_name)
-        answer = _RMSNorm.apply(hidden, self.weight, epsilon, self.offset, dtype)  # type: ignore[no-untyped-call]
+        keep_result = self._keeps_result()
+        answer = _RMSNorm.apply(hidden, self.weight, epsilon, self.offset, dtype, keep_result)  # type: ignore[no-untyped-call]
         return cast(Tensor, answer)
+
+    def _keeps_result(self) -> bool:
+        """Whether to keep the result for the gradient: adapters that follow keep it too.
+
+        The compiler decides itself, and would compile a layer anew for each answer.
+        """
+        if torch.compiler.is_compiling() or self.weight.requires_grad:
+            return False
+        if self.invertible is None:
+            self.invertible = bool((self.offset + self.weight.float()).abs().min() > MIN_SCALE)
+        return self.invertible
 
 
 class LayerNorm(nn.LayerNorm):
@@ -78,27 +96,34 @@ def rms_norm_class(module: nn.Module) -> type[nn.Module] | None:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float, offset: float, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        offset: float,
+        dtype: torch.dtype,
+        keep_result: bool,
     ) -> Tensor:
         wide = hidden.float()
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         square = length.square_().div_(hidden.shape[-1]).add_(epsilon)
         inverse = square.rsqrt() + 0 * square  # what overflows is no number: as 0 it would look like health
         normed = wide * inverse
-        ctx.save_for_backward(normed.to(dtype), inverse, weight)
-        ctx.offset, ctx.dtype = offset, hidden.dtype
-        scaled: Tensor = normed * (weight.float() + offset)
-        return scaled.to(dtype)
+        result: Tensor = (normed * (weight.float() + offset)).to(dtype)
+        ctx.save_for_backward(result if keep_result else normed.to(dtype), inverse, weight)
+        ctx.offset, ctx.dtype, ctx.keep_result = offset, hidden.dtype, keep_result
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        normed, inverse, weight = ctx.saved_tensors
-        given, normed = upstream.float(), normed.float()
+        kept, inverse, weight = ctx.saved_tensors
+        scale = weight.float() + ctx.offset
+        given, normed = upstream.float(), kept.float() / scale if ctx.keep_result else kept.float()
         of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = (given * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        of_normed = given * (weight.float() + ctx.offset)
+        of_normed = given * scale
         along = (of_normed * normed).mean(-1, keepdim=True)
         of_hidden = of_normed.addcmul_(normed, along, value=-1).mul_(inverse)
-        return of_hidden.to(ctx.dtype), of_weight, None, None, None
+        return of_hidden.to(ctx.dtype), of_weight, None, None, None, None

@@ -44,6 +44,27 @@ def test_values_and_gradients_are_those_of_the_original(kind: type[nn.Module]) -
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("smallest", [0.0, 1e-4, 0.1])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
+def test_a_frozen_norm_keeps_its_result_where_that_says_all(kind: type[nn.Module], smallest: float) -> None:
+    original = norm(kind).requires_grad_(False)
+    original.weight[3] = smallest - (1.0 if kind is GemmaRMSNorm else 0.0)
+    replaced, hidden = fast(original), torch.randn(2, 5, WIDTH, requires_grad=True)
+    kept: set[int] = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = replaced(hidden)
+    assert (output.data_ptr() in kept) is (smallest == 0.1)
+    upstream = torch.linspace(-1, 2, output.numel()).view_as(output)
+    (found,) = torch.autograd.grad(output, hidden, upstream)
+    (wanted,) = torch.autograd.grad(original(hidden), hidden, upstream)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, nn.LayerNorm])
 def test_an_fp32_stream_meets_bf16_weights(kind: type[nn.Module]) -> None:
     replaced, hidden = fast(norm(kind).bfloat16()), torch.randn(3, WIDTH)

@@ -6,7 +6,6 @@ Exit codes: 0 completed, 1 failed (the reason is in ``evaluation-result.json``).
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from lightning_modules.process import (
     EXIT_COMPLETED,
@@ -15,6 +14,7 @@ from lightning_modules.process import (
     is_permanent,
     log_plainly,
     quieten_libraries,
+    spec_file,
 )
 from lightning_modules.trained import write_whole
 from post_training.schemas.evaluation import EVALUATION_RESULT_FILE, EvaluationResult, EvaluationSpec
@@ -22,11 +22,9 @@ from post_training.schemas.evaluation import EVALUATION_RESULT_FILE, EvaluationR
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate what a spec file describes; return the process's exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 1:
-        print("usage: python -m lightning_modules.evaluate SPEC.json", file=sys.stderr)
+    path = spec_file("lightning_modules.evaluate", argv)
+    if path is None:
         return EXIT_FAILED
-    path = Path(arguments[0])
     try:
         result = _evaluate(EvaluationSpec.model_validate_json(path.read_bytes()))
     except Exception as error:
@@ -50,8 +48,7 @@ def _evaluate(spec: EvaluationSpec) -> EvaluationResult:
     if spec.tracking is not None:
         client = MlflowClient(tracking_uri=spec.tracking.tracking_uri)
         record_report(client, spec.tracking.run_id, comparison, spec.work_dir)
-    metrics = {name: values.metrics() for name, values in comparison.values.items()}
-    return EvaluationResult(status="completed", metrics=metrics)
+    return EvaluationResult(status="completed", metrics=dict(comparison.metrics))
 
 
 if __name__ == "__main__":

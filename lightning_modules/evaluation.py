@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from typing import cast
 
 import torch
@@ -15,12 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from lightning_modules.base_model import attach_adapter, find_base, merge_adapter, unpacked
 from lightning_modules.data.batches import Arrangement
 from lightning_modules.data.content import BLOCK_ROWS, RawDataset, Row
-from lightning_modules.data.reading import read_dataset
-from lightning_modules.data.sources import Limits
 from lightning_modules.data.tokenize import check_bad_rows, tokenize_rows
 from lightning_modules.engine.lora import use_fast_adapters
 from lightning_modules.engine.prepare import speed_up
 from lightning_modules.exact_match import Question, answers_of, is_right, questions_of
+from lightning_modules.inputs import read
 from lightning_modules.kept import Kept
 from lightning_modules.models import (
     DTYPES,
@@ -33,11 +32,11 @@ from lightning_modules.models import (
 from lightning_modules.objective import language_model
 from lightning_modules.probes import check_logits
 from lightning_modules.registry import METHODS, Method
-from lightning_modules.scoring import score
+from lightning_modules.scoring import Scored, score
 from post_training.errors import DataError
 from post_training.schemas.evaluation import EvaluationConfig, EvaluationSpec, ExampleValues
 from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
-from post_training.schemas.trainer import BASE_FOLDER, CACHE_FOLDER
+from post_training.schemas.trainer import BASE_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +55,6 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     arrangement: Arrangement
     length: int
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Of each sequence of a row: log-probability of its scored tokens in nats, and how many those are."""
-
-    log_probs: tuple[float, ...]
-    tokens: tuple[int, ...]
-
-    @property
-    def margin(self) -> float:
-        """Log-probability of a pair's chosen answer less that of the rejected one."""
-        chosen, rejected = self.log_probs
-        return chosen - rejected
 
 
 @dataclass(frozen=True)
@@ -94,6 +79,11 @@ class Comparison:
     questions: dict[int, Question]
     answers: dict[str, dict[int, str]]
 
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """The metrics of each model."""
+        return {name: values.metrics() for name, values in self.values.items()}
+
 
 def evaluate(spec: EvaluationSpec) -> Comparison:
     """Measure one model after the other; only one is in memory.
@@ -101,10 +91,9 @@ def evaluate(spec: EvaluationSpec) -> Comparison:
     :raises DataError: if the data cannot be read, or nothing of it can be used by all models.
     :raises ModelError: if a model cannot be loaded.
     """
-    config, kept = spec.config, Kept(spec.cache_dir or spec.work_dir / CACHE_FOLDER, spec.max_cache_bytes)
-    kept.trim()
-    rows = _read(spec, spec.data)
-    pairs = None if spec.preference_data is None else _read(spec, spec.preference_data)
+    config, kept = spec.config, Kept.of(spec)
+    rows = read(spec, spec.data)
+    pairs = None if spec.preference_data is None else read(spec, spec.preference_data)
     questions = _questions(config, rows)
     found = {}
     for name, source in spec.models.items():
@@ -121,12 +110,6 @@ def evaluate(spec: EvaluationSpec) -> Comparison:
                 )
             )
     return compare(config, found, questions)
-
-
-def _read(spec: EvaluationSpec, source: str) -> RawDataset:
-    tracking_uri = spec.tracking.tracking_uri if spec.tracking is not None else None
-    limits = Limits(spec.max_data_bytes, folder=spec.work_dir)
-    return read_dataset(source, tracking_uri, spec.model_roots, limits)
 
 
 def load_subject(spec: EvaluationSpec, source: str, kept: Kept) -> Subject:
@@ -197,11 +180,8 @@ def _scored(
             pad_id=cast(int, subject.tokenizer.pad_token_id),
             arrangement=subject.arrangement,
         )
-        log_probs, tokens = iter(found.log_probs), iter(found.tokens)
         numbers = (row.number for row in block if row.number not in tokenized.bad)
-        for number, examples in zip(numbers, tokenized.rows, strict=True):
-            each = len(examples)
-            yield number, Scored(tuple(islice(log_probs, each)), tuple(islice(tokens, each)))
+        yield from zip(numbers, found, strict=True)
 
 
 def compare(

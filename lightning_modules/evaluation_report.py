@@ -22,7 +22,7 @@ def write_report(comparison: Comparison, config: EvaluationConfig, folder: Path)
 
     :param folder: the evaluation's own, which holds nothing else of these names.
     """
-    metrics = {name: values.metrics() for name, values in comparison.values.items()}
+    metrics = comparison.metrics
     names = list(dict.fromkeys(metric for of_model in metrics.values() for metric in of_model))
     lines = [[model, *(of_model[name] for name in names)] for model, of_model in metrics.items()]
     write_table(folder, METRICS_TABLE, ["model", *names], lines)
@@ -43,11 +43,9 @@ def _samples(comparison: Comparison, limit: int) -> tuple[list[str], list[list[o
 
 def _draw(metrics: Mapping[str, Mapping[str, float]], names: Sequence[str], file: Path) -> None:
     """Draw a panel of bars for each metric, a bar for each model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - seconds
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415 - seconds
 
     figure = Figure(figsize=(2.6 * len(names), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         bars = panel.bar(list(metrics), [of_model[name] for of_model in metrics.values()], color="tab:blue")
         panel.bar_label(bars, fmt="%.3g")
@@ -58,15 +56,15 @@ def _draw(metrics: Mapping[str, Mapping[str, float]], names: Sequence[str], file
 
 
 def record_report(client: MlflowClient, run_id: str, comparison: Comparison, folder: Path) -> None:
-    """Put a written report into a run; to do so again changes nothing.
+    """Put a written report into a run; a later one takes its place, but for points of metrics, which stay.
 
     :raises Exception: MLflow's, which a later try may overcome.
     """
     now = now_ms()
     points = [
         Metric(f"{model}/{name}", value, now, 0)
-        for model, values in comparison.values.items()
-        for name, value in values.metrics().items()
+        for model, of_model in comparison.metrics.items()
+        for name, value in of_model.items()
     ]
     client.log_batch(run_id, metrics=points, synchronous=True)
     upload_tables(client, run_id, folder / TABLES, [METRICS_TABLE, SAMPLES_TABLE])

@@ -16,6 +16,7 @@ from lightning_modules.data.shards import TokenizedRows, Tokenizing
 from lightning_modules.data.sources import Limits
 from lightning_modules.kept import Kept
 from lightning_modules.setting import Notices, Setting
+from post_training.schemas.evaluation import WorkerSpec
 from post_training.schemas.trainer import TrainerSpec
 from post_training.schemas.training import TrainingConfig
 
@@ -34,15 +35,20 @@ def read_inputs(spec: TrainerSpec) -> dict[Context, RawDataset]:
 
     :raises DataError: if it cannot be read.
     """
-    tracking_uri = spec.tracking.tracking_uri if spec.tracking is not None else None
-    limits = Limits(spec.max_data_bytes, folder=spec.work_dir)
     sources: dict[Context, str] = {"training": spec.train_data}
     if spec.validation_data is not None and spec.request.training_config.max_validation_steps != 0:
         sources["validation"] = spec.validation_data
-    return {
-        context: read_dataset(source, tracking_uri, spec.model_roots, limits)
-        for context, source in sources.items()
-    }
+    return {context: read(spec, source) for context, source in sources.items()}
+
+
+def read(spec: WorkerSpec, source: str) -> RawDataset:
+    """Read a data set within a process's limits.
+
+    :raises DataError: if it cannot be read.
+    """
+    tracking_uri = spec.tracking.tracking_uri if spec.tracking is not None else None
+    limits = Limits(spec.max_data_bytes, folder=spec.work_dir)
+    return read_dataset(source, tracking_uri, spec.model_roots, limits)
 
 
 def build_data(

@@ -41,7 +41,7 @@ from lightning_modules.setting import Notices, Setting
 from post_training.errors import ModelError
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.requests import PreferenceOptimizeRequest
-from post_training.schemas.trainer import BASE_FOLDER, CACHE_FOLDER, TrainerSpec
+from post_training.schemas.trainer import BASE_FOLDER, TrainerSpec
 from post_training.schemas.training import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -113,8 +113,7 @@ def prepare_job(
     :param clock: tells when the resume state is saved.
     :raises PostTrainingError: if data, model or machine do not allow it.
     """
-    kept = Kept(spec.cache_dir or spec.work_dir / CACHE_FOLDER, spec.max_cache_bytes)
-    kept.trim()
+    kept = Kept.of(spec)
     base = find_base(spec.model, spec.work_dir / BASE_FOLDER, spec.tracking, spec.model_roots)
     setting = Setting.of(_with_export_form(spec, base))
     pl.seed_everything(setting.runtime.seed, verbose=False)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.trained import rename_whole
+from post_training.schemas.evaluation import WorkerSpec
+from post_training.schemas.trainer import CACHE_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,13 @@ class Kept:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
+
+    @classmethod
+    def of(cls, spec: WorkerSpec) -> Kept:
+        """Return what a process may use, trimmed."""
+        kept = cls(spec.cache_dir or spec.work_dir / CACHE_FOLDER, spec.max_cache_bytes)
+        kept.trim()
+        return kept
 
     def place(self, kind: str, digest: str) -> Path:
         """Return the folder for what has this digest: in use from now on, as long as this object is there."""

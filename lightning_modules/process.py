@@ -7,6 +7,8 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -31,6 +33,18 @@ PERMANENT_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
+
+
+def spec_file(module: str, argv: Sequence[str] | None) -> Path | None:
+    """Return the one file that a process was given; None, and say how it is called, if it was not.
+
+    :param argv: its arguments; None is those of the command line.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1:
+        print(f"usage: python -m {module} SPEC.json", file=sys.stderr)
+        return None
+    return Path(arguments[0])
 
 
 def describe(error: Exception) -> str:

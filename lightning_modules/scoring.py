@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -16,18 +16,19 @@ from lightning_modules.objective import scored_log_probs
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Of each sequence (n), those of an item behind each other: a pair's chosen one comes first.
+class Scored:
+    """Of each sequence of an item: log-probability of its scored tokens in nats, and how many those are."""
 
-    :param log_probs: sums over its scored tokens, in nats.
-    :param tokens: how many those are.
-    """
+    log_probs: tuple[float, ...]
+    tokens: tuple[int, ...]
 
-    log_probs: list[float]
-    tokens: list[int]
+    @property
+    def margin(self) -> float:
+        """Log-probability of a pair's chosen answer less that of the rejected one."""
+        chosen, rejected = self.log_probs
+        return chosen - rejected
 
 
-@torch.no_grad()
 def score(
     model: nn.Module,
     items: Iterable[Item],
@@ -35,19 +36,19 @@ def score(
     batch_size: int,
     pad_id: int,
     arrangement: Arrangement,
-) -> Scores:
+) -> Iterator[Scored]:
     """Score items in their order.
 
     :param model: in evaluation mode.
     :param batch_size: items that are scored together.
     :param arrangement: one that the model takes.
     """
-    remaining, found = iter(items), Scores([], [])
-    device = next(model.parameters()).device
+    remaining, device = iter(items), next(model.parameters()).device
     while rows := list(islice(remaining, batch_size)):
         batch = move_data_to_device(collate([[item] for item in rows], pad_id, arrangement), device)
-        tokens = [sequence.scored for item in rows for sequence in item.sequences]
-        log_probs = scored_log_probs(model, batch, in_fp32=True).double()
-        found.log_probs.extend(float(part.sum()) for part in torch.split(log_probs, tokens))
-        found.tokens.extend(tokens)
-    return found
+        counts = [tuple(sequence.scored for sequence in item.sequences) for item in rows]
+        with torch.no_grad():
+            log_probs = scored_log_probs(model, batch, in_fp32=True).double()
+        sums = (float(part.sum()) for part in torch.split(log_probs, list(chain(*counts))))
+        for tokens in counts:
+            yield Scored(tuple(islice(sums, len(tokens))), tokens)

@@ -23,6 +23,7 @@ from lightning_modules.process import (
     is_permanent,
     log_plainly,
     quieten_libraries,
+    spec_file,
 )
 from lightning_modules.trained import Trained, job_of, read_trained, write_trained, write_whole
 from post_training.errors import DivergenceError, InputsChangedError
@@ -41,11 +42,9 @@ log = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> int:
     """Train what a spec file describes; return the process's exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 1:
-        print("usage: python -m lightning_modules.train SPEC.json", file=sys.stderr)
+    path = spec_file("lightning_modules.train", argv)
+    if path is None:
         return EXIT_FAILED
-    path = Path(arguments[0])
     attempt = Attempt(path.parent)
     signal.signal(signal.SIGTERM, lambda signum, frame: attempt.stop.set())
     try:

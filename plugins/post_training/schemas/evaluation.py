@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from post_training.schemas.base import Count, LenientModel, StrictModel
 from post_training.schemas.jobs import FiniteOrNull
-from post_training.schemas.trainer import TrackingTarget
+from post_training.schemas.trainer import TrackingTarget, TrainerSpec
 from post_training.schemas.training import DatasetFormat
 
 EVALUATION_SPEC_FILE = "evaluation.json"
@@ -53,7 +53,7 @@ class AnswerCheck(StrictModel):
 
     pattern: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_check_pattern)] = Field(
         description="Python regular expression; what its first group, or without one the whole, matches last"
-        " is compared, without commas and outer white space. GSM8K: '#### *(-?[0-9.,]+)'."
+        " is compared, without commas, outer white space and a last full stop. GSM8K: '#### *(-?[0-9.,]+)'."
     )
     max_new_tokens: Count = Field(default=256, ge=1, description="Longest answer, in tokens.")
     max_examples: Count | None = Field(
@@ -117,13 +117,17 @@ class EvaluationSpec(LenientModel):
     config: EvaluationConfig
     models: dict[str, str] = Field(description="Name -> absolute path, hub id, or MLflow URI.")
     data: str = Field(description="Resolved held-out rows: an absolute path or a URI.")
-    preference_data: str | None = None
+    preference_data: str | None = Field(default=None, description="The same for pairs.")
     model_roots: tuple[Path, ...] = ()
     work_dir: Path
     max_data_bytes: int = 2**32
     cache_dir: Path | None = None
     max_cache_bytes: int = 20 * 2**30
     tracking: TrackingTarget | None = None
+
+
+WorkerSpec = TrainerSpec | EvaluationSpec
+"""What a process of a worker is told."""
 
 
 class ExampleValues(LenientModel):

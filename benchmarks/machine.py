@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from post_training.launch.local import trainer_environment
+from post_training.launch.local import worker_environment
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "lightning", "mlflow")
 
@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "device": gpu or f"{os.cpu_count()} cores of {cpu}",
         "libraries": {name: version(name) for name in LIBRARIES},
-        "allocator": trainer_environment(os.environ, {}).get("LD_PRELOAD") or "glibc",
+        "allocator": worker_environment(os.environ, {}).get("LD_PRELOAD") or "glibc",
     }
 
 

@@ -29,7 +29,7 @@ from benchmarks.contenders.rounds import Task
 from benchmarks.machine import gemm_peak, machine
 from benchmarks.speed_report import write_report
 from benchmarks.startup import start_up
-from post_training.launch.local import trainer_environment
+from post_training.launch.local import worker_environment
 from tests.mlflow_server import MLflowServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,7 +251,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=trainer_environment(inherited, {}) if trainer else inherited,
+            env=worker_environment(inherited, {}) if trainer else inherited,
         )
 
     def __enter__(self) -> Process:

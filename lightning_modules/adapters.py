@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from typing import cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -55,15 +56,14 @@ def add_adapters(model: PreTrainedModel, config: LoraFinetuningConfig, base_mode
     """
     targets = target_modules(model, config)
     matching = [path for path, _ in model.named_modules() if _matches(path, targets)]
-    wanted = {*_projections(model), *targets}  # of the targets, the output head is a whole path
-    names = [path for path in matching if path in wanted]
+    names = _adapted(model, targets)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=0.0,
         target_modules=targets,
-        exclude_modules=[path for path in matching if path not in wanted] or None,
+        exclude_modules=[path for path in matching if path not in names] or None,
         use_dora=bool(config.use_dora),
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
     )
@@ -74,6 +74,20 @@ def add_adapters(model: PreTrainedModel, config: LoraFinetuningConfig, base_mode
     lora.base_model_name_or_path = base_model  # get_peft_model would warn of a name not its own
     log.info("adapters of rank %d on %d modules: %s", config.rank, len(names), ", ".join(targets))
     return adapted
+
+
+def adapted_layers(model: PreTrainedModel, config: LoraFinetuningConfig) -> dict[str, tuple[int, int]]:
+    """Return in_features and out_features of the layers that get an adapter, by their paths.
+
+    :param model: may be on the meta device.
+    :raises ModelError: as :func:`target_modules`.
+    """
+    layers = {path: model.get_submodule(path) for path in _adapted(model, target_modules(model, config))}
+    shapes = {path: tuple(cast(nn.Parameter, layer.weight).shape) for path, layer in layers.items()}
+    return {
+        path: (rows, columns) if isinstance(layers[path], Conv1D) else (columns, rows)
+        for path, (rows, columns) in shapes.items()
+    }
 
 
 def target_modules(model: PreTrainedModel, config: LoraFinetuningConfig) -> list[str]:
@@ -117,6 +131,12 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
+
+
+def _adapted(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """Return the paths of the layers that targets mean; of these, the output head is a whole path."""
+    wanted = {*_projections(model), *targets}
+    return [path for path, _ in model.named_modules() if path in wanted and _matches(path, targets)]
 
 
 def _matches(path: str, endings: list[str]) -> bool:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
+
+from lightning_modules.used import Used, most_used
+from post_training.schemas.record import METRIC_DEVICE_SECONDS, METRIC_JOB_TOKENS, TAG_RESOURCES
+
+if TYPE_CHECKING:
+    from lightning_modules.record import JobRecord
 
 Clock = Callable[[], float]
 
@@ -116,24 +125,77 @@ class Progress(pl.Callback):
 
 
 class Resources(pl.Callback):
-    """Measures what one fit used; read ``summary`` after it, or after its failure."""
+    """Measures what an attempt used, and what all attempts at its job did.
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
+    ``device_seconds`` are seconds times devices (a CPU is one), from the beginning of reading the base model
+    to the end of the fit: the reference's log-probabilities and every validation are in them, reading the
+    data and uploading are not. ``job_tokens`` went through an optimizer step, those of validations and of the
+    reference left out; what was trained twice, since a state was lost, counts twice. Both are of all
+    attempts at the job: each goes on from what the one before has told last, so that of one that is killed
+    no more is lost than ``every_seconds``.
+
+    The other figures are of this attempt's fit; read ``summary`` after it, or after its failure.
+
+    :param record: holds them in a tag; None keeps them here.
+    :param every_seconds: time between two looks at the clock that are recorded.
+    """
+
+    def __init__(
+        self, record: JobRecord | None = None, clock: Clock = time.monotonic, every_seconds: float = 10.0
+    ) -> None:
+        self._record = record
         self._clock = clock
-        self._started: float | None = None
-        self._first_tokens = 0
-        self._summary: dict[str, Any] = {}
+        self._every = every_seconds
+        self._before = Used()
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._told_at = -math.inf
+        self._devices = 1
+        self._fit_began: float | None = None
+        self._first_tokens = self._tokens = 0
+        self._fit: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Start the clock, from where the attempts before left it; the record must have begun."""
+        if self._record is not None:
+            self._before = most_used(self._record.left(TAG_RESOURCES))
+        self._began = self._clock()
+        self.tell()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """See how many devices are used."""
+        self._devices = trainer.world_size
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock and the device's memory counter."""
-        self._started = self._clock()
+        """Start the fit's clock and the device's memory counter."""
+        if self._began is None:
+            self.begin()
+        self._told_at = -math.inf  # the first step is told of
+        self._fit_began = self._clock()
         self._first_tokens = _progress(pl_module).tokens_seen
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Count a step's tokens, and tell of them if it is time."""
+        self._count(pl_module)
+        self._tell_if_due()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """Tell of the time."""
+        self._tell_if_due()
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        """Tell of the time."""
+        self._tell_if_due()
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the figures of a fit that ended well."""
         self._measure(pl_module)
+        if self._record is not None:
+            used = self.used()
+            totals = {METRIC_DEVICE_SECONDS: used.device_seconds, METRIC_JOB_TOKENS: float(used.job_tokens)}
+            self._record.log_metrics(totals, step=_progress(pl_module).optimizer_steps)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -141,26 +203,46 @@ class Resources(pl.Callback):
         """Take the figures of a fit that failed."""
         self._measure(pl_module)
 
+    def used(self) -> Used:
+        """Return what all attempts used up to now."""
+        if self._began is None:
+            return self._before
+        until = self._clock() if self._ended is None else self._ended
+        return self._before.plus((until - self._began) * self._devices, self._tokens)
+
     def summary(self) -> dict[str, Any]:
-        """Device, dtype, bytes, seconds and tokens of the fit; empty before its end."""
-        return dict(self._summary)
+        """Device, dtype, bytes, seconds and tokens of the fit; before its end what the job used alone."""
+        return self._fit | asdict(self.used())
+
+    def tell(self) -> None:
+        """Record what is known, unless nothing was used yet."""
+        if self._record is not None and self._began is not None:
+            self._record.set_tag(TAG_RESOURCES, json.dumps(self.summary()))
+
+    def _tell_if_due(self) -> None:
+        if self._record is not None and self._clock() - self._told_at >= self._every:
+            self._told_at = self._clock()
+            self.tell()
+
+    def _count(self, pl_module: pl.LightningModule) -> None:
+        self._tokens = _progress(pl_module).tokens_seen - self._first_tokens
 
     def _measure(self, pl_module: pl.LightningModule) -> None:
-        if self._started is None:  # it failed before it began
+        self._ended = self._clock()
+        if self._fit_began is None:  # it failed before it began
             return
-        module = _progress(pl_module)
-        seconds = self._clock() - self._started
-        tokens = module.tokens_seen - self._first_tokens
-        self._summary = {
+        self._count(pl_module)
+        seconds = self._ended - self._fit_began
+        self._fit = {
             "device": _device_name(pl_module.device),
-            "dtype": module.dtype_name,
+            "dtype": _progress(pl_module).dtype_name,
             "peak_memory_bytes": peak_memory_bytes(),
             "seconds": round(seconds, 3),
-            "tokens": tokens,
-            "tokens_per_second": round(_rate(tokens, seconds), 1),
+            "tokens": self._tokens,
+            "tokens_per_second": round(_rate(self._tokens, seconds), 1),
         }
         if pl_module.device.type == "cuda":
-            self._summary["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(pl_module.device)
+            self._fit["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(pl_module.device)
 
 
 def peak_memory_bytes() -> int:

@@ -29,8 +29,10 @@ from lightning_modules.dropout import has_dropout, switch_off_dropout
 from lightning_modules.engine.compiling import compile_layers, is_long
 from lightning_modules.engine.lora import use_fast_adapters
 from lightning_modules.engine.prepare import speed_up
+from lightning_modules.estimate import announce, check_memory
 from lightning_modules.inputs import build_data, read_inputs
 from lightning_modules.kept import Kept
+from lightning_modules.memory_limits import resident_bytes
 from lightning_modules.models import DTYPES, cap_sequence_length, load_config, load_model, load_tokenizer
 from lightning_modules.module import PostTraining
 from lightning_modules.objective import language_model
@@ -38,6 +40,8 @@ from lightning_modules.optimization import Schedule, default_optimizer
 from lightning_modules.probes import check_logits, check_packing
 from lightning_modules.samples import SamplePrompts
 from lightning_modules.setting import Notices, Setting
+from lightning_modules.speeds import Speeds
+from lightning_modules.workload import workload_of
 from post_training.errors import ModelError
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.requests import PreferenceOptimizeRequest
@@ -105,15 +109,17 @@ def prepare_job(
     callbacks: Sequence[pl.Callback] = (),
     should_stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
+    before_weights: Callable[[], None] = lambda: None,
 ) -> Job:
     """Read data and model, and put together what trains as the spec says.
 
     What can be known without the weights is checked before they are read.
 
     :param clock: tells when the resume state is saved.
+    :param before_weights: called when all is checked, and the weights are read.
     :raises PostTrainingError: if data, model or machine do not allow it.
     """
-    kept = Kept.of(spec)
+    held, kept = resident_bytes(), Kept.of(spec)
     base = find_base(spec.model, spec.work_dir / BASE_FOLDER, spec.tracking, spec.model_roots)
     setting = Setting.of(_with_export_form(spec, base))
     pl.seed_everything(setting.runtime.seed, verbose=False)
@@ -122,6 +128,7 @@ def prepare_job(
     identity = identity_of(packed)
     outline = meta_model(config)
     setting.algorithm.weights.check(outline, setting.spec.request)
+    needs = check_memory(setting, outline, held)
     datasets = read_inputs(spec)
     inputs = Inputs.of(spec, identity, [dataset.digest for dataset in datasets.values()])
     begin(spec, inputs, record, should_stop)
@@ -131,9 +138,11 @@ def prepare_job(
         notices.add(f"runtime.max_seq_length is {length}, as many positions as the model has")
     data = build_data(setting, datasets, tokenizer, config, length, record, notices, kept, identity)
     del datasets  # before the weights: rows that were read from json or csv may take much memory
+    before_weights()
     model, arrangement = build_model(setting, base, config, length)
     data.arrange(arrangement)
-    _compile_if_long(setting, model, data, outline.num_parameters())
+    work = workload_of(data.train_loader, spec.request.training_config.n_epochs)
+    _compile_if_long(setting, model, work.tokens, outline.num_parameters())
     module = build_module(setting, model, data, record, should_stop)
     checkpoints = Checkpoints(
         work_dir=spec.work_dir,
@@ -153,7 +162,9 @@ def prepare_job(
     if setting.logger.sample_prompts:
         samples = SamplePrompts(setting.logger.sample_prompts, tokenizer, record)
         callbacks = [*callbacks, samples]
-    trainer = build_trainer(setting, [*callbacks, checkpoints])
+    speeds = Speeds.of(setting, kept, identity, length)
+    compared = announce(setting, data, work, outline, needs, speeds, record, notices)
+    trainer = build_trainer(setting, [*callbacks, *compared, checkpoints])
     return Job(setting, data, module, checkpoints, trainer)
 
 
@@ -208,15 +219,12 @@ def build_model(
     return trained, Arrangement.FLAT if has_dropout(trained) else Arrangement.TREE
 
 
-def _compile_if_long(setting: Setting, model: nn.Module, data: FineTuningData, parameters: int) -> None:
+def _compile_if_long(setting: Setting, model: nn.Module, tokens: int, parameters: int) -> None:
     """Compile what trains adapters on a base that is not quantized; other weights have not been tried."""
-    adapters, loader = setting.spec.request.adapters, data.train_loader
+    adapters = setting.spec.request.adapters
     if not setting.algorithm.weights.frozen_base or adapters is None or adapters.quantize_base:
         return
-    lengths = loader.shards[0].lengths
-    share = len(loader) / loader.whole_epoch
-    tokens = sum(loader.shards.counts) * share * sum(lengths) / len(lengths)
-    if is_long(int(tokens) * setting.spec.request.training_config.n_epochs, parameters):
+    if is_long(tokens, parameters):
         compile_layers(language_model(model))
 
 

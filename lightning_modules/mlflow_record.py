@@ -88,6 +88,7 @@ class MLflowRecord(LocalRecord):
         self._close_timeout = close_timeout
         self._patience = patience
         self._next_state = 0.0
+        self._before = Recorded()
         self._fence = RunFence(client, run_id, spec.attempt_id)
         self._models = LoggedModels(client, run_id, spec.request.job_uuid)
         self._states = StateStore(client, spec.tracking.tracking_uri, run_id)
@@ -115,7 +116,7 @@ class MLflowRecord(LocalRecord):
         :raises RecordUnavailableError: if MLflow does not say what earlier attempts recorded, or does not
             take the rest of it.
         """
-        recorded = self._ask(give_up) if self._retried else Recorded()
+        recorded = self._before = self._ask(give_up) if self._retried else Recorded()
         for key, step in recorded.steps.items():
             self._recorded[key] = max(step, self._recorded.get(key, step))
         self._delivery.leave_out(recorded.steps, self._opened_at)
@@ -149,6 +150,11 @@ class MLflowRecord(LocalRecord):
     def superseded(self) -> bool:
         """Whether a newer attempt has taken over the run."""
         return self._fence.superseded
+
+    def left(self, key: str) -> list[str]:
+        """Return what the spool holds of a tag, and what the run held when this attempt began."""
+        of_run = self._before.tags.get(key)
+        return super().left(key) + ([] if of_run is None else [of_run])
 
     def log_checkpoint(self, folder: Path, *, step: int, metrics: PostTrainingMetric) -> Checkpoint:
         """Have the folder uploaded as a logged model of the run.

@@ -48,6 +48,9 @@ class JobRecord(Protocol):
     def set_tag(self, key: str, value: str) -> None:
         """Record a tag, replacing its older value."""
 
+    def left(self, key: str) -> list[str]:
+        """Return what earlier attempts left of a tag, here and elsewhere; asked after ``begin``."""
+
     def log_dataset(
         self, *, name: str, digest: str, source: str, rows: int, context: Literal["training", "validation"]
     ) -> None:
@@ -148,6 +151,11 @@ class LocalRecord:
     def set_tag(self, key: str, value: str) -> None:
         """Spool the tag, cut to the length that MLflow keeps."""
         self._spool.append([{"kind": "tag", "key": key, "value": value[:MAX_TAG_CHARACTERS]}])
+
+    def left(self, key: str) -> list[str]:
+        """Return what the spool holds of a tag."""
+        value = self._spool.last_tag(key)
+        return [] if value is None else [value]
 
     def log_dataset(
         self, *, name: str, digest: str, source: str, rows: int, context: Literal["training", "validation"]

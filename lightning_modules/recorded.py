@@ -15,11 +15,16 @@ class Recorded:
     """What a run holds of the attempts before.
 
     :param steps: last step of each metric.
-    :param inputs: digest of what they trained from; None is not known.
+    :param tags: values by key.
     """
 
     steps: Mapping[str, int] = field(default_factory=dict)
-    inputs: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> str | None:
+        """Digest of what they trained from; None is not known."""
+        return self.tags.get(TAG_INPUTS)
 
 
 def what_is_recorded(client: MlflowClient, run_id: str) -> Recorded:
@@ -29,4 +34,4 @@ def what_is_recorded(client: MlflowClient, run_id: str) -> Recorded:
     """
     data = client.get_run(run_id).data
     steps = {key: max(m.step for m in client.get_metric_history(run_id, key)) for key in data.metrics}
-    return Recorded(steps, data.tags.get(TAG_INPUTS))
+    return Recorded(steps, data.tags)

@@ -102,6 +102,14 @@ class Spool:
                     last[key] = max(event["step"], last.get(key, event["step"]))
         return last
 
+    def last_tag(self, key: str) -> str | None:
+        """The last value of a tag in the file, sent or not; None where it was never set."""
+        found = None
+        for event in self.events():
+            if event["kind"] == "tag" and event["key"] == key:
+                found = str(event["value"])
+        return found
+
     def point_at(self, key: str, step: int) -> tuple[float, int] | None:
         """A metric's finite value at a step, and when it was spooled in milliseconds; None if it was not."""
         found = None

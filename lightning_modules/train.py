@@ -6,7 +6,6 @@ attempt at the job runs.
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
@@ -28,7 +27,6 @@ from lightning_modules.process import (
 from lightning_modules.trained import Trained, job_of, read_trained, write_trained, write_whole
 from post_training.errors import DivergenceError, InputsChangedError
 from post_training.job_lock import newest_claim
-from post_training.schemas.record import TAG_RESOURCES
 from post_training.schemas.trainer import RESULT_FILE, TrainerResult, TrainerSpec
 
 if TYPE_CHECKING:
@@ -144,12 +142,13 @@ def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt) -> Trained:
     from lightning_modules.job import prepare_job  # noqa: PLC0415
 
     quieten_libraries()
-    resources = Resources()
-    job = prepare_job(spec, record, [Progress(PROGRESS_SECONDS), resources], attempt.should_stop)
+    resources = Resources(record)
+    callbacks = [Progress(PROGRESS_SECONDS), resources]
     try:
+        job = prepare_job(spec, record, callbacks, attempt.should_stop, before_weights=resources.begin)
         finished = job.run()
     finally:
-        record.set_tag(TAG_RESOURCES, json.dumps(resources.summary()))
+        resources.tell()
     return Trained(
         job=job_of(spec),
         checkpoints=finished.checkpoints,

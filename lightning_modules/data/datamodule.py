@@ -91,6 +91,11 @@ class FineTuningData(pl.LightningDataModule):
             alone = Arrangement.PADDED
         return BatchLoader(parts, self._batch_size, self._pad_id, alone)
 
+    @property
+    def validated(self) -> list[Seen]:
+        """What each validation reads, in file order."""
+        return self._validation
+
     def seen(self, n_epochs: int) -> list[Seen]:
         """Return what so many epochs train and validate on, in file order; what both have comes twice."""
         train = self.train_loader.shards

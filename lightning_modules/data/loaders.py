@@ -117,6 +117,17 @@ class StepLoader:
                 break
         return {number: sorted(found[number]) for number in sorted(found)}
 
+    def lengths_of(self, epoch: int) -> Iterator[list[int]]:
+        """Yield the tokens of each row of an epoch's steps, up to a shard that may not be made yet."""
+        for number, first, last in self._parts(epoch, 0):
+            if number > 0 and not self.shards.all_made:
+                return
+            lengths = self.shards[number].lengths
+            if self._bins is not None:
+                lengths = [sum(lengths[item] for item in row) for row in self._bins[number]]
+            for step in self._order(number, epoch)[first:last]:
+                yield [lengths[row] for row in step]
+
     def _parts(self, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
         """Yield the shards of an epoch, of each the steps from a position on: first, and before which."""
         order = np.arange(len(self._steps))

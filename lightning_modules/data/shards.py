@@ -70,6 +70,10 @@ class Shards(Protocol):
     def counts(self) -> Sequence[int]:
         """Items of each shard."""
 
+    @property
+    def all_made(self) -> bool:
+        """Whether no shard is left to make; the first one is always there."""
+
     def __getitem__(self, number: int, /) -> Shard:
         """Return a shard, made if it is not there.
 

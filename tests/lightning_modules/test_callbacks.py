@@ -118,8 +118,8 @@ def test_progress_of_a_resumed_job_counts_its_own_time_only(capsys: pytest.Captu
 def test_resources_are_the_fit_s_own() -> None:
     module = TinyModule()
     module.tokens_seen = 1000
-    resources = Resources(Clock())
-    assert resources.summary() == {}
+    resources = Resources(clock=Clock())
+    assert resources.summary() == {"device_seconds": 0.0, "job_tokens": 0}
     fit(module, resources)
     summary = json.loads(json.dumps(resources.summary()))
     assert 10**7 < summary.pop("peak_memory_bytes") <= peak_memory_bytes()
@@ -129,11 +129,70 @@ def test_resources_are_the_fit_s_own() -> None:
         "seconds": 1.0,
         "tokens": 40,
         "tokens_per_second": 40.0,
+        "device_seconds": 2.0,  # its clock is looked at once more
+        "job_tokens": 40,
     }
+    assert resources.summary() == resources.summary(), "the clock stands still"
+
+
+class Tags:
+    """A record of tags and metrics, in which attempts before have left something."""
+
+    def __init__(self, *left: str) -> None:
+        self._left = list(left)
+        self.told: list[dict[str, Any]] = []
+        self.metrics: dict[str, float] = {}
+
+    def left(self, key: str) -> list[str]:
+        return self._left
+
+    def set_tag(self, key: str, value: str) -> None:
+        self.told.append(json.loads(value))
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.metrics |= metrics
+
+
+def test_resources_go_on_from_those_of_the_attempts_before() -> None:
+    record: Any = Tags('{"device_seconds": 100.5, "job_tokens": 7}')
+    clock = Clock()
+    resources = Resources(record, clock, every_seconds=1000.0)
+    resources.begin()
+    clock.now += 50.0  # the weights are read
+    resources.on_validation_batch_end()
+    resources.on_validation_batch_end()
+    fit(TinyModule(), resources)
+    begun, validated, first_step = record.told
+    assert begun == {"device_seconds": 101.5, "job_tokens": 7}
+    assert validated["device_seconds"] > 150.5
+    assert first_step["job_tokens"] == 7 + 5
+    assert first_step["device_seconds"] > validated["device_seconds"]
+    summary = resources.summary()
+    assert (summary["tokens"], summary["job_tokens"]) == (40, 47)
+    assert summary["seconds"] < 50 < summary["device_seconds"] - 100.5
+    assert record.metrics == {key: summary[key] for key in ("device_seconds", "job_tokens")}
+
+
+def test_resources_are_told_as_often_as_was_asked_for() -> None:
+    record: Any = Tags()
+    resources = Resources(record, Clock(), every_seconds=0.0)
+    fit(TinyModule(), resources)
+    assert [told["job_tokens"] for told in record.told] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    seconds = [told["device_seconds"] for told in record.told]
+    assert seconds == sorted(seconds)
+    assert "seconds" not in record.told[-1], "the fit has no end yet"
+    resources.tell()
+    assert record.told[-1] == resources.summary()
+
+
+def test_nothing_is_told_before_anything_is_used() -> None:
+    record: Any = Tags()
+    Resources(record, Clock()).tell()
+    assert record.told == []
 
 
 def test_resources_of_a_fit_that_fails_are_known() -> None:
-    resources = Resources(Clock())
+    resources = Resources(clock=Clock())
     with pytest.raises(RuntimeError, match="broken batch"):
         fit(TinyModule(fail_at=3), resources)
     assert resources.summary()["tokens"] == 15

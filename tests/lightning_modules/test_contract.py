@@ -60,6 +60,9 @@ METRICS = {
     "progress",
     "seconds_left",
     "checkpoint_bytes",
+    "estimated_tokens",
+    "estimated_tokens_per_epoch",
+    "estimated_memory_bytes",
 }
 REWARDS = {
     "rewards/chosen",

@@ -83,7 +83,10 @@ class PostTrainingJobStatusResponse(LenientModel):
     started_at: datetime | None = None
     completed_at: datetime | None = None
     resources_allocated: dict[str, Any] | None = Field(
-        default=None, description="Of the trainer: device, dtype, peak memory in bytes, seconds, tokens."
+        default=None,
+        description="Of the newest attempt: device, dtype, peak memory in bytes, seconds, tokens. Of all"
+        " attempts at the job, also while it runs: device_seconds, seconds times devices from reading the"
+        " base model to the end of the fit, and job_tokens, the tokens as often as they were trained.",
     )
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     error: str | None = Field(default=None, description="Why a failed job failed, in one sentence.")

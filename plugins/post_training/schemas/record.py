@@ -45,9 +45,34 @@ TAG_DEPLOYMENT: Final = "post_training.deployment"
 """Which Airflow the job is of: others may write to the same MLflow."""
 
 TAG_AIRFLOW_URL: Final = "airflow.url"
+TAG_PARENT_RUN: Final = "mlflow.parentRunId"
+"""MLflow shows a run below the one that this tag names."""
+
+TAG_STAGE: Final = "post_training.stage"
+"""SHA-256 of a task's place in Airflow, whose run is no job's: it prepares, evaluates or decides."""
+
 TAG_ERROR: Final = "post_training.error"
 TAG_RESOURCES: Final = "post_training.resources"
+"""JSON of what the trainer used so far: see ``lightning_modules.callbacks.Resources``."""
+
 TAG_WARNING: Final = "post_training.warning"
+
+# Tags of a retraining's run, the parent of its stages' runs.
+TAG_REGISTERED_MODEL: Final = "post_training.registered_model"
+TAG_NIGHT: Final = "post_training.night"
+"""SHA-256 of what a retraining is made from: its configuration and the data."""
+
+TAG_DECISION: Final = "post_training.decision"
+ACCEPTED: Final = "accepted"
+"""By the gates; whether it is promoted is open."""
+
+PROMOTED: Final = "promoted"
+REJECTED: Final = "rejected"
+SKIPPED: Final = "skipped"
+FAILED: Final = "failed"
+
+TAG_REASON: Final = "post_training.reason"
+"""Why, in one sentence."""
 
 # Tags of a checkpoint, which is a logged model.
 TAG_CHECKPOINT: Final = "post_training.checkpoint"
@@ -69,6 +94,17 @@ METRIC_PROGRESS: Final = "progress"
 METRIC_SECONDS_LEFT: Final = "seconds_left"
 METRIC_CHECKPOINT_BYTES: Final = "checkpoint_bytes"
 """Size on disk of a checkpoint's weights."""
+
+METRIC_DEVICE_SECONDS: Final = "device_seconds"
+METRIC_JOB_TOKENS: Final = "job_tokens"
+"""At the job's end: what all its attempts used, as in the tag of its resources."""
+
+# At step 0, before the first step: what the job is expected to need.
+METRIC_ESTIMATED_TOKENS: Final = "estimated_tokens"
+METRIC_ESTIMATED_TOKENS_PER_EPOCH: Final = "estimated_tokens_per_epoch"
+METRIC_ESTIMATED_MEMORY_BYTES: Final = "estimated_memory_bytes"
+METRIC_ESTIMATED_SECONDS: Final = "estimated_seconds"
+"""Left out where no job of the kind was measured on such a machine before."""
 
 # Of preference jobs, under the names that TRL made known.
 METRIC_REWARD_CHOSEN: Final = "rewards/chosen"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from post_training.launch.local import trainer_argv, trainer_environment
+from post_training.launch.local import TRAIN, worker_argv, worker_environment
 from post_training.schemas.trainer import SPEC_FILE, TrainerSpec
 
 
@@ -22,8 +22,8 @@ def train(spec: TrainerSpec, work_dir: Path) -> list[dict[str, Any]]:
     file.write_text(spec.model_dump_json())
     with log.open("w") as output:
         ended = subprocess.run(
-            trainer_argv(sys.executable, file),
-            env=trainer_environment(os.environ, {}),
+            worker_argv(sys.executable, TRAIN, file),
+            env=worker_environment(os.environ, {}),
             stdout=output,
             stderr=subprocess.STDOUT,
         )

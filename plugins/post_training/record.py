@@ -13,16 +13,16 @@ from post_training.uris import without_secrets
 
 
 def new_run(
-    request: AnyTrainingRequest, key: TaskKey, pins: Mapping[str, str] | None = None
+    request: AnyTrainingRequest, key: TaskKey, further: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Return the arguments with which ``Tracking.create_run`` makes the run of a task's job.
 
-    :param pins: tags with the versions of registered data sets that the job reads.
+    :param further: tags beside those of every job, as the versions of registered data sets that it reads.
     """
     return {
         "name": request.logger_config.get("run_name") or request.job_uuid,
         "experiment": request.logger_config.get("experiment_name"),
-        "tags": run_tags(request, key) | dict(pins or {}),
+        "tags": run_tags(request, key) | dict(further or {}),
         "params": run_params(request),
         "request": _without_keys(request.model_dump(mode="json")),
     }

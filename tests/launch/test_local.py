@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from post_training.launch import local
-from post_training.launch.local import trainer_argv, trainer_environment
+from post_training.launch.local import TRAIN, worker_argv, worker_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_trainer_is_started_by_name() -> None:
-    assert trainer_argv("/opt/train/python", Path("/jobs/1/spec.json")) == [
+    assert worker_argv("/opt/train/python", TRAIN, Path("/jobs/1/spec.json")) == [
         "/opt/train/python",
         "-m",
         "lightning_modules.train",
@@ -32,26 +32,26 @@ def test_airflows_secrets_stay_behind_and_mlflows_come_along() -> None:
         "_AIRFLOW_PROCESS_CONTEXT": "client",
         "PYTHONPATH": "/own",
     }
-    environment = trainer_environment(inherited, {"MLFLOW_TRACKING_PASSWORD": "theirs"})
+    environment = worker_environment(inherited, {"MLFLOW_TRACKING_PASSWORD": "theirs"})
     assert not [name for name in environment if "AIRFLOW" in name]
     assert environment["PATH"] == "/bin"
     assert environment["MLFLOW_TRACKING_PASSWORD"] == "theirs"
 
 
 def test_a_checkouts_sources_come_first_on_the_search_path() -> None:
-    environment = trainer_environment({"PYTHONPATH": "/own"}, {})
+    environment = worker_environment({"PYTHONPATH": "/own"}, {})
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT / "plugins"), str(ROOT), "/own"]
 
 
 def test_what_the_operator_set_for_its_worker_stands() -> None:
-    assert trainer_environment({}, {})["GOMP_SPINCOUNT"] == "1000"
-    assert trainer_environment({"GOMP_SPINCOUNT": "5"}, {})["GOMP_SPINCOUNT"] == "5"
-    assert trainer_environment({"MALLOC_TOP_PAD_": "5"}, {})["MALLOC_TOP_PAD_"] == "5"
+    assert worker_environment({}, {})["GOMP_SPINCOUNT"] == "1000"
+    assert worker_environment({"GOMP_SPINCOUNT": "5"}, {})["GOMP_SPINCOUNT"] == "5"
+    assert worker_environment({"MALLOC_TOP_PAD_": "5"}, {})["MALLOC_TOP_PAD_"] == "5"
 
 
 @pytest.mark.skipif(local.tcmalloc() is None, reason="needs tcmalloc, as .ci/run installs it")
 def test_memory_comes_from_tcmalloc() -> None:
-    environment = trainer_environment({"PATH": os.environ["PATH"]}, {})
+    environment = worker_environment({"PATH": os.environ["PATH"]}, {})
     maps = subprocess.run(
         [sys.executable, "-c", "print(open('/proc/self/maps').read())"],
         env=environment,
@@ -73,9 +73,9 @@ def test_an_allocator_that_is_chosen_already_stays(monkeypatch: pytest.MonkeyPat
     }
     for chosen, preloaded in preloads.items():
         inherited = {} if chosen is None else {"LD_PRELOAD": chosen}
-        assert trainer_environment(inherited, {})["LD_PRELOAD"] == preloaded
+        assert worker_environment(inherited, {})["LD_PRELOAD"] == preloaded
 
 
 def test_without_tcmalloc_nothing_is_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "tcmalloc", lambda: None)
-    assert "LD_PRELOAD" not in trainer_environment({}, {})
+    assert "LD_PRELOAD" not in worker_environment({}, {})

@@ -12,15 +12,15 @@ from time import monotonic
 import psutil
 import pytest
 
-from post_training.launch.process import TrainerProcess
+from post_training.launch.process import WorkerProcess
 from tests.waiting import wait_until
 
 DEADLINE = 20.0
 
 
-def child(tmp_path: Path, program: str, grace_seconds: float = 3.0) -> TrainerProcess:
+def child(tmp_path: Path, program: str, grace_seconds: float = 3.0) -> WorkerProcess:
     argv = [sys.executable, "-u", "-c", program]
-    return TrainerProcess(argv, dict(os.environ), tmp_path / "log", grace_seconds=grace_seconds)
+    return WorkerProcess(argv, dict(os.environ), tmp_path / "log", grace_seconds=grace_seconds)
 
 
 def gone(pid: int) -> bool:
@@ -41,7 +41,7 @@ def test_output_is_read_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("log", ["/dev/full", "/no/folder/log"])
 def test_output_that_cannot_be_kept_is_read_to_its_end(log: str) -> None:
     program = "for number in range(200): print('x' * 1000)"  # more than a pipe holds
-    process = TrainerProcess([sys.executable, "-c", program], dict(os.environ), Path(log))
+    process = WorkerProcess([sys.executable, "-c", program], dict(os.environ), Path(log))
     assert list(process.lines()) == ["x" * 1000] * 200
     assert process.exit_code() == 0
 
@@ -105,11 +105,11 @@ def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     parent_program = f"""
 import os, sys
 from pathlib import Path
-from post_training.launch.process import TrainerProcess
+from post_training.launch.process import WorkerProcess
 from tests.waiting import wait_until
 wait = "import threading; print('ready'); threading.Event().wait()"
 command = [sys.executable, "-u", "-c", wait]
-process = TrainerProcess(command, dict(os.environ), Path({str(tmp_path)!r}) / "log")
+process = WorkerProcess(command, dict(os.environ), Path({str(tmp_path)!r}) / "log")
 for line in process.lines():
     print(process.pid, flush=True)
 """

@@ -18,7 +18,7 @@ from post_training import job_lock
 from post_training.dataset_records import DatasetRecords
 from post_training.errors import InvalidRequestError, RecordUnavailableError
 from post_training.job_ids import TaskKey
-from post_training.operators import task_record
+from post_training.operators import patience
 from post_training.operators.params import FORM_DEFAULTS
 from post_training.operators.training import (
     PreferenceOptimizeOperator,
@@ -275,7 +275,7 @@ def test_what_is_not_there_any_more_is_looked_for_again(
 def test_a_record_that_does_not_answer_is_waited_for(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_record, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "PAUSE_SECONDS", 0.01)
     tracking, outage = workplace.tracking, iter([True] * 3)
     answer = tracking._answer
 
@@ -759,7 +759,7 @@ def test_a_job_is_recorded_where_the_deployment_looks_for_it() -> None:
         SupervisedFineTuneOperator(task_id="train", mlflow_conn_id="another")
 
 
-def test_every_field_of_the_request_is_templated() -> None:
+def test_every_field_of_the_request_and_the_parent_run_are_templated() -> None:
     for operator, names in (
         (SupervisedFineTuneOperator, ("model", "checkpoint_dir")),
         (PreferenceOptimizeOperator, ("finetuned_model",)),
@@ -771,6 +771,7 @@ def test_every_field_of_the_request_is_templated() -> None:
             "hyperparam_search_config",
             "logger_config",
             "runtime",
+            "parent_run_id",
             *names,
         }
         assert set(operator.template_fields) == expected

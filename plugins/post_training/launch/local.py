@@ -1,4 +1,4 @@
-"""Command line and environment of a trainer on this machine."""
+"""Command line and environment of a process on this machine that trains, evaluates or prepares data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import post_training
+
+TRAIN, EVALUATE, PREPARE = (f"lightning_modules.{name}" for name in ("train", "evaluate", "prepare"))
+"""Programs, started by their name: each reads the spec that it is given."""
 
 _KEPT_BACK = "AIRFLOW"
 _DEFAULTS = {
@@ -27,15 +30,18 @@ _TCMALLOC = ("tcmalloc_minimal", "tcmalloc")
 _SITE_FOLDERS = ("site-packages", "dist-packages")
 
 
-def trainer_argv(python: str, spec: Path) -> list[str]:
-    """Return the command that trains what ``spec`` says."""
-    return [python, "-m", "lightning_modules.train", str(spec)]
+def worker_argv(python: str, program: str, spec: Path) -> list[str]:
+    """Return the command that does what ``spec`` says.
+
+    :param program: the module that reads it.
+    """
+    return [python, "-m", program, str(spec)]
 
 
-def trainer_environment(inherited: Mapping[str, str], credentials: Mapping[str, str]) -> dict[str, str]:
-    """Return the trainer's environment: the task's own, without Airflow's variables, which hold secrets.
+def worker_environment(inherited: Mapping[str, str], credentials: Mapping[str, str]) -> dict[str, str]:
+    """Return the process's environment: the task's own, without Airflow's variables, which hold secrets.
 
-    :param credentials: variables by which the trainer's MLflow client logs in.
+    :param credentials: variables by which its MLflow client logs in.
     """
     environment = {
         key: value for key, value in inherited.items() if not key.lstrip("_").startswith(_KEPT_BACK)

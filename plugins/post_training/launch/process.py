@@ -18,7 +18,7 @@ from post_training.parent_death import die_with
 _POLL_SECONDS = 0.2
 
 
-class TrainerProcess:
+class WorkerProcess:
     """A child in the caller's process group, its output merged and read as lines.
 
     Airflow ends a task by SIGTERM to the whole process group and SIGKILL five seconds later, so the child

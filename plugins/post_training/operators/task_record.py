@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 from typing import Any, TypeVar
 
 from post_training.datasets import PINNED
-from post_training.errors import RecordUnavailableError, SupersededError, TrainerError
+from post_training.errors import RecordUnavailableError, SupersededError
 from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.operators.links import MLflowRunLink
+from post_training.operators.patience import PATIENCE_SECONDS, persist
+from post_training.operators.worker import PermanentFailureError
 from post_training.record import identity_tags, new_run
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
@@ -22,15 +22,6 @@ from post_training.tracking import OPEN, JobRun, Tracking, run_of_task
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-PATIENCE_SECONDS = 600.0
-"""How long a task waits for MLflow before its attempt fails, or at its end before the record is left open."""
-
-PAUSE_SECONDS = 5.0
-
-
-class PermanentFailureError(TrainerError):
-    """Another attempt would fail the same way, or is not wanted."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,7 @@ class TaskRecord:
     :param key: the task.
     :param ti: the running task instance.
     :param submitted_run_id: the run that was made at submit, from the DAG run's conf.
+    :param parent_run_id: the run below which a new one is shown.
     :param give_up: asked while MLflow is waited for.
     :param patience: seconds for which it is waited for.
     :ivar run: the job's run, once it was found or made.
@@ -63,6 +55,7 @@ class TaskRecord:
     key: TaskKey
     ti: Any
     submitted_run_id: Any = None
+    parent_run_id: str | None = None
     give_up: Callable[[], bool] = lambda: False
     patience: float = PATIENCE_SECONDS
     run: JobRun | None = None
@@ -92,7 +85,7 @@ class TaskRecord:
     def _open(self, request: AnyTrainingRequest) -> Opened:
         run = self._existing()
         if run is None:
-            return self._begin(self.tracking.create_run(**new_run(request, self.key)))
+            return self._begin(self.tracking.create_run(**self._new_run(request)))
         self._check(run)
         if self._was_finished(run, request):
             self.run = run
@@ -102,8 +95,12 @@ class TaskRecord:
         self._end_superseded_half(run)
         if _is_another_training(run, request):
             reason = "The task was cleared, or asks for something else by now."
-            run = self._supersede(run, new_run(request, self.key), reason)
+            run = self._supersede(run, self._new_run(request), reason)
         return self._begin(run)
+
+    def _new_run(self, request: AnyTrainingRequest, pins: Mapping[str, str] | None = None) -> dict[str, Any]:
+        parent = {names.TAG_PARENT_RUN: self.parent_run_id} if self.parent_run_id is not None else {}
+        return new_run(request, self.key, {**(pins or {}), **parent})
 
     def _begin(self, run: JobRun) -> Opened:
         """Make a run this attempt's.
@@ -139,9 +136,9 @@ class TaskRecord:
         now = self.tracking.get(run.run_id)
         self._check(now)
         if now is None:  # somebody has deleted it
-            return self._begin(self.tracking.create_run(**new_run(request, self.key)))
+            return self._begin(self.tracking.create_run(**self._new_run(request)))
         pins = {tag: now.tags[tag] for tag in PINNED if tag in now.tags}
-        return self._begin(self._supersede(now, new_run(request, self.key, pins), reason))
+        return self._begin(self._supersede(now, self._new_run(request, pins), reason))
 
     def _supersede(self, run: JobRun, new: Mapping[str, Any], reason: str) -> JobRun:
         """End a run with what it holds, and return the one that is the job's from here on.
@@ -328,15 +325,7 @@ class TaskRecord:
 
         :raises RecordUnavailableError: if it does not.
         """
-        deadline = monotonic() + self.patience
-        while True:
-            try:
-                return call()
-            except RecordUnavailableError as unavailable:
-                if self.give_up() or monotonic() + PAUSE_SECONDS > deadline:
-                    raise
-                logger.warning("%s; asking again in %g s", unavailable, PAUSE_SECONDS)
-                time.sleep(PAUSE_SECONDS)
+        return persist(call, self.give_up, self.patience)
 
     def _existing(self) -> JobRun | None:
         """Return the job's run, or None; the one for which it is being left, if it is."""

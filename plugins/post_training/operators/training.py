@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import sys
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from post_training.errors import InvalidRequestError, PostTrainingError, SupersededError, TrainerError
 from post_training.job_ids import TRAINING_OPERATORS, TaskKey, job_uuid_of
 from post_training.job_lock import claim, locked, newest_claim, note_holder
-from post_training.launch.local import trainer_argv, trainer_environment
-from post_training.launch.process import TrainerProcess
-from post_training.operators.hooks import MLflowHook, PostTrainingHook
-from post_training.operators.links import MLflowRunLink
+from post_training.launch.local import TRAIN
+from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.request import build_request, with_runtime_defaults
 from post_training.operators.spec import run_of, write_spec
-from post_training.operators.task_record import PermanentFailureError, TaskRecord
-from post_training.parent_death import bind_to_parent
+from post_training.operators.task_record import TaskRecord
+from post_training.operators.worker import (
+    PermanentFailureError,
+    WorkerOperator,
+    bind_to_supervisor,
+    no_result,
+    task_key,
+    work_dir_of,
+)
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest
 from post_training.schemas.trainer import BASE_FOLDER, RESULT_FILE, SPEC_FILE, TrainerResult, TrainerSpec
 from post_training.settings import load_settings
-from post_training.tracking import JobRun, Tracking
+from post_training.tracking import JobRun
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
 
-class TrainingOperator(BaseOperator):
+class TrainingOperator(WorkerOperator):
     """What both training operators share: validate, record, launch, follow, conclude.
 
     A subclass keeps ``custom_operator_name``, by which the deployment finds the tasks that are jobs, mapped
     ones too.
-
-    The task takes its slot from the pool of ``[post_training] pool``; a mapped one (``partial().expand()``)
-    must name it itself.
 
     :param request: the whole request, nested or with dotted keys, or a JSON string of it; given instead of
         single fields.
@@ -54,6 +51,7 @@ class TrainingOperator(BaseOperator):
     :param runtime: limits, and adapters of a preference or QAT job; what it leaves unset comes from the
         ``post_training`` connection, as far as it means something for this job.
     :param post_training_conn_id: connection with the defaults of ``runtime``; None is the setting.
+    :param parent_run_id: MLflow run below which the job's is shown.
     """
 
     method: ClassVar[str]
@@ -65,9 +63,8 @@ class TrainingOperator(BaseOperator):
         "logger_config",
         "runtime",
     )
-    template_fields: Sequence[str] = ("request", *request_fields)
-    template_fields_renderers: ClassVar[dict[str, str]] = dict.fromkeys(template_fields, "json")
-    operator_extra_links = (MLflowRunLink(),)
+    template_fields: Sequence[str] = ("request", *request_fields, "parent_run_id")
+    template_fields_renderers: ClassVar[dict[str, str]] = dict.fromkeys(("request", *request_fields), "json")
     ui_color = "#e8f4ea"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -92,9 +89,9 @@ class TrainingOperator(BaseOperator):
         logger_config: Mapping[str, Any] | None = None,
         runtime: Mapping[str, Any] | None = None,
         post_training_conn_id: str | None = None,
+        parent_run_id: str | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs.setdefault("pool", load_settings().pool)
         super().__init__(**kwargs)
         self.request = request
         self.training_config = training_config
@@ -103,14 +100,7 @@ class TrainingOperator(BaseOperator):
         self.logger_config = logger_config
         self.runtime = runtime
         self.post_training_conn_id = post_training_conn_id
-        self.mlflow_run_url: str | None = None
-        self._process: TrainerProcess | None = None
-        self._stopped = False
-
-    @cached_property
-    def tracking(self) -> Tracking:
-        """The tracking server that holds the job's record: the deployment's, where the API looks too."""
-        return MLflowHook(load_settings().mlflow_conn_id).get_conn()
+        self.parent_run_id = parent_run_id
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Train, and return the job's id, its MLflow run, its checkpoints and last metrics.
@@ -118,10 +108,15 @@ class TrainingOperator(BaseOperator):
         :raises AirflowFailException: if another attempt would fail the same way.
         :raises AirflowException: if it may succeed.
         """
-        _bind_to_supervisor()
-        key, conf = _task_key(context), context["dag_run"].conf or {}
+        bind_to_supervisor()
+        key, conf = task_key(context), context["dag_run"].conf or {}
         record = TaskRecord(
-            self.tracking, key, context["ti"], conf.get(names.CONF_MLFLOW_RUN), lambda: self._stopped
+            self.tracking,
+            key,
+            context["ti"],
+            conf.get(names.CONF_MLFLOW_RUN),
+            self.parent_run_id,
+            give_up=lambda: self._stopped,
         )
         try:
             return self._run_job(key, record)
@@ -146,7 +141,7 @@ class TrainingOperator(BaseOperator):
     def _run_job(self, key: TaskKey, record: TaskRecord) -> dict[str, Any]:
         """Train the task's job, or find that it has been done."""
         request = self.build_request(key)
-        work_dir = _work_dir(key)
+        work_dir = work_dir_of(key)
         claim(work_dir, record.attempt_id)
         opened = record.open(request)
         with locked(work_dir, give_up=lambda: self._stopped) as lock:
@@ -208,12 +203,6 @@ class TrainingOperator(BaseOperator):
             "metrics": result.metrics if result is not None else dict(run.metrics),
         }
 
-    def on_kill(self) -> None:
-        """Ask the trainer to end; ``execute`` goes on, sees it end and concludes the record."""
-        self._stopped = True
-        if self._process is not None:
-            self._process.stop()
-
     def build_request(self, key: TaskKey) -> AnyTrainingRequest:
         """Validate what was given into the request of this task's job.
 
@@ -237,26 +226,16 @@ class TrainingOperator(BaseOperator):
         """
         log_file = spec.work_dir / f"train-{spec.attempt}.log"
         try:
-            self._process = TrainerProcess(
-                trainer_argv(load_settings().trainer_python, spec.work_dir / SPEC_FILE),
-                trainer_environment(os.environ, self.tracking.server.environment()),
+            code = self._run_process(
+                TRAIN,
+                spec.work_dir / SPEC_FILE,
                 log_file,
-                folder=spec.work_dir,
                 pass_fds=(lock,),
+                started=lambda pid: note_holder(spec.work_dir, pid),
             )
-            note_holder(spec.work_dir, self._process.pid)
-            if self._stopped:
-                self._process.stop()
-            for line in self._process.lines():
-                self.log.info(line)
-            code = self._process.exit_code()
         finally:
-            if self._process is not None:
-                self._process.kill()
             if log_file.exists():
                 record.add_file(log_file, names.ARTIFACT_LOGS)
-        if self._stopped:
-            raise TrainerError("The job was stopped.")
         return _read_result(spec, code)
 
 
@@ -270,7 +249,7 @@ class SupervisedFineTuneOperator(TrainingOperator):
     method = "supervised_fine_tune"
     custom_operator_name = "SupervisedFineTuneOperator"
     request_fields = (*TrainingOperator.request_fields, "model", "checkpoint_dir")
-    template_fields = ("request", *request_fields)
+    template_fields = ("request", *request_fields, "parent_run_id")
 
     def __init__(self, *, model: str | None = None, checkpoint_dir: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -287,7 +266,7 @@ class PreferenceOptimizeOperator(TrainingOperator):
     method = "preference_optimize"
     custom_operator_name = "PreferenceOptimizeOperator"
     request_fields = (*TrainingOperator.request_fields, "finetuned_model")
-    template_fields = ("request", *request_fields)
+    template_fields = ("request", *request_fields, "parent_run_id")
 
     def __init__(self, *, finetuned_model: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -317,24 +296,6 @@ def _was_there(error: InvalidRequestError) -> bool:
     return all(detail["type"] == "not_found" for detail in error.errors)
 
 
-def _bind_to_supervisor() -> None:
-    """Let the task end with Airflow's supervisor, which alone could report it; a SIGKILL would part them."""
-    runner = sys.modules.get("airflow.sdk.execution_time.task_runner")
-    if hasattr(runner, "SUPERVISOR_COMMS"):
-        bind_to_parent(signal.SIGTERM)
-
-
-def _task_key(context: Context) -> TaskKey:
-    ti = context["ti"]
-    return TaskKey(ti.dag_id, ti.run_id, ti.task_id, ti.map_index if ti.map_index is not None else -1)
-
-
-def _work_dir(key: TaskKey) -> Path:
-    """Return the folder of a task's job, shared by its attempts."""
-    mapped = "" if key.map_index < 0 else f".{key.map_index}"
-    return load_settings().home / "jobs" / key.dag_id / key.run_id / f"{key.task_id}{mapped}"
-
-
 def _read_result(spec: TrainerSpec, code: int) -> TrainerResult:
     """Return the trainer's result.
 
@@ -345,6 +306,4 @@ def _read_result(spec: TrainerSpec, code: int) -> TrainerResult:
         result = TrainerResult.model_validate_json(path.read_text(encoding="utf-8"))
         if result.attempt_id == spec.attempt_id:
             return result
-    if code < 0:
-        raise TrainerError(f"The trainer was killed by signal {-code}; out of memory is a usual cause.")
-    raise TrainerError(f"The trainer ended with exit code {code} and no result.")
+    raise no_result(code)

@@ -1,0 +1,123 @@
+"""What the operators share that start a process on the worker: its output is the task's log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import BaseOperator
+
+from post_training.errors import TrainerError
+from post_training.job_ids import TaskKey
+from post_training.launch.local import worker_argv, worker_environment
+from post_training.launch.process import WorkerProcess
+from post_training.operators.hooks import MLflowHook
+from post_training.operators.links import MLflowRunLink
+from post_training.parent_death import bind_to_parent
+from post_training.settings import load_settings
+from post_training.tracking import Tracking
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+
+class PermanentFailureError(TrainerError):
+    """Another attempt would fail the same way, or is not wanted."""
+
+
+class WorkerOperator(BaseOperator):
+    """Runs one process after the other, each to its end; a task that is killed stops the one that runs.
+
+    The task takes its slot from the pool of ``[post_training] pool``; a mapped one (``partial().expand()``)
+    must name it itself.
+    """
+
+    operator_extra_links = (MLflowRunLink(),)
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("pool", load_settings().pool)
+        super().__init__(**kwargs)
+        self.mlflow_run_url: str | None = None
+        self._process: WorkerProcess | None = None
+        self._stopped = False
+
+    @cached_property
+    def tracking(self) -> Tracking:
+        """The tracking server that holds the record: the deployment's, where the API looks too."""
+        return MLflowHook(load_settings().mlflow_conn_id).get_conn()
+
+    def on_kill(self) -> None:
+        """Ask the process to end; ``execute`` goes on and sees it end."""
+        self._stopped = True
+        if self._process is not None:
+            self._process.stop()
+
+    def _run_process(
+        self,
+        program: str,
+        spec: Path,
+        log_file: Path,
+        *,
+        pass_fds: Sequence[int] = (),
+        started: Callable[[int], None] | None = None,
+    ) -> int:
+        """Run one of our programs to its end, its output in the task's log; return its exit code.
+
+        :param program: the module that reads ``spec``; it works in that file's folder.
+        :param log_file: receives a copy of its output.
+        :param pass_fds: file descriptors that it keeps open.
+        :param started: called with its process id.
+        :raises TrainerError: if it was stopped.
+        """
+        try:
+            self._process = WorkerProcess(
+                worker_argv(load_settings().trainer_python, program, spec),
+                worker_environment(os.environ, self.tracking.server.environment()),
+                log_file,
+                folder=spec.parent,
+                pass_fds=pass_fds,
+            )
+            if started is not None:
+                started(self._process.pid)
+            if self._stopped:
+                self._process.stop()
+            for line in self._process.lines():
+                self.log.info(line)
+            code = self._process.exit_code()
+        finally:
+            if self._process is not None:
+                self._process.kill()
+        if self._stopped:
+            raise TrainerError("The job was stopped.")
+        return code
+
+
+def bind_to_supervisor() -> None:
+    """Let the task end with Airflow's supervisor, which alone could report it; a SIGKILL would part them."""
+    runner = sys.modules.get("airflow.sdk.execution_time.task_runner")
+    if hasattr(runner, "SUPERVISOR_COMMS"):
+        bind_to_parent(signal.SIGTERM)
+
+
+def task_key(context: Context) -> TaskKey:
+    """Return the place of the task that runs."""
+    ti = context["ti"]
+    return TaskKey(ti.dag_id, ti.run_id, ti.task_id, ti.map_index if ti.map_index is not None else -1)
+
+
+def work_dir_of(key: TaskKey) -> Path:
+    """Return the folder of a task's work, shared by its attempts."""
+    mapped = "" if key.map_index < 0 else f".{key.map_index}"
+    return load_settings().home / "jobs" / key.dag_id / key.run_id / f"{key.task_id}{mapped}"
+
+
+def no_result(code: int) -> TrainerError:
+    """Return the error of a process that left no result."""
+    if code < 0:
+        return TrainerError(f"The trainer was killed by signal {-code}; out of memory is a usual cause.")
+    return TrainerError(f"The trainer ended with exit code {code} and no result.")

@@ -6,6 +6,7 @@ Exit codes: 0 completed, 1 failed (the reason is in ``evaluation-result.json``).
 from __future__ import annotations
 
 import sys
+import time
 
 from lightning_modules.process import (
     EXIT_COMPLETED,
@@ -43,11 +44,13 @@ def _evaluate(spec: EvaluationSpec) -> EvaluationResult:
     from lightning_modules.evaluation_report import record_report, write_report  # noqa: PLC0415
 
     quieten_libraries()
+    started = time.monotonic()
     comparison = evaluate(spec)
+    device_seconds = time.monotonic() - started
     write_report(comparison, spec.config, spec.work_dir)
     if spec.tracking is not None:
         client = MlflowClient(tracking_uri=spec.tracking.tracking_uri)
-        record_report(client, spec.tracking.run_id, comparison, spec.work_dir)
+        record_report(client, spec.tracking.run_id, comparison, device_seconds, spec.work_dir)
     return EvaluationResult(status="completed", metrics=dict(comparison.metrics))
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.base_model import attach_adapter, find_base, merge_adapter, unpacked
 from lightning_modules.data.batches import Arrangement
-from lightning_modules.data.content import BLOCK_ROWS, RawDataset, Row
+from lightning_modules.data.content import RawDataset, blocks
 from lightning_modules.data.tokenize import check_bad_rows, tokenize_rows
 from lightning_modules.engine.lora import use_fast_adapters
 from lightning_modules.engine.prepare import speed_up
@@ -138,21 +138,8 @@ def _questions(config: EvaluationConfig, rows: RawDataset) -> dict[int, Question
     if config.exact_match is None:
         return {}
     limits = [limit for limit in (config.max_examples, config.exact_match.max_examples) if limit is not None]
-    asked = chain.from_iterable(_blocks(rows, min(limits, default=None)))
+    asked = chain.from_iterable(blocks(rows, min(limits, default=None)))
     return questions_of(asked, ROWS.conversations[config.data_format.value])
-
-
-def _blocks(dataset: RawDataset, limit: int | None) -> Iterator[Sequence[Row]]:
-    """Yield the first rows, ``BLOCK_ROWS`` at a time.
-
-    :raises DataError: if they can no longer be read.
-    """
-    end = len(dataset.rows) if limit is None else min(limit, len(dataset.rows))
-    for start in range(0, end, BLOCK_ROWS):
-        try:
-            yield dataset.rows[start : min(start + BLOCK_ROWS, end)]
-        except OSError as error:
-            raise DataError(f"cannot read the data set {dataset.source}: {error}") from error
 
 
 def _scored(
@@ -163,7 +150,7 @@ def _scored(
     :raises DataError: if more rows are bad than may be.
     """
     bad: dict[int, str] = {}
-    for block in _blocks(dataset, config.max_examples):
+    for block in blocks(dataset, config.max_examples):
         tokenized = tokenize_rows(
             block,
             subject.tokenizer,

@@ -13,6 +13,7 @@ from lightning_modules.record import now_ms
 from lightning_modules.tables import TABLES, upload_tables, write_table
 from lightning_modules.trained import write_whole
 from post_training.schemas.evaluation import VALUES_FILE, EvaluationConfig, EvaluationValues
+from post_training.schemas.record import METRIC_DEVICE_SECONDS
 
 METRICS_TABLE, SAMPLES_TABLE, FIGURE = "evaluation.json", "samples.json", "evaluation.png"
 
@@ -55,9 +56,12 @@ def _draw(metrics: Mapping[str, Mapping[str, float]], names: Sequence[str], file
     figure.savefig(file, dpi=120)
 
 
-def record_report(client: MlflowClient, run_id: str, comparison: Comparison, folder: Path) -> None:
+def record_report(
+    client: MlflowClient, run_id: str, comparison: Comparison, device_seconds: float, folder: Path
+) -> None:
     """Put a written report into a run; a later one takes its place, but for points of metrics, which stay.
 
+    :param device_seconds: what the comparison took, from reading the first model on.
     :raises Exception: MLflow's, which a later try may overcome.
     """
     now = now_ms()
@@ -66,6 +70,7 @@ def record_report(client: MlflowClient, run_id: str, comparison: Comparison, fol
         for model, of_model in comparison.metrics.items()
         for name, value in of_model.items()
     ]
+    points.append(Metric(METRIC_DEVICE_SECONDS, device_seconds, now, 0))
     client.log_batch(run_id, metrics=points, synchronous=True)
     upload_tables(client, run_id, folder / TABLES, [METRICS_TABLE, SAMPLES_TABLE])
     for name in (VALUES_FILE, FIGURE):

@@ -24,10 +24,13 @@ from tests.waiting import wait_until
 DAGS = Path(__file__).resolve().parents[1] / "dags"
 CONF = flatten(SupervisedFineTuneRequest.model_validate(sft_body()))
 NIGHTLY = """
-from airflow.sdk import DAG
+from airflow.sdk import DAG, Asset
 from airflow.providers.standard.operators.empty import EmptyOperator
 from post_training.operators.training import SupervisedFineTuneOperator
 class HouseTuner(SupervisedFineTuneOperator): ...
+tickets = Asset("x-post-training://datasets/tickets")
+with DAG("team.waiting", schedule=[tickets], is_paused_upon_creation=False):
+    EmptyOperator(task_id="waits")
 with DAG("team.nightly", schedule=None):
     SupervisedFineTuneOperator(task_id="sft") >> EmptyOperator(task_id="after")
     HouseTuner(task_id="own")
@@ -111,6 +114,33 @@ def test_a_stage_of_a_larger_dag_is_a_job_too(runs: Any) -> None:
     assert runs.dag_ids() == {*request_dags, "team.nightly"}
     assert runs.dag_ids(prefix_of="team.nightly.run.1.sft") == {*request_dags, "team.nightly"}
     assert runs.dag_ids(prefix_of="team.weekly.run.1.sft") == request_dags
+
+
+def test_an_update_of_an_asset_is_queued_for_the_dags_that_wait_for_it(runs: Any) -> None:
+    from airflow.models.asset import AssetDagRunQueue, AssetEvent
+    from airflow.utils.session import create_session
+
+    runs.update_asset("x-post-training://datasets/unknown", {})
+    runs.update_asset("x-post-training://datasets/tickets", {"dataset": "tickets@1f3a"})
+    with create_session() as session:
+        assert [event.extra for event in session.query(AssetEvent)] == [{"dataset": "tickets@1f3a"}]
+        assert [waits.target_dag_id for waits in session.query(AssetDagRunQueue)] == ["team.waiting"]
+
+
+def test_a_stage_that_was_left_out_is_no_job_and_one_that_was_skipped_later_is(runs: Any) -> None:
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.utils.session import create_session
+
+    for name, tries in (("left-out", 0), ("skipped-later", 1)):
+        runs.trigger("team.nightly", name, {}, None)
+        with create_session() as session:
+            task = session.query(TaskInstance).filter_by(run_id=name, task_id="sft").one()
+            task.state, task.try_number = "skipped", tries
+    listed = runs.job_uuids({"team.nightly"})
+    assert runs.find("team.nightly.left-out.sft") is None
+    assert "team.nightly.left-out.sft" not in listed
+    assert runs.find("team.nightly.skipped-later.sft").state == "skipped"
+    assert "team.nightly.skipped-later.sft" in listed
 
 
 @pytest.mark.parametrize(("name", "map_index"), [("own", -1), ("many.0", 0), ("many.1", 1)])

@@ -45,7 +45,10 @@ class Place:
         self.tracking = Tracking(TrackingServer(server.uri, experiment=experiment))
         self.records = DatasetRecords(lambda: self.tracking)
         self.resolver = resolver_of(root, registered=self.records.uri)
-        self.service = DatasetService(self.records, self.resolver)
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.service = DatasetService(
+            self.records, self.resolver, lambda uri, extra: self.events.append((uri, extra))
+        )
 
     @property
     def client(self) -> MlflowClient:
@@ -92,6 +95,22 @@ def test_rows_are_kept_with_the_digest_that_a_trainer_records(place: Place) -> N
     assert read.digest == dataset.version
     assert [row.value for row in read.rows] == ROWS
     assert place.client.get_run(dataset.provider_resource_id).info.status == "FINISHED"
+
+
+def test_each_new_version_updates_the_data_sets_asset(place: Place) -> None:
+    versions = [place.rows(ROWS[0]).version, place.rows(*ROWS).version]
+    place.rows(*ROWS)
+    uri = "x-post-training://datasets/math"
+    assert place.events == [(uri, {"dataset": f"math@{version}"}) for version in versions]
+
+
+def test_a_version_whose_event_is_lost_is_registered(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    def busy(uri: str, extra: dict[str, Any]) -> None:
+        raise RecordUnavailableError("Airflow's database is busy")
+
+    place.service = DatasetService(place.records, place.resolver, busy)
+    assert place.rows(*ROWS).source.rows == ROWS
+    assert "No asset event of the data set math: Airflow's database is busy" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def resolver_of(
             "max_data_uri_bytes": 100,
             "max_data_bytes": 1_000,
             "max_cache_bytes": 1_000,
+            "retraining_config": None,
             **changes,
         }
     )

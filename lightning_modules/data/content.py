@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, overload
 
+from post_training.errors import DataError
+
 BLOCK_ROWS = 1000
 
 
@@ -127,3 +129,17 @@ class RawDataset:
     source: str
     digest: str
     rows: Sequence[Row]
+
+
+def blocks(dataset: RawDataset, limit: int | None = None) -> Iterator[Sequence[Row]]:
+    """Yield the first rows, ``BLOCK_ROWS`` at a time.
+
+    :param limit: how many; None is all of them.
+    :raises DataError: if they can no longer be read.
+    """
+    end = len(dataset.rows) if limit is None else min(limit, len(dataset.rows))
+    for start in range(0, end, BLOCK_ROWS):
+        try:
+            yield dataset.rows[start : min(start + BLOCK_ROWS, end)]
+        except OSError as error:
+            raise DataError(f"cannot read the data set {dataset.source}: {error}") from error

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from torch import Tensor
 
 from lightning_modules.data.content import RawDataset, Row
 from lightning_modules.data.formats import Turn, tools_of
@@ -18,6 +17,7 @@ from lightning_modules.data.messages import BadRowError
 from post_training.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100

@@ -17,7 +17,9 @@ from airflow.api.common.mark_tasks import set_state
 from airflow.api.common.trigger_dag import trigger_dag
 from airflow.api_fastapi.core_api.datamodels.dag_run import DagRunMutableStates
 from airflow.api_fastapi.core_api.services.public.dag_run import patch_dag_run_state
+from airflow.assets.manager import asset_manager
 from airflow.exceptions import DagNotFound, DagRunAlreadyExists, ParamValidationError
+from airflow.models.asset import AssetModel
 from airflow.models.dag import DagModel
 from airflow.models.dagbag import DBDagBag
 from airflow.models.dagrun import DagRun
@@ -30,7 +32,7 @@ from airflow.utils.log.log_reader import TaskLogReader
 from airflow.utils.session import create_session
 from airflow.utils.state import State, TaskInstanceState
 from airflow.utils.types import DagRunTriggeredByType
-from sqlalchemy import ColumnElement, and_, select, tuple_
+from sqlalchemy import ColumnElement, and_, or_, select, tuple_
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, joinedload
@@ -57,7 +59,15 @@ STOP_EVENT = "stop_training_job"
 they meant, and it has none of changes in bulk."""
 
 
-_IS_A_JOB = TaskInstance.custom_operator_name.in_(TRAINING_OPERATORS)
+_IS_A_JOB = and_(
+    TaskInstance.custom_operator_name.in_(TRAINING_OPERATORS),
+    # A stage that a retraining leaves out was never a job; a job that somebody skipped is one.
+    or_(
+        TaskInstance.state.is_(None),
+        TaskInstance.state != TaskInstanceState.SKIPPED,
+        TaskInstance.try_number > 0,
+    ),
+)
 
 
 class RunExistsError(Exception):
@@ -196,6 +206,15 @@ class AirflowRuns:
                 commit=True,
                 session=session,
             )
+
+    def update_asset(self, uri: str, extra: dict[str, Any]) -> None:
+        """Emit an event of an asset, which starts the DAGs that are scheduled on it; none knows it: nothing.
+
+        :raises RecordUnavailableError: if the database is busy.
+        """
+        with _database(), create_session() as session:
+            for asset in session.scalars(select(AssetModel).where(AssetModel.uri == uri)):
+                asset_manager.register_asset_change(asset=asset, extra=extra, session=session)
 
     def note_stop(self, key: TaskKey, attempt_id: str) -> None:
         """Write into Airflow's audit log that somebody ended this attempt in Airflow's own pages."""

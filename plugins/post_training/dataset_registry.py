@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from post_training.data_uris import parse_data_uri
 from post_training.dataset_records import DatasetFile, DatasetRecords, DatasetVersion, NewVersion
 from post_training.datasets import Resolver
-from post_training.errors import DatasetNotFoundError, ForbiddenError, InvalidRequestError
+from post_training.errors import (
+    DatasetNotFoundError,
+    ForbiddenError,
+    InvalidRequestError,
+    RecordUnavailableError,
+)
 from post_training.job_ids import REQUEST_DAGS
 from post_training.jobs import Access
 from post_training.keyed_locks import KeyedLocks
@@ -20,9 +26,12 @@ from post_training.schemas.datasets import (
     ListDatasetsResponse,
     RegisterDatasetRequest,
     StoredSource,
+    asset_uri,
     parse_reference,
 )
 from post_training.uris import shown
+
+logger = logging.getLogger(__name__)
 
 URI_FIELD = "source.uri"
 
@@ -32,11 +41,18 @@ class DatasetService:
 
     :param records: where they are kept.
     :param resolver: checks a registered URI as one in a request.
+    :param announce: told the asset's URI, and about the version, when there is a new one.
     """
 
-    def __init__(self, records: DatasetRecords, resolver: Resolver) -> None:
+    def __init__(
+        self,
+        records: DatasetRecords,
+        resolver: Resolver,
+        announce: Callable[[str, dict[str, Any]], None] = lambda uri, extra: None,
+    ) -> None:
         self._records = records
         self._resolver = resolver
+        self._announce = announce
         self._locks = KeyedLocks()
 
     def register(self, request: RegisterDatasetRequest, access: Access) -> Dataset:
@@ -59,7 +75,15 @@ class DatasetService:
         )
         with self._locks.hold(new.dataset_id):
             current = self._records.find(new.dataset_id)
-            version = current if current is not None and _is_same(current, new) else self._records.add(new)
+            if current is not None and _is_same(current, new):
+                return _dataset(current, request.source.rows)
+            version = self._records.add(new)
+        try:
+            self._announce(
+                asset_uri(version.dataset_id), {"dataset": f"{version.dataset_id}@{version.digest}"}
+            )
+        except RecordUnavailableError as unavailable:  # it is registered: a cron still wakes who waits for it
+            logger.warning("No asset event of the data set %s: %s", version.dataset_id, unavailable)
         return _dataset(version, request.source.rows)
 
     def _content(self, source: DatasetSource) -> tuple[DatasetFile | str, str]:

@@ -169,7 +169,15 @@ class Resolver:
         """
         supervised = isinstance(request, SupervisedFineTuneRequest)
         field = "model" if supervised else "finetuned_model"
-        name, field = getattr(request, field) or self._settings.default_model, request.place_of(field)
+        return self.model_named(request.place_of(field), getattr(request, field))
+
+    def model_named(self, field: str, name: str | None) -> str:
+        """Return the absolute path, the hub id or the MLflow URI of a model.
+
+        :param name: None is the deployment's default.
+        :raises InvalidRequestError: naming ``field``.
+        """
+        name = name or self._settings.default_model
         if name is None:
             raise InvalidRequestError.of(
                 field, "is required: the deployment has no [post_training] default_model", "missing"

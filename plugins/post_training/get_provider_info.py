@@ -56,6 +56,11 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "What trainers keep for each other below home, in bytes: tokenized data, reference log-probabilities,"
         " unpacked models. What was used longest ago goes first.",
     ),
+    "retraining_config": (
+        "string",
+        "",
+        "YAML file that configures the DAG scheduled_retraining; empty is the one beside the DAG.",
+    ),
 }
 """Setting -> (type, default, description)."""
 
@@ -77,7 +82,10 @@ def get_provider_info() -> dict[str, Any]:
         "operators": [
             {
                 "integration-name": "Post-training",
-                "python-modules": ["post_training.operators.training", "post_training.operators.jobs"],
+                "python-modules": [
+                    f"post_training.operators.{name}"
+                    for name in ("training", "jobs", "evaluation", "promotion", "retraining")
+                ],
             }
         ],
         "sensors": [

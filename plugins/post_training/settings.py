@@ -27,6 +27,7 @@ class Settings:
     max_data_uri_bytes: int
     max_data_bytes: int
     max_cache_bytes: int
+    retraining_config: Path | None
 
 
 def load_settings() -> Settings:
@@ -49,6 +50,7 @@ def load_settings() -> Settings:
         max_data_uri_bytes=_positive("max_data_uri_bytes"),
         max_data_bytes=_positive("max_data_bytes"),
         max_cache_bytes=_positive("max_cache_bytes"),
+        retraining_config=Path(file).expanduser() if (file := _get("retraining_config")) else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The job's record in MLflow. The only file of the plugin that imports mlflow, and only when it is used."""
+"""The job's record in MLflow, through which all of the plugin reaches mlflow, imported when it is used."""
 
 from __future__ import annotations
 
@@ -148,9 +148,7 @@ class Tracking:
         :raises InvalidRequestError: if it stores where nothing may be written, or MLflow refuses it.
         """
         with answers("logger_config"):
-            found = self.experiment(experiment or self.server.experiment)
-            if experiment is not None:
-                self._check_place(found)
+            found = self.experiment_for(experiment)
             whose = {names.TAG_DAG_ID} & tags.keys()
             draft = {names.TAG_METHOD: "", **{key: tags[key] for key in whose}}
             if self.server.deployment:
@@ -196,6 +194,17 @@ class Tracking:
                 raise
             return found
         return self.client.get_experiment(made)
+
+    def experiment_for(self, name: str | None) -> Experiment:
+        """Return the experiment that a new run goes to; its calls belong inside :func:`answers`.
+
+        :param name: None is the server's default.
+        :raises InvalidRequestError: if it stores where nothing may be written.
+        """
+        found = self.experiment(name or self.server.experiment)
+        if name is not None:
+            self._check_place(found)
+        return found
 
     def _check_place(self, experiment: Experiment) -> None:
         """Refuse an experiment that somebody has made to store where they like, on the disks of who uses it.
@@ -288,11 +297,17 @@ class Tracking:
 
     def successor(self, run_id: str) -> JobRun | None:
         """Return the run that supersedes another, the newest if there are several, or None."""
+        return next(self.tagged(names.TAG_SUPERSEDES, run_id), None)
+
+    def tagged(self, tag: str, value: str) -> Iterator[JobRun]:
+        """Yield our runs with a tag, newest first.
+
+        :param value: without quotes.
+        """
         with answers():
-            superseding = f"tags.`{names.TAG_SUPERSEDES}` = '{run_id}'"
             newest_first = ["attributes.start_time DESC"]
-            runs = map(_job_run, self._runs(self._experiments(), superseding, newest_first))
-            return next(filter(self._is_ours, runs), None)
+            runs = map(_job_run, self._runs(self._experiments(), f"tags.`{tag}` = '{value}'", newest_first))
+            yield from filter(self._is_ours, runs)
 
     def get(self, run_id: str) -> JobRun | None:
         """Return a run by its id, None where it does not exist or was deleted."""

@@ -50,6 +50,7 @@ def test_metrics_tables_values_and_a_picture_are_in_the_run(
     run = client.get_run(run_id)
     for metric, value in result.metrics["base"].items():
         assert run.data.metrics[f"base/{metric}"] == value
+    assert run.data.metrics["device_seconds"] > 0
     assert table_of(client, run_id, "evaluation.json")["model"] == ["base", "again"]
     samples = table_of(client, run_id, "samples.json")
     assert list(samples) == ["row", "question", "expected", "base", "again"]

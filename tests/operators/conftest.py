@@ -23,6 +23,8 @@ from tests.test_jobs import Accepting
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
+    from tests.mlflow_server import MLflowServer
+    from tests.operators.stages import StageWorkplace
     from tests.operators.workplace import Workplace
 
 
@@ -89,6 +91,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     from tests.operators.workplace import Workplace
 
     return Workplace(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def stages(tmp_path: Path, mlflow_server: MLflowServer, monkeypatch: pytest.MonkeyPatch) -> StageWorkplace:
+    """Settings and a stand-in for the process, over a real MLflow."""
+    from tests.operators.stages import StageWorkplace
+
+    return StageWorkplace(tmp_path, mlflow_server, monkeypatch)
 
 
 def connect(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:

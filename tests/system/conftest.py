@@ -125,13 +125,17 @@ def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment
     (data / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
     (data / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"question": "?"}) + "\n")
     model = write_tiny_model(data / "tiny-llama")
+    (home / "retraining.yaml").write_text((HERE / "retraining.yaml.txt").read_text().format(model=model))
     servers = Standalone(
         home,
         dags_folder=home / "dags",
         allowed_roots=[data],
-        dag_ids=(*DAG_IDS, "stage"),
+        dag_ids=(*DAG_IDS, "stage", "scheduled_retraining"),
         users="admin:admin,viewer:viewer,user:user",
-        extra_env=extra_env,
+        extra_env={
+            "AIRFLOW__POST_TRAINING__RETRAINING_CONFIG": str(home / "retraining.yaml"),
+            **(extra_env or {}),
+        },
     )
     return Deployment(servers, model, data)
 

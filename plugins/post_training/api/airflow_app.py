@@ -37,6 +37,7 @@ def build_app() -> FastAPI:
     records = DatasetRecords(tracking)
     resolver = Resolver(settings, registered=records.uri)
     runs = AirflowRuns()
-    service, datasets = JobService(runs, tracking, resolver), DatasetService(records, resolver)
+    service = JobService(runs, tracking, resolver)
+    datasets = DatasetService(records, resolver, runs.update_asset)
     logs = LogService(runs, service)
     return create_app(service, datasets, logs, current_access, max_body_bytes=settings.max_body_bytes)

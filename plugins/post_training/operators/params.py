@@ -64,25 +64,31 @@ def request_params(model: type[AnyTrainingRequest]) -> dict[str, Param]:
     """Return the params of a request class, keyed by dotted path."""
     defaults = FORM_DEFAULTS[model.method]
     ordered = sorted(leaves(model).values(), key=lambda leaf: list(SECTIONS).index(_prefix(leaf.path)))
-    return {leaf.path: _param(leaf, defaults) for leaf in ordered}
+    return {leaf.path: form_param(leaf, defaults, SECTIONS[_prefix(leaf.path)]) for leaf in ordered}
 
 
 def _prefix(path: str) -> str:
     return next(prefix for prefix in SECTIONS if path == prefix or path.startswith(f"{prefix}."))
 
 
-def _param(leaf: Leaf, defaults: dict[str, Any]) -> Param:
+def form_param(leaf: Leaf, defaults: dict[str, Any], section: str) -> Param:
+    """Return one field of a trigger form.
+
+    :param defaults: what the form shows before anything is typed, by dotted path; others show the schema's.
+    """
     schema = {key: value for key, value in leaf.schema.items() if key not in ("default", "title")}
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     if (leaf.optional or leaf.tags) and "null" not in types:
         types = [*types, "null"]
     if "enum" in schema and "null" in types and None not in schema["enum"]:
         schema["enum"] = [*schema["enum"], None]
+    if "$ref" in schema.get("items", {}):  # the form knows no definitions: items are checked when it is used
+        del schema["items"]
     if "object" in types:  # its JSON as a string is for HTTP clients
         types = [kind for kind in types if kind != "string"]
     schema["type"] = types if len(types) > 1 else types[0]
     schema["title"] = leaf.path.rpartition(".")[2]
-    schema["section"] = SECTIONS[_prefix(leaf.path)]
+    schema["section"] = section
     if leaf.path in defaults:
         return Param(defaults[leaf.path], **schema)
     if "null" in types:

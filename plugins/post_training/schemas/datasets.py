@@ -42,6 +42,11 @@ def check_dataset_id(value: str) -> str:
     return value
 
 
+def asset_uri(dataset_id: str) -> str:
+    """Return the URI of the Airflow asset that each new version of a registered data set updates."""
+    return f"x-post-training://datasets/{dataset_id}"
+
+
 def parse_reference(name: str) -> tuple[str, str | None] | None:
     """Read ``ID`` or ``ID@DIGEST``, as a training request names a registered data set.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from post_training.schemas.base import Count, LenientModel, StrictModel
@@ -90,7 +90,7 @@ class EvaluationConfig(StrictModel):
     dtype: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16", description="Type of weights and arithmetic."
     )
-    samples: Count = Field(default=10, ge=0, le=100, description="Answers in the table of samples.")
+    samples: int = Field(default=10, ge=0, le=100, description="Answers in the table of samples.")
 
 
 class EvaluationRequest(StrictModel):
@@ -135,6 +135,8 @@ class ExampleValues(LenientModel):
 
     From them a comparison of two models can be drawn by examples.
     """
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # of a model that has diverged
 
     nll: list[float] = Field(default_factory=list, description="Nats of each row's scored tokens.")
     tokens: list[int] = Field(default_factory=list, description="How many those are.")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -100,13 +100,13 @@ def _with_twin(leaf: Leaf, twin: Leaf | None) -> Leaf:
 
 
 def _models_in(info: FieldInfo) -> list[type[BaseModel]]:
-    """Return the model classes of ``X``, ``X | None``, or a tagged union of models."""
+    """Return the model classes of ``X``, ``X | None``, or a tagged union of models; a list is a leaf."""
     pending, models = [info.annotation], []
     while pending:
         annotation = pending.pop(0)
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             models.append(annotation)
-        elif not isinstance(annotation, type):
+        elif not isinstance(annotation, type) and get_origin(annotation) not in (list, dict):
             pending.extend(get_args(annotation))
     return models
 
@@ -143,9 +143,9 @@ def flatten(request: AnyTrainingRequest) -> dict[str, Any]:
 
 def _flat_value(body: dict[str, Any], leaf: Leaf) -> Any:
     *groups, _ = keys = leaf.path.split(".")
-    if leaf.may_be_the_deployments and groups[-1] not in _at(body, groups[:-1]):
+    if leaf.may_be_the_deployments and groups[-1] not in at(body, groups[:-1]):
         return DEPLOYMENTS
-    return _at(body, keys)
+    return at(body, keys)
 
 
 def stated(request: AnyTrainingRequest) -> dict[str, Any]:
@@ -158,7 +158,8 @@ def stated(request: AnyTrainingRequest) -> dict[str, Any]:
     }
 
 
-def _at(body: Any, keys: list[str]) -> Any:
+def at(body: Any, keys: list[str]) -> Any:
+    """Return what a nested body has at a path, None where a part of it is absent."""
     for key in keys:
         if not isinstance(body, dict):
             return None
@@ -167,7 +168,7 @@ def _at(body: Any, keys: list[str]) -> Any:
 
 
 def unflatten(
-    model: type[AnyTrainingRequest], flat: dict[str, Any], *, form_defaults: dict[str, Any]
+    model: type[BaseModel], flat: dict[str, Any], *, form_defaults: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the nested body of a flat one.
 

@@ -1,0 +1,266 @@
+"""The data of one retraining: what is trained on, what is held back, and what was trained on before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_modules.data.content import RawDataset, Row, blocks
+from lightning_modules.data.formats import FORMATS, PREFERENCE_FORMATS, Turn, tools_of
+from lightning_modules.data.messages import BadRowError, Message
+from lightning_modules.data.reading import read_dataset
+from lightning_modules.data.sources import Limits, fetch, first_line, shown
+from lightning_modules.data.tokenize import Tools, check_bad_rows
+from post_training.errors import DataError
+from post_training.schemas.preparation import (
+    DATA_FOLDER,
+    DIGESTS_FILE,
+    Part,
+    PreparationSource,
+    PreparationSpec,
+    PreparedSource,
+    SplitConfig,
+)
+from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
+
+log = logging.getLogger(__name__)
+
+PARTS: tuple[Part, ...] = get_args(Part)
+
+DIGEST_BYTES = 16
+"""Of a row's identity that are kept: two of a billion rows share them once in 10²⁰ times."""
+
+QUESTION_DOMAIN = b"post_training.split/1\0"
+"""Stands before a question in the hash that decides its part, which no other hash shall repeat."""
+
+Conversations = Sequence[Sequence[Message]]
+Digests = NDArray[np.bytes_]
+"""Sixteen bytes each; numpy would leave zeros at the end of a single one out, so they are taken together."""
+
+CONVERSATIONS: Mapping[str, Callable[[str, Mapping[str, Any]], Sequence[Sequence[Turn]]]] = {
+    SupervisedFineTuneRequest.method: lambda data_format, row: [FORMATS[data_format](row)],
+    PreferenceOptimizeRequest.method: lambda data_format, row: PREFERENCE_FORMATS[data_format](row),
+}
+"""What each training method reads in a row, as ``registry.METHODS``, without the seconds that takes."""
+
+
+class Prepared(NamedTuple):
+    """One usable row.
+
+    :param digest: the beginning of its identity.
+    :param line: what is written of it.
+    """
+
+    part: Part
+    digest: bytes
+    line: bytes
+
+
+@dataclass
+class _Written:
+    """What one part of a data set has so far.
+
+    :param digests: of its usable rows, also of those that were not written.
+    """
+
+    rows: int = 0
+    digests: bytearray = field(default_factory=bytearray)
+
+
+def prepare(spec: PreparationSpec) -> dict[str, PreparedSource]:
+    """Write the parts of each data set, and the digests of all that is trained on by now.
+
+    Beside 16 bytes a row, only a block of rows is in memory.
+
+    :raises DataError: if a data set or the digests cannot be read, or more rows are bad than may be.
+    """
+    folder = spec.work_dir / DATA_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    limits = Limits(spec.max_data_bytes, folder=spec.work_dir)
+    before = _trained_before(spec, limits)
+    trained, prepared = before.tobytes(), {}
+    for name, source in spec.sources.items():
+        dataset = read_dataset(source.source, _tracking_uri(spec), spec.model_roots, limits)
+        prepared[name], digests = _prepare(dataset, source, spec.split, before, folder / name)
+        log.info("%s: %s", name, prepared[name].model_dump_json())
+        trained += digests
+    (folder / DIGESTS_FILE).write_bytes(_as_digests(trained).tobytes())
+    return prepared
+
+
+def identity_of(conversations: Conversations, tools: Tools) -> bytes:
+    """Return the SHA-256 of what a row teaches, as JSON with sorted names and without white space.
+
+    Other columns do not change it, nor does the kind of file.
+
+    :param conversations: one, or those of a pair.
+    :param tools: that the template is given.
+    """
+    content = {"conversations": conversations, "tools": tools}
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":"), default=str).encode()
+    ).digest()
+
+
+def part_of(conversation: Sequence[Message], identity: bytes, split: SplitConfig) -> Part:
+    """Return the part in which a row's question lies.
+
+    It is a hash of the question, the first user message, that decides: neither chance nor the row's place,
+    nor its answer. So a question that was held back stays held back, whatever night, order, kind of file or
+    data set it comes from, and a model is never compared on what it, or one before it, was trained to answer,
+    in whatever words. A changed fraction moves only the questions at the border that it moves: one that grows
+    takes in some that were trained on before.
+
+    White space does not tell questions apart. A row that asks nothing has the part of its identity.
+
+    :param conversation: the row's; of a pair, the chosen one.
+    """
+    asked = next((message["content"] for message in conversation if message["role"] == "user"), "")
+    question = " ".join(asked.split()).encode() or identity
+    beginning = hashlib.sha256(QUESTION_DOMAIN + question).digest()[:8]
+    place = (int.from_bytes(beginning) >> 11) / 2**53  # 53 bits: a float of all 64 could become 1
+    if place < split.evaluation_fraction:
+        return "evaluation"
+    return "validation" if place >= 1 - split.validation_fraction else "train"
+
+
+def read_rows(
+    rows: Iterable[Row], source: PreparationSource, split: SplitConfig
+) -> tuple[list[Prepared], dict[int, str]]:
+    """Read rows as a training would, up to the model's own template and length.
+
+    :returns: the usable ones in their order; and for the numbers of the others, why they are not.
+    """
+    usable: list[Prepared] = []
+    bad: dict[int, str] = {}
+    for row in rows:
+        try:
+            usable.append(_read_row(row, source, split))
+        except BadRowError as reason:
+            bad[row.number] = str(reason)
+        except RecursionError:
+            bad[row.number] = "is nested too deeply"
+    return usable, bad
+
+
+def _read_row(row: Row, source: PreparationSource, split: SplitConfig) -> Prepared:
+    if row.error is not None:
+        raise BadRowError(row.error)
+    read = CONVERSATIONS[source.method](source.data_format.value, row.value)
+    conversations = [[turn.message for turn in turns] for turns in read]
+    identity = identity_of(conversations, tools_of(row.value))
+    return Prepared(part_of(conversations[0], identity, split), identity[:DIGEST_BYTES], _line(row.value))
+
+
+def _line(cells: Mapping[str, Any]) -> bytes:
+    """Return a row as a line of jsonl, which the trainer reads in the row's own format."""
+    filled = {column: cell for column, cell in cells.items() if cell is not None}
+    try:
+        return f"{json.dumps(filled, ensure_ascii=False, default=str)}\n".encode()
+    except UnicodeEncodeError:  # half a character, in a column that is not trained on
+        return f"{json.dumps(filled, default=str)}\n".encode()
+
+
+def _prepare(
+    dataset: RawDataset, source: PreparationSource, split: SplitConfig, before: Digests, stem: Path
+) -> tuple[PreparedSource, bytes]:
+    """Write one data set's parts.
+
+    :param before: what was trained on.
+    :param stem: the path of its files, up to the part.
+    :returns: what it has become, and the digests of the training part.
+    """
+    written = {part: _Written() for part in PARTS}
+    files = {part: stem.with_name(f"{stem.name}.{part}.jsonl") for part in PARTS}
+    bad: dict[int, str] = {}
+    new_rows = 0
+    for block in blocks(dataset):
+        usable, bad_of_block = read_rows(block, source, split)
+        bad |= bad_of_block
+        notice = check_bad_rows(dataset, bad, split.max_bad_row_fraction, "data.max_bad_row_fraction")
+        for part in PARTS:
+            rows = [row for row in usable if row.part == part]
+            digests = b"".join(row.digest for row in rows)
+            written[part].digests += digests
+            if part == "train":
+                new = _not_among(before, digests)
+                new_rows += sum(new)
+                rows = list(compress(rows, new)) if split.rows == "new" else rows
+            written[part].rows += len(rows)
+            _append(files[part], rows)
+    if notice is not None:
+        log.warning(notice)
+    result = PreparedSource(
+        rows={part: of_part.rows for part, of_part in written.items()},
+        files={part: files[part].name if of_part.rows else None for part, of_part in written.items()},
+        new_rows=new_rows,
+        skipped=len(bad),
+        digest=_digest_of({part: of_part.digests for part, of_part in written.items()}),
+    )
+    return result, bytes(written["train"].digests)
+
+
+def _append(file: Path, rows: Sequence[Prepared]) -> None:
+    if rows:
+        with file.open("ab") as lines:
+            lines.writelines(row.line for row in rows)
+
+
+def _digest_of(parts: Mapping[Part, bytes | bytearray]) -> str:
+    whole = hashlib.sha256()
+    for part, digests in parts.items():
+        whole.update(f"{part} {len(digests)}\n".encode())
+        whole.update(np.sort(_array(digests)).tobytes())
+    return whole.hexdigest()
+
+
+def _array(digests: bytes | bytearray) -> Digests:
+    return np.frombuffer(digests, dtype=f"S{DIGEST_BYTES}")
+
+
+def _as_digests(digests: bytes) -> Digests:
+    """Return digests ascending, none twice."""
+    return np.unique(_array(digests))
+
+
+def _not_among(known: Digests, digests: bytes) -> list[bool]:
+    """Say of each digest whether it is new."""
+    asked = _array(digests)
+    if not len(known):
+        return [True] * len(asked)
+    places = np.searchsorted(known, asked)
+    return [bool(new) for new in known.take(places, mode="clip") != asked]
+
+
+def _tracking_uri(spec: PreparationSpec) -> str | None:
+    return spec.tracking.tracking_uri if spec.tracking is not None else None
+
+
+def _trained_before(spec: PreparationSpec, limits: Limits) -> Digests:
+    """Read the digests of all that promoted runs have trained on.
+
+    :raises DataError: if they cannot be read; its cause is an OSError where another attempt may succeed.
+    """
+    if spec.trained is None:
+        return _as_digests(b"")
+    whose = f"the digests {shown(spec.trained)} of what was trained on before"
+    try:
+        content = fetch(spec.trained, _tracking_uri(spec), spec.model_roots, limits)
+        with content.open() as file:
+            digests = file.read()
+    except Exception as error:  # any file system's or MLflow's own error
+        raise DataError(f"cannot read {whose}: {first_line(error)}") from error
+    if len(digests) % DIGEST_BYTES:
+        raise DataError(f"{whose} must have {DIGEST_BYTES} bytes each, got {len(digests)} bytes")
+    return _as_digests(digests)

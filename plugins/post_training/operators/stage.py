@@ -1,0 +1,147 @@
+"""What the operators share whose task is no job: an MLflow run of its own, and how its errors are told."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+from pydantic import BaseModel, ValidationError
+
+from post_training.dataset_records import DatasetRecords
+from post_training.datasets import Resolver
+from post_training.errors import InvalidRequestError, ModelError, PostTrainingError, RecordUnavailableError
+from post_training.job_ids import TaskKey
+from post_training.operators.links import MLflowRunLink
+from post_training.operators.patience import persist
+from post_training.operators.worker import (
+    PermanentFailureError,
+    WorkerOperator,
+    bind_to_supervisor,
+    no_result,
+    task_key,
+)
+from post_training.schemas import record as names
+from post_training.schemas.requests import LENIENT, error_details
+from post_training.settings import load_settings
+from post_training.stage_runs import StageRuns
+from post_training.tracking import JobRun
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=BaseModel)
+Result = TypeVar("Result", bound=BaseModel)
+
+
+class StageOperator(WorkerOperator):
+    """Does its work in an MLflow run of its own, which an attempt after it finds again.
+
+    :param parent_run_id: MLflow run below which it is shown.
+    :param experiment_name: MLflow experiment; None is the connection's.
+    """
+
+    def __init__(
+        self, *, parent_run_id: str | None = None, experiment_name: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.parent_run_id = parent_run_id
+        self.experiment_name = experiment_name
+
+    def execute(self, context: Context) -> Any:
+        """Do the work; the run ends as it does.
+
+        :raises AirflowFailException: if another attempt would fail the same way.
+        :raises AirflowException: if it may succeed.
+        """
+        bind_to_supervisor()
+        key = task_key(context)
+        run: JobRun | None = None
+        try:
+            run = self._persist(self._open, key)
+            self._note(run, context["ti"])
+            outcome = self.work(context, key, run)
+        except (InvalidRequestError, ModelError, PermanentFailureError) as error:
+            self._end(run, "FAILED", str(error))
+            raise AirflowFailException(str(error)) from None
+        except PostTrainingError as error:
+            self._end(run, "FAILED", str(error))
+            raise AirflowException(str(error)) from None
+        except AirflowSkipException:
+            self._end(run, "FINISHED")
+            raise
+        self._end(run, "FINISHED")
+        return outcome
+
+    @abstractmethod
+    def work(self, context: Context, key: TaskKey, run: JobRun) -> Any:
+        """Do what the task is for; return what it hands on.
+
+        :raises PostTrainingError: why it cannot.
+        """
+
+    @property
+    def runs(self) -> StageRuns:
+        """The runs of tasks that are no jobs."""
+        return StageRuns(self.tracking)
+
+    def _open(self, key: TaskKey) -> JobRun:
+        return self.runs.open(key, experiment=self.experiment_name, parent=self.parent_run_id)
+
+    def _note(self, run: JobRun, ti: Any) -> None:
+        """Let task and run lead to each other."""
+        url = self.tracking.server.run_url(run.experiment_id, run.run_id)
+        self.mlflow_run_url = url
+        # Airflow itself stores the link only when the task ends.
+        ti.xcom_push(key=MLflowRunLink().xcom_key, value=url)
+        self._persist(self.tracking.set_tags, run.run_id, {names.TAG_AIRFLOW_URL: ti.log_url})
+
+    def _end(self, run: JobRun | None, status: str, error: str | None = None) -> None:
+        """Write how the work ended; the task's own outcome does not hang on it."""
+        if run is not None:
+            with suppress(RecordUnavailableError):
+                self._persist(lambda: self.tracking.set_status(run.run_id, status, error=error))
+
+    def _persist(self, call: Any, *args: Any) -> Any:
+        return persist(lambda: call(*args), lambda: self._stopped)
+
+    def _resolver(self) -> Resolver:
+        return Resolver(load_settings(), registered=DatasetRecords(lambda: self.tracking).uri)
+
+    def _run_program(
+        self, program: str, spec: BaseModel, file: Path, result_file: str, result: type[Result]
+    ) -> Result:
+        """Run one of our programs on a spec; return its result.
+
+        :param file: where the spec is written, in the folder that the program works in.
+        :raises TrainerError: if it ended without one, or says that another attempt may succeed.
+        :raises PermanentFailureError: if it says that none would.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        written = file.parent / result_file
+        written.unlink(missing_ok=True)
+        file.write_text(spec.model_dump_json(indent=2), encoding="utf-8")
+        code = self._run_process(program, file, file.with_suffix(".log"))
+        if not written.exists():
+            raise no_result(code)
+        return result.model_validate_json(written.read_bytes())
+
+
+def checked(model: type[Config], given: Any, place: str) -> Config:
+    """Validate what a template rendered.
+
+    :param place: the operator's parameter, in front of every error's field.
+    :raises InvalidRequestError: naming each field, rule and value.
+    """
+    try:
+        return model.model_validate(given, strict=False, context=LENIENT)
+    except ValidationError as error:
+        details = error_details(error.errors())
+        raise InvalidRequestError(
+            [{**detail, "loc": [*filter(None, [place]), *detail["loc"]]} for detail in details]
+        ) from None

@@ -1,0 +1,105 @@
+"""How the data of a scheduled retraining is split, and what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from post_training.schemas.base import LenientModel, StrictModel
+from post_training.schemas.trainer import TrackingTarget
+from post_training.schemas.training import DatasetFormat
+
+PREPARATION_SPEC_FILE = "preparation.json"
+PREPARATION_RESULT_FILE = "preparation-result.json"
+DATA_FOLDER = "data"
+"""Below the process's folder, and below the run's artifacts: the files of the parts, and ``DIGESTS_FILE``."""
+
+DIGESTS_FILE = "trained.digests"
+"""The first 16 bytes of the identity of each row that was trained on, ascending, none twice."""
+
+Part = Literal["train", "validation", "evaluation"]
+
+
+class SplitConfig(StrictModel):
+    """What of the data is trained on, and what is held back."""
+
+    rows: Literal["all", "new"] = Field(
+        default="all",
+        description="Train on all rows of the training part, or only on those that no promoted run has"
+        " trained on. The other parts always have all of their rows.",
+    )
+    validation_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of the questions that a training validates on."
+    )
+    evaluation_fraction: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the questions that models are compared on."
+    )
+    max_bad_row_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of unreadable rows that is skipped instead of refused."
+    )
+
+    @model_validator(mode="after")
+    def _leaves_some_to_train_on(self) -> SplitConfig:
+        if self.validation_fraction + self.evaluation_fraction >= 1:
+            raise PydanticCustomError(
+                "split",
+                "validation_fraction and evaluation_fraction must be less than 1 together, got {validation}"
+                " and {evaluation}",
+                {"validation": self.validation_fraction, "evaluation": self.evaluation_fraction},
+            )
+        return self
+
+
+class PreparationSource(LenientModel):
+    """One data set, and how its rows are read."""
+
+    source: str = Field(description="Resolved data: an absolute path or a URI.")
+    method: Literal["supervised_fine_tune", "preference_optimize"] = Field(
+        description="The training method whose rows they are."
+    )
+    data_format: DatasetFormat = Field(description="Shape of a row.")
+
+
+class PreparationSpec(LenientModel):
+    """One attempt at preparing one night's data, everything resolved on this worker.
+
+    The process trusts it.
+    """
+
+    split: SplitConfig
+    sources: dict[str, PreparationSource] = Field(description="rows, and pairs where there are some.")
+    trained: str | None = Field(
+        default=None,
+        description="DIGESTS_FILE of the last promoted run: an absolute path or a URI; null is that nothing"
+        " was trained on before.",
+    )
+    model_roots: tuple[Path, ...] = ()
+    work_dir: Path
+    max_data_bytes: int = 2**32
+    tracking: TrackingTarget | None = None
+
+
+class PreparedSource(LenientModel):
+    """What one data set has become."""
+
+    rows: dict[Part, int] = Field(description="Rows in the file of each part.")
+    files: dict[Part, str | None] = Field(
+        description="Name of each part's file in DATA_FOLDER; null where the part is empty."
+    )
+    new_rows: int = Field(description="Rows of the training part that were not trained on before.")
+    skipped: int = Field(description="Rows that could not be read and were left out.")
+    digest: str = Field(
+        description="SHA-256 of all rows that could be read and of their parts, in whatever order they stand."
+    )
+
+
+class PreparationResult(LenientModel):
+    """Written once, by rename, as the process's last act."""
+
+    status: Literal["completed", "failed"]
+    error: str | None = Field(default=None, description="Why it failed, in one sentence.")
+    permanent: bool = Field(default=False, description="Whether another attempt would fail the same way.")
+    sources: dict[str, PreparedSource] = Field(default_factory=dict, description="By the spec's names.")

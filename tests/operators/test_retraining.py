@@ -1,0 +1,323 @@
+"""The operators around a retraining's stages: a real MLflow, and a stand-in for the process."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    AirflowSkipException,
+    DownstreamTasksSkipped,
+)
+
+from post_training.operators.promotion import PromoteOperator
+from post_training.operators.retraining import (
+    ConcludeRetrainingOperator,
+    PrepareRetrainingOperator,
+    candidate,
+    stage_request,
+)
+from post_training.schemas.retraining import STAGES
+from post_training.stage_runs import StageRuns
+from tests.operators.stages import StageWorkplace
+from tests.schemas.test_retraining import config
+
+ALL = (*STAGES, "evaluate", "approve")
+
+
+def prepared(new_rows: int = 3, **files: str | None) -> dict[str, Any]:
+    """What the process leaves: rows and pairs in all parts, but for those that are named."""
+    parts = ("train", "validation", "evaluation")
+    return {
+        "status": "completed",
+        "sources": {
+            name: {
+                "rows": dict.fromkeys(parts, 5),
+                "files": {part: f"{name}.{part}.jsonl" for part in parts} | files,
+                "new_rows": new_rows if name == "rows" else 0,
+                "skipped": 0,
+                "digest": f"digest of the {name}",
+            }
+            for name in ("rows", "pairs")
+        },
+    }
+
+
+class Night:
+    """One night whose data the stand-in has prepared."""
+
+    def __init__(self, stages: StageWorkplace) -> None:
+        self.stages = stages
+        self.copy = stages.data.parent / "spec.json"
+        for name in ("rows.jsonl", "pairs.jsonl"):
+            stages.file(name)
+
+    def leaves(self, result: dict[str, Any]) -> None:
+        self.stages.runs_program(
+            f"Path({str(self.copy)!r}).write_text(json.dumps(spec))\n"
+            f"(folder / 'preparation-result.json').write_text(json.dumps({result!r}))"
+        )
+
+    def prepare(self, run_id: str, result: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+        """Run the task; return what it hands on."""
+        sections = {"model": {"name": run_id, "base": "org/model"}, **sections}
+        self.leaves(result or prepared())
+        operator = PrepareRetrainingOperator(task_id="prepare", config=config(**sections))
+        context = self.stages.context(run_id, behind=ALL)
+        context["ti"].task_id = "prepare"
+        try:
+            outcome = self.stages.over_mlflow(operator).execute(context)
+        except DownstreamTasksSkipped as skipped:
+            self.skipped = skipped.tasks
+            outcome = self.stages.pushed["return_value"]
+        return dict(outcome)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return dict(json.loads(self.copy.read_text()))
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        """The tags of the night's MLflow run."""
+        (run,) = self.stages.client.search_runs(
+            [self.stages.tracking.experiment("post-training").experiment_id],
+            f"tags.`airflow.run_id` = '{run_id}'",
+        )
+        return dict(run.data.tags) | {"status": run.info.status}
+
+
+@pytest.fixture
+def night(stages: StageWorkplace) -> Night:
+    return Night(stages)
+
+
+def test_each_stage_is_told_what_to_do(night: Night) -> None:
+    outcome = night.prepare("told", approval={"required": True})
+    run_id = outcome["mlflow_run_id"]
+    assert night.tags("told")["status"] == "RUNNING"
+    assert (outcome["registered_model"], outcome["base"], outcome["start"]) == (
+        "told",
+        "org/model",
+        "org/model",
+    )
+    data = {
+        stage: outcome["requests"][stage]["training_config"]["data_config"]["dataset_id"] for stage in STAGES
+    }
+    assert data == {
+        "supervised_fine_tune": f"runs:/{run_id}/data/rows.train.jsonl",
+        "preference_optimize": f"runs:/{run_id}/data/pairs.train.jsonl",
+        "quantize": f"runs:/{run_id}/data/rows.train.jsonl",
+    }
+    assert outcome["evaluation"]["dataset_id"] == f"runs:/{run_id}/data/rows.evaluation.jsonl"
+    assert outcome["evaluation"]["preference_dataset_id"] == f"runs:/{run_id}/data/pairs.evaluation.jsonl"
+    assert outcome["lineage"]["post_training.digest.rows"] == "digest of the rows"
+    assert outcome["lineage"]["post_training.trained"] == f"runs:/{run_id}/data/trained.digests"
+    sources = {name: source["source"] for name, source in night.spec["sources"].items()}
+    assert sources == {name: str(night.stages.data / f"{name}.jsonl") for name in ("rows", "pairs")}
+    assert night.spec["trained"] is None
+
+
+def test_stages_and_an_approval_that_are_not_wanted_are_skipped(night: Night) -> None:
+    outcome = night.prepare("fewer", preference_optimize=None)
+    assert night.skipped == ["preference_optimize", "approve"]
+    assert list(outcome["requests"]) == ["supervised_fine_tune", "quantize"]
+
+
+def test_what_was_trained_on_and_where_to_start_is_the_champions(night: Night) -> None:
+    tags = {"post_training.trained": "runs:/before/data/trained.digests"}
+    night.stages.register("champ", {"champion": 1}, **tags)
+    model = {"name": "champ", "base": "org/model", "start_from": "champion"}
+    outcome = night.prepare("from-champion", model=model)
+    assert night.spec["trained"] == "runs:/before/data/trained.digests"
+    assert (outcome["start"], outcome["base"]) == ("models:/champ/1", "org/model")
+    assert outcome["lineage"]["post_training.replaces"] == "models:/champ/1"
+
+
+def test_dotted_keys_are_a_configuration_too(night: Night) -> None:
+    flat = {
+        "model.name": "flat",
+        "model.base": "org/model",
+        "data.dataset_id": "rows.jsonl",
+        "data.evaluation_fraction": 0.5,
+        "supervised_fine_tune": config()["supervised_fine_tune"],
+        "preference_optimize": None,
+    }
+    night.leaves(prepared())
+    operator = night.stages.over_mlflow(PrepareRetrainingOperator(task_id="prepare", config=flat))
+    outcome = operator.execute(night.stages.context("flat"))
+    assert outcome["registered_model"] == "flat"
+    assert night.spec["split"]["evaluation_fraction"] == 0.5
+
+
+def test_a_night_without_a_new_row_is_skipped(night: Night) -> None:
+    with pytest.raises(AirflowSkipException, match="No row of the data is new since the last promotion"):
+        night.prepare("empty", prepared(new_rows=0))
+    tags = night.tags("empty")
+    assert (tags["status"], tags["post_training.decision"]) == ("RUNNING", "skipped")
+    assert tags["post_training.reason"].startswith("No row of the data is new")
+
+
+def test_what_was_rejected_before_is_not_trained_again(night: Night) -> None:
+    model = {"name": "again", "base": "org/model"}
+    first = night.prepare("decided", model=model)
+    night.prepare("same-undecided", model=model)
+    night.stages.client.set_tag(first["mlflow_run_id"], "post_training.decision", "rejected")
+    with pytest.raises(AirflowSkipException, match=f"were rejected in MLflow run {first['mlflow_run_id']}"):
+        night.prepare("same", model=model)
+    data = {**config()["data"], "skip_unchanged": False}
+    night.prepare("on-purpose", model=model, data=data)
+    night.prepare("other-configuration", model=model, checkpoint="last")
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"train": None}, "The training part of the rows is empty: supervised_fine_tune cannot train"),
+        ({"evaluation": None}, "The evaluation part of the rows is empty"),
+    ],
+)
+def test_an_empty_part_fails_for_good(night: Night, files: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(AirflowFailException, match=sentence):
+        night.prepare(f"empty-{next(iter(files))}", prepared(**files))
+
+
+def test_a_champion_that_was_deleted_is_an_error(night: Night) -> None:
+    stages = night.stages
+    promote = PromoteOperator(
+        task_id="promote",
+        registered_model="deleted",
+        checkpoint=stages.checkpoint(),
+        candidacy_run_id=stages.client.create_run("0").info.run_id,
+    )
+    stages.over_mlflow(promote).execute(stages.context("promotes"))
+    stages.client.delete_model_version("deleted", "1")
+    with pytest.raises(AirflowFailException, match="the champion of 'deleted', version 1, was deleted"):
+        night.prepare("after-deletion", model={"name": "deleted", "base": "org/model"})
+    assert night.tags("after-deletion")["status"] == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        (
+            {"data": {"dataset_id": "gone.jsonl", "preference_dataset_id": "pairs.jsonl"}},
+            "data.dataset_id: no",
+        ),
+        ({"quantize": {"training_config": {"n_epochs": 0}}}, "quantize.training_config.n_epochs: "),
+        ({"model": {"name": "x", "base": "/etc"}}, "model.base: must lie under"),
+    ],
+)
+def test_a_wrong_configuration_names_the_field(night: Night, sections: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(AirflowFailException, match=sentence):
+        night.prepare(f"wrong-{sentence[:5]}", **sections)
+
+
+def test_data_that_cannot_be_read_for_now_is_tried_again(night: Night) -> None:
+    with pytest.raises(AirflowException, match="cannot reach"):
+        night.prepare("later", {"status": "failed", "error": "cannot reach it"})
+
+
+def checkpoints(*losses: float) -> dict[str, Any]:
+    """What a training task returns: a checkpoint for each epoch."""
+    return {
+        "checkpoints": [
+            {"path": f"models:/m-{loss}", "training_metrics": {"validation_loss": loss}} for loss in losses
+        ]
+    }
+
+
+@pytest.mark.parametrize(("which", "model"), [("best", "models:/m-1.0"), ("last", "models:/m-2.0")])
+def test_a_stage_starts_from_the_checkpoint_of_the_one_before(which: str, model: str) -> None:
+    night = {
+        "checkpoint": which,
+        "start": "org/model",
+        "requests": {stage: {"logger_config": {}} for stage in STAGES},
+    }
+    pulled = {"prepare": night, "supervised_fine_tune": checkpoints(1.0, 2.0)}
+    ti = SimpleNamespace(xcom_pull=lambda task_ids: pulled.get(task_ids))
+    assert stage_request(ti, "supervised_fine_tune") == {"logger_config": {}, "model": "org/model"}
+    assert stage_request(ti, "preference_optimize") == {"logger_config": {}, "finetuned_model": model}
+    assert stage_request(ti, "quantize")["model"] == model  # preference_optimize was left out
+    assert candidate(ti) == model
+    pulled["preference_optimize"] = checkpoints(0.5)
+    assert stage_request(ti, "quantize")["model"] == candidate(ti) == "models:/m-0.5"
+
+
+def conclude(
+    stages: StageWorkplace, run_id: str, states: dict[str, str], pulled: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Conclude a night whose tasks ended so."""
+    operator = stages.over_mlflow(ConcludeRetrainingOperator(task_id="conclude"))
+    context = stages.context(run_id, pulled=pulled)
+    context["ti"].get_task_states = lambda dag_id, run_ids: {run_ids[0]: states}
+    return dict(operator.execute(context))
+
+
+def test_a_night_is_summed_up(night: Night) -> None:
+    parent = night.prepare("summed")["mlflow_run_id"]
+    client = night.stages.client
+    for seconds, tokens in ((2.5, 100), (1.5, None)):
+        child = client.create_run("0", tags={"mlflow.parentRunId": parent})
+        client.log_metric(child.info.run_id, "device_seconds", seconds)
+        if tokens is not None:  # an evaluation trains none
+            client.log_metric(child.info.run_id, "job_tokens", tokens)
+    client.set_tag(parent, "post_training.decision", "promoted")
+    client.set_tag(parent, "post_training.reason", "It is better.")
+    outcome = conclude(night.stages, "summed", {"promote": "success"})
+    assert outcome == {
+        "mlflow_run_id": parent,
+        "decision": "promoted",
+        "reason": "It is better.",
+        "device_seconds": 4.0,
+        "job_tokens": 100.0,
+    }
+    run = client.get_run(parent)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"device_seconds": 4.0, "job_tokens": 100.0}
+
+
+def test_a_failure_is_the_reason(night: Night) -> None:
+    parent = night.prepare("broke")["mlflow_run_id"]
+    error = {"mlflow.parentRunId": parent, "post_training.error": "Row 3 is bad."}
+    night.stages.client.create_run("0", tags=error)
+    outcome = conclude(
+        night.stages, "broke", {"supervised_fine_tune": "failed", "promote": "upstream_failed"}
+    )
+    assert (outcome["decision"], outcome["reason"]) == (
+        "failed",
+        "supervised_fine_tune failed: Row 3 is bad.",
+    )
+    assert night.tags("broke")["status"] == "FAILED"
+
+
+def test_a_preparation_that_failed_is_the_reason_too(night: Night) -> None:
+    with pytest.raises(AirflowFailException, match="must lie under"):
+        night.prepare("unprepared", model={"name": "x", "base": "/etc"})
+    outcome = conclude(night.stages, "unprepared", {"prepare": "failed", "promote": "upstream_failed"})
+    assert outcome["reason"].startswith("prepare failed: model.base: must lie under")
+
+
+@pytest.mark.parametrize(
+    ("answer", "who"),
+    [
+        ({"responded_by_user": {"id": "1", "name": "Ada"}}, "Ada"),
+        ({}, "nobody in time"),
+        (None, "nobody in time"),
+    ],
+)
+def test_what_was_not_approved_is_rejected(night: Night, answer: Any, who: str) -> None:
+    run_id = f"asked-{who[:3]}-{answer is None}"
+    parent = night.prepare(run_id)["mlflow_run_id"]
+    night.stages.client.set_tag(parent, "post_training.decision", "accepted")
+    outcome = conclude(night.stages, run_id, {"promote": "skipped"}, {"approve": answer})
+    assert outcome["decision"] == "rejected"
+    assert outcome["reason"].endswith(f"was not approved: asked, {who}.")
+
+
+def test_a_night_that_prepared_nothing_is_concluded_too(stages: StageWorkplace) -> None:
+    outcome = conclude(stages, "never-prepared", {"prepare": "failed"})
+    assert outcome["decision"] == "failed"
+    assert StageRuns(stages.tracking).children(outcome["mlflow_run_id"]) == []

@@ -11,11 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import DAG, TriggerRule, chain
 
 from post_training.operators.evaluation import EvaluateOperator
-from post_training.operators.promotion import GateOperator, PromoteOperator
+from post_training.operators.promotion import ApprovePromotionOperator, GateOperator, PromoteOperator
 from post_training.operators.retraining import (
     MACROS,
     ConcludeRetrainingOperator,
@@ -70,7 +69,7 @@ with DAG(
         config=f"{{{{ {night}['gate'] }}}}",
         decision_run_id=parent,
     )
-    approve = ApprovalOperator(
+    approve = ApprovePromotionOperator(
         task_id="approve",
         subject=f"Promote {{{{ {night}['registered_model'] }}}}?",
         body="{{ ti.xcom_pull(task_ids='gate')['reason'] }}",

@@ -57,13 +57,25 @@ CONVERSATIONS: Mapping[str, Callable[[str, Mapping[str, Any]], Sequence[Sequence
 class Prepared(NamedTuple):
     """One usable row.
 
+    :param question: the hash that decides its part.
     :param digest: the beginning of its identity.
     :param line: what is written of it.
     """
 
     part: Part
+    question: bytes
     digest: bytes
     line: bytes
+
+
+class PreparedData(NamedTuple):
+    """What all data sets have become, by the spec's names.
+
+    :param held_out: digests of the data that models are compared on.
+    """
+
+    sources: dict[str, PreparedSource]
+    held_out: dict[str, str]
 
 
 @dataclass
@@ -77,10 +89,10 @@ class _Written:
     digests: bytearray = field(default_factory=bytearray)
 
 
-def prepare(spec: PreparationSpec) -> dict[str, PreparedSource]:
+def prepare(spec: PreparationSpec) -> PreparedData:
     """Write the parts of each data set, and the digests of all that is trained on by now.
 
-    Beside 16 bytes a row, only a block of rows is in memory.
+    Beside 16 bytes a row (more for one that is held out), only a block of rows is in memory.
 
     :raises DataError: if a data set or the digests cannot be read, or more rows are bad than may be.
     """
@@ -89,14 +101,48 @@ def prepare(spec: PreparationSpec) -> dict[str, PreparedSource]:
     folder.mkdir(parents=True)
     limits = Limits(spec.max_data_bytes, folder=spec.work_dir)
     before = _trained_before(spec, limits)
-    trained, prepared = before.tobytes(), {}
+    trained, prepared, held_out = before.tobytes(), {}, {}
+    questions: set[bytes] = set()
+    for name, source in spec.held_out.items():
+        dataset = read_dataset(source.source, _tracking_uri(spec), spec.model_roots, limits)
+        asked, held_out[name] = _held_out(dataset, source, spec.split)
+        questions |= asked
     for name, source in spec.sources.items():
         dataset = read_dataset(source.source, _tracking_uri(spec), spec.model_roots, limits)
-        prepared[name], digests = _prepare(dataset, source, spec.split, before, folder / name)
+        reading = _Reading(source, spec.split, before, questions)
+        prepared[name], digests = _prepare(dataset, reading, folder / name)
         log.info("%s: %s", name, prepared[name].model_dump_json())
-        trained += digests
+        trained += digests if source.trained else b""
     (folder / DIGESTS_FILE).write_bytes(_as_digests(trained).tobytes())
-    return prepared
+    return PreparedData(prepared, held_out)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How one data set is read.
+
+    :param before: what was trained on.
+    :param questions: those that are held out.
+    """
+
+    source: PreparationSource
+    split: SplitConfig
+    before: Digests
+    questions: set[bytes]
+
+
+def _held_out(dataset: RawDataset, source: PreparationSource, split: SplitConfig) -> tuple[set[bytes], str]:
+    """Return the questions of data that models are compared on, and a digest of its rows.
+
+    What cannot be read is told by the evaluation, as its own configuration says.
+    """
+    questions: set[bytes] = set()
+    digests = bytearray()
+    for block in blocks(dataset):
+        usable, _ = read_rows(block, source, split)
+        questions.update(row.question for row in usable)
+        digests += b"".join(row.digest for row in usable)
+    return questions, _digest_of({"evaluation": digests})
 
 
 def identity_of(conversations: Conversations, tools: Tools) -> bytes:
@@ -113,23 +159,30 @@ def identity_of(conversations: Conversations, tools: Tools) -> bytes:
     ).digest()
 
 
-def part_of(conversation: Sequence[Message], identity: bytes, split: SplitConfig) -> Part:
-    """Return the part in which a row's question lies.
+def question_of(conversation: Sequence[Message], identity: bytes) -> bytes:
+    """Return the hash of a row's question, the first user message; white space does not tell two apart.
 
-    It is a hash of the question, the first user message, that decides: neither chance nor the row's place,
-    nor its answer. So a question that was held back stays held back, whatever night, order, kind of file or
-    data set it comes from, and a model is never compared on what it, or one before it, was trained to answer,
-    in whatever words. A changed fraction moves only the questions at the border that it moves: one that grows
-    takes in some that were trained on before.
-
-    White space does not tell questions apart. A row that asks nothing has the part of its identity.
+    A row that asks nothing has that of its identity.
 
     :param conversation: the row's; of a pair, the chosen one.
     """
     asked = next((message["content"] for message in conversation if message["role"] == "user"), "")
     question = " ".join(asked.split()).encode() or identity
-    beginning = hashlib.sha256(QUESTION_DOMAIN + question).digest()[:8]
-    place = (int.from_bytes(beginning) >> 11) / 2**53  # 53 bits: a float of all 64 could become 1
+    return hashlib.sha256(QUESTION_DOMAIN + question).digest()
+
+
+def part_of(question: bytes, split: SplitConfig) -> Part:
+    """Return the part in which a row's question lies.
+
+    It is a hash of the question that decides: neither chance nor the row's place,
+    nor its answer. So a question that was held back stays held back, whatever night, order, kind of file or
+    data set it comes from, and a model is never compared on what it, or one before it, was trained to answer,
+    in whatever words. A changed fraction moves only the questions at the border that it moves: one that grows
+    takes in some that were trained on before.
+
+    :param question: its hash.
+    """
+    place = (int.from_bytes(question[:8]) >> 11) / 2**53  # 53 bits: a float of all 64 could become 1
     if place < split.evaluation_fraction:
         return "evaluation"
     return "validation" if place >= 1 - split.validation_fraction else "train"
@@ -160,7 +213,8 @@ def _read_row(row: Row, source: PreparationSource, split: SplitConfig) -> Prepar
     read = CONVERSATIONS[source.method](source.data_format.value, row.value)
     conversations = [[turn.message for turn in turns] for turns in read]
     identity = identity_of(conversations, tools_of(row.value))
-    return Prepared(part_of(conversations[0], identity, split), identity[:DIGEST_BYTES], _line(row.value))
+    question = question_of(conversations[0], identity)
+    return Prepared(part_of(question, split), question, identity[:DIGEST_BYTES], _line(row.value))
 
 
 def _line(cells: Mapping[str, Any]) -> bytes:
@@ -172,29 +226,29 @@ def _line(cells: Mapping[str, Any]) -> bytes:
         return f"{json.dumps(filled, default=str)}\n".encode()
 
 
-def _prepare(
-    dataset: RawDataset, source: PreparationSource, split: SplitConfig, before: Digests, stem: Path
-) -> tuple[PreparedSource, bytes]:
+def _prepare(dataset: RawDataset, reading: _Reading, stem: Path) -> tuple[PreparedSource, bytes]:
     """Write one data set's parts.
 
-    :param before: what was trained on.
     :param stem: the path of its files, up to the part.
     :returns: what it has become, and the digests of the training part.
     """
+    split = reading.split
     written = {part: _Written() for part in PARTS}
     files = {part: stem.with_name(f"{stem.name}.{part}.jsonl") for part in PARTS}
     bad: dict[int, str] = {}
-    new_rows = 0
+    new_rows = held_out = 0
     for block in blocks(dataset):
-        usable, bad_of_block = read_rows(block, source, split)
+        usable, bad_of_block = read_rows(block, reading.source, split)
         bad |= bad_of_block
         notice = check_bad_rows(dataset, bad, split.max_bad_row_fraction, "data.max_bad_row_fraction")
+        allowed = [row for row in usable if row.part == "evaluation" or row.question not in reading.questions]
+        held_out += len(usable) - len(allowed)
         for part in PARTS:
-            rows = [row for row in usable if row.part == part]
+            rows = [row for row in allowed if row.part == part]
             digests = b"".join(row.digest for row in rows)
             written[part].digests += digests
             if part == "train":
-                new = _not_among(before, digests)
+                new = _not_among(reading.before, digests)
                 new_rows += sum(new)
                 rows = list(compress(rows, new)) if split.rows == "new" else rows
             written[part].rows += len(rows)
@@ -206,6 +260,7 @@ def _prepare(
         files={part: files[part].name if of_part.rows else None for part, of_part in written.items()},
         new_rows=new_rows,
         skipped=len(bad),
+        held_out=held_out,
         digest=_digest_of({part: of_part.digests for part, of_part in written.items()}),
     )
     return result, bytes(written["train"].digests)
@@ -217,7 +272,7 @@ def _append(file: Path, rows: Sequence[Prepared]) -> None:
             lines.writelines(row.line for row in rows)
 
 
-def _digest_of(parts: Mapping[Part, bytes | bytearray]) -> str:
+def _digest_of(parts: Mapping[Part, bytearray]) -> str:
     whole = hashlib.sha256()
     for part, digests in parts.items():
         whole.update(f"{part} {len(digests)}\n".encode())

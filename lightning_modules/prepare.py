@@ -43,13 +43,13 @@ def _prepare(spec: PreparationSpec) -> PreparationResult:
     # Seconds of imports: a spec that cannot be read must not wait for them.
     from lightning_modules.preparation import prepare  # noqa: PLC0415
 
-    sources = prepare(spec)
+    prepared = prepare(spec)
     if spec.tracking is not None:
         from mlflow import MlflowClient  # noqa: PLC0415 - seconds, only a record needs it
 
         client = MlflowClient(tracking_uri=spec.tracking.tracking_uri)
         client.log_artifacts(spec.tracking.run_id, str(spec.work_dir / DATA_FOLDER), DATA_FOLDER)
-    return PreparationResult(status="completed", sources=sources)
+    return PreparationResult(status="completed", sources=prepared.sources, held_out=prepared.held_out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from threading import Barrier
 from typing import Any
@@ -30,6 +31,7 @@ from post_training.model_registry import (
     Candidate,
     LostError,
     ModelRegistry,
+    PromotedBeforeError,
     Version,
 )
 from post_training.tracking import Tracking, TrackingServer
@@ -219,7 +221,14 @@ def test_a_repeated_promotion_finds_the_first(
     first = registry.promote(given)
     assert registry.promote(given).number == first.number
     registry.promote(candidate(1))
-    assert other.promote(given).number == first.number, "it was promoted, whatever came since"
+    with pytest.raises(PromotedBeforeError, match="/1 was promoted before, and the champion is version 2"):
+        other.promote(given)
+    with pytest.raises(PromotedBeforeError, match="/1 of another checkpoint before"):
+        other.promote(replace(given, source=candidate(1).source))
+    promoted = other.promoted(name, given.candidacy)
+    assert promoted is not None
+    assert promoted.number == 1
+    assert other.promoted(name, "nobody's") is None
     assert aliases(client, name) == {CHAMPION: 2, PREVIOUS: 1}
     assert outcomes(client, name) == [PROMOTED, PROMOTED]
 
@@ -685,11 +694,11 @@ def test_more_versions_than_mlflow_lists_at_once(
     candidate: Callable[..., Candidate],
     promoted: Callable[[int], list[Candidate]],
 ) -> None:
-    first, *_ = promoted(3)
+    *_, last = promoted(3)
     tracking.client.search_model_versions = partial(  # type: ignore[method-assign]
         tracking.client.search_model_versions, max_results=1
     )
-    assert registry.promote(first).number == 1
+    assert registry.promote(last).number == 3
     assert registry.promote(candidate(3)).number == 4
 
 

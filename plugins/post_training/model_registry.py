@@ -37,6 +37,12 @@ TAG_CANDIDACY = "post_training.candidacy"
 TAG_OUTCOME = "post_training.outcome"
 """Of a version: promoted, lost or rolled_back; absent while its promotion is pending."""
 
+TAG_ROLLBACK_REQUEST = "post_training.rollback_request"
+"""Of a version that was rolled back: on whose request, and to which version."""
+
+MAX_DESCRIPTION_LENGTH = 5000
+"""Characters that MLflow's database holds."""
+
 PROMOTED, LOST, ROLLED_BACK = "promoted", "lost", "rolled_back"
 
 TAG_ROLLBACK = "post_training.rollback"
@@ -53,6 +59,7 @@ class Version:
     name: str
     number: int
     tags: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def uri(self) -> str:
@@ -98,7 +105,18 @@ class _Rollback:
 
 
 class LostError(ModelError):
-    """Another version became champion since the candidate was compared, or it was rolled back."""
+    """Another version became champion since the candidate was compared, or it was rolled back.
+
+    :param crowned: a version whose own promotion was cut off, and which was made the champion instead.
+    """
+
+    def __init__(self, message: str, crowned: Version | None = None) -> None:
+        super().__init__(message)
+        self.crowned = crowned
+
+
+class PromotedBeforeError(ModelError):
+    """The candidate's run has promoted already, and what is asked for now is something else."""
 
 
 class ModelRegistry:
@@ -156,12 +174,18 @@ class ModelRegistry:
         """Register a candidate and make it the champion; a repeated call finds what the first one did.
 
         :raises LostError: if another version has become champion, or was registered before against the same.
+        :raises PromotedBeforeError: if it was promoted, and another one is the champion by now; or if its run
+            has registered another checkpoint.
         :raises InvalidRequestError: if MLflow refuses the name or the source.
         """
         mine = self._registered(candidate)
+        if mine.source not in ("", candidate.source):
+            raise PromotedBeforeError(
+                f"The run has registered {mine.uri} of another checkpoint before: start a new run instead."
+            )
         outcome = mine.tags.get(TAG_OUTCOME)
         if outcome == PROMOTED:
-            return mine
+            return self._still_champion(mine)
         if outcome is not None:
             raise LostError(_ended(mine, outcome))
         candidate = replace(candidate, against=int(mine.tags.get(TAG_AGAINST, 0)))  # what rivals see
@@ -179,8 +203,22 @@ class ModelRegistry:
         if rival is not None:
             self._crown(rival, old)
             self._set_tag(mine, TAG_OUTCOME, LOST)
-            raise LostError(_changed(candidate, rival.number))
+            raise LostError(_changed(candidate, rival.number), rival)
         self._crown(mine, old)
+        return mine
+
+    def promoted(self, name: str, candidacy: str) -> Version | None:
+        """Return the version that a run has promoted, whatever became of it since; None if it has not."""
+        versions = self._versions(name)
+        own = (one for one in versions if one.tags.get(TAG_CANDIDACY) == candidacy)
+        return next((one for one in own if one.tags.get(TAG_OUTCOME) in (PROMOTED, ROLLED_BACK)), None)
+
+    def _still_champion(self, mine: Version) -> Version:
+        number = _number(self._model(mine.name), CHAMPION)
+        if number != mine.number:
+            raise PromotedBeforeError(
+                f"{mine.uri} was promoted before, and the champion is version {number} by now."
+            )
         return mine
 
     def rollback(self, name: str, request: str = "") -> tuple[Version, Version]:
@@ -189,11 +227,15 @@ class ModelRegistry:
         What is pending against it then has lost. ``previous`` becomes what that one had replaced. A rollback
         that was cut off is finished by the next call, which then is that one.
 
-        :param request: who asks; a call with what the newest rollback was asked with returns what that did.
+        :param request: who asks; a call with what a rollback was asked with before returns what that did.
         :raises ModelError: if there is no version before, or it was deleted.
         """
         model = self._model(name)
         known = {version.number: version for version in self._versions(name)}
+        rolled_back = next((one for one in known.values() if _was_asked_for(one, request)), None)
+        if rolled_back is not None:
+            to_version = int(rolled_back.tags[TAG_ROLLBACK_REQUEST].rpartition(" ")[2])
+            return known.get(to_version, Version(name, to_version)), rolled_back
         rollback = _newest_rollback(model)
         cut_off = rollback is not None and _is_cut_off(rollback, model, known)
         if rollback is None or not (cut_off or (request and rollback.request == request)):
@@ -218,6 +260,9 @@ class ModelRegistry:
             with answers():
                 self._tracking.client.delete_registered_model_alias(to.name, PREVIOUS)
         self._set_model_tag(to.name, TAG_ROLLBACK, json.dumps(asdict(replace(rollback, done=True))))
+        gone = known.get(rollback.from_version)
+        if rollback.request and gone is not None:
+            self._set_tag(gone, TAG_ROLLBACK_REQUEST, f"{rollback.request} {to.number}")
 
     def _registered(self, candidate: Candidate) -> Version:
         """Return the candidate's version, made unless an attempt before has."""
@@ -238,7 +283,7 @@ class ModelRegistry:
                     candidate.name,
                     candidate.source,
                     tags=tags,
-                    description=candidate.description,
+                    description=candidate.description[:MAX_DESCRIPTION_LENGTH],
                     model_id=candidate.model_id,
                 )
             )
@@ -345,6 +390,11 @@ def _set(call: Callable[..., None], *args: str) -> None:
             call(*args)
 
 
+def _was_asked_for(version: Version, request: str) -> bool:
+    """Whether a version was rolled back on this very request."""
+    return bool(request) and version.tags.get(TAG_ROLLBACK_REQUEST, "").rpartition(" ")[0] == request
+
+
 def _in_order(version: Version) -> int:
     return version.number
 
@@ -408,4 +458,4 @@ def _changed(candidate: Candidate, now: int) -> str:
 
 
 def _version(found: ModelVersion) -> Version:
-    return Version(found.name, int(found.version), dict(found.tags or {}))
+    return Version(found.name, int(found.version), dict(found.tags or {}), found.source or "")

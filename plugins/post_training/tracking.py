@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -54,6 +54,9 @@ CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
+
+SUPERSEDED = " (superseded)"
+"""Behind the job's id of a run that another has taken the place of."""
 
 OPEN = ("SCHEDULED", "RUNNING")
 TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
@@ -348,12 +351,19 @@ class Tracking:
                 self.client.set_terminated(run_id, status=status, end_time=milliseconds)
             else:
                 self.client.update_run(run_id, status=status)
+            if status not in ("FAILED", "KILLED"):
                 self._forget_error(run_id)
 
     def _forget_error(self, run_id: str) -> None:
         """Remove the reason of an earlier attempt's failure from a run that goes on."""
         if names.TAG_ERROR in self.client.get_run(run_id).data.tags:
             self.client.delete_tag(run_id, names.TAG_ERROR)
+
+    def forget_tags(self, run_id: str, tags: Collection[str]) -> None:
+        """Remove tags of a run; those that it does not have are none."""
+        with answers():
+            for tag in self.client.get_run(run_id).data.tags.keys() & set(tags):
+                self.client.delete_tag(run_id, tag)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Write tags of a run."""

@@ -18,6 +18,16 @@ from post_training.schemas import record as names
 CLOCKED = frozenset({names.METRIC_TOKENS_PER_SECOND, names.METRIC_SECONDS_LEFT})
 """Metrics that tell the time: their steps are compared, their values are not."""
 
+OF_THE_MACHINE = frozenset(
+    {
+        names.METRIC_DEVICE_SECONDS,
+        names.METRIC_JOB_TOKENS,
+        names.METRIC_ESTIMATED_MEMORY_BYTES,
+        names.METRIC_ESTIMATED_SECONDS,
+    }
+)
+"""Metrics that are not compared: what all attempts used, the killed ones too, and guesses from what is measured."""
+
 Series = dict[str, list[tuple[int, float]]]
 
 
@@ -61,7 +71,7 @@ class Records:
 
         :param checkpoint: ``models:/…`` of its last checkpoint.
         """
-        keys = sorted(run.data.metrics)
+        keys = sorted(run.data.metrics.keys() - OF_THE_MACHINE)
         return Trained(self._weights(checkpoint), {key: self._points(run, key) for key in keys})
 
     def _points(self, run: Run, key: str) -> list[tuple[int, float]]:

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from lightning_modules.data.content import Row
 from lightning_modules.data.reading import read_dataset
-from lightning_modules.preparation import CONVERSATIONS, part_of, prepare, read_rows
+from lightning_modules.preparation import CONVERSATIONS, part_of, prepare, question_of, read_rows
 from post_training.errors import DataError
 from post_training.schemas.preparation import PreparationSource, PreparationSpec, PreparedSource, SplitConfig
 
@@ -75,18 +75,37 @@ class Night:
         )
 
     def add(
-        self, rows: Rows, name: str = "rows", *, kind: str = "jsonl", data_format: str = "instruct"
+        self,
+        rows: Rows,
+        name: str = "rows",
+        *,
+        kind: str = "jsonl",
+        data_format: str = "instruct",
+        trained: bool = True,
     ) -> Night:
         """Add a data set in a kind of file."""
         path = self.folder / f"{name}.{kind}"
         WRITERS[kind](path, rows)
         method = PREFERENCE if name == "pairs" else SFT
-        self.spec.sources[name] = PreparationSource(source=str(path), method=method, data_format=data_format)
+        self.spec.sources[name] = PreparationSource(
+            source=str(path), method=method, data_format=data_format, trained=trained
+        )
+        return self
+
+    def hold_out(self, rows: Rows, name: str = "rows") -> Night:
+        """Compare models on data of one's own."""
+        path = self.folder / f"own-{name}.jsonl"
+        write_jsonl(path, rows)
+        method = PREFERENCE if name == "pairs" else SFT
+        self.spec.held_out[name] = PreparationSource(
+            source=str(path), method=method, data_format="instruct", trained=False
+        )
         return self
 
     def prepare(self) -> Night:
         """Write the parts."""
-        self.found: dict[str, PreparedSource] = prepare(self.spec)
+        self.found: dict[str, PreparedSource]
+        self.found, self.held_out = prepare(self.spec)
         return self
 
     def lines(self, part: str, name: str = "rows") -> list[dict[str, Any]]:
@@ -132,15 +151,15 @@ def test_the_question_decides_by_the_documented_rule(part: str) -> None:
     ]
     at = place(b"What is 2 + 2?")
     border = at if part == "evaluation" else 1 - at
-    assert part_of(conversation, bytes(32), split_of(part, border + 1e-9)) == part
-    assert part_of(conversation, bytes(32), split_of(part, border - 1e-9)) == "train"
+    assert part_of(question_of(conversation, bytes(32)), split_of(part, border + 1e-9)) == part
+    assert part_of(question_of(conversation, bytes(32)), split_of(part, border - 1e-9)) == "train"
 
 
 def test_a_row_that_asks_nothing_is_placed_by_its_identity() -> None:
     conversation = [{"role": "assistant", "content": "Hello"}]
     own = sha256(b"own").digest()
-    assert part_of(conversation, own, split_of("evaluation", place(own) + 1e-9)) == "evaluation"
-    assert part_of(conversation, own, split_of("evaluation", place(own) - 1e-9)) == "train"
+    assert part_of(question_of(conversation, own), split_of("evaluation", place(own) + 1e-9)) == "evaluation"
+    assert part_of(question_of(conversation, own), split_of("evaluation", place(own) - 1e-9)) == "train"
 
 
 def test_an_identity_is_of_what_is_trained_on(tmp_path: Path) -> None:
@@ -263,6 +282,29 @@ def test_digests_grow_from_night_to_night_and_new_rows_are_told_apart(tmp_path: 
     digests = new.digests.read_bytes()
     assert len(digests) == 16 * (len(trained) + len(added) + len(new.lines("train", "pairs")))
     assert expected < {digests[at : at + 16] for at in range(0, len(digests), 16)}
+
+
+def test_what_no_stage_trains_on_is_not_recorded_as_trained(tmp_path: Path) -> None:
+    night = Night(tmp_path).add(questions(300)).add(pairs(300), "pairs", trained=False).prepare()
+    assert len(night.digests.read_bytes()) == 16 * night.found["rows"].rows["train"]
+    assert night.found["pairs"].rows["train"] > 0
+
+
+@pytest.mark.parametrize("name", ["rows", "pairs"])
+def test_what_models_are_compared_on_is_not_trained_on(tmp_path: Path, name: str) -> None:
+    """Whatever the answer in the own data: the question is what must be new to the model."""
+    own = [row | {"answer": "Another."} for row in questions(40)] if name == "rows" else pairs(40)
+    night = Night(tmp_path, evaluation_fraction=0.0).add(questions(100)).add(pairs(100), "pairs")
+    night.hold_out(own, name).prepare()
+    kept = {row["question"] for row in questions(100)[40:]}
+    for source, column in (("rows", "question"), ("pairs", "prompt")):
+        found = night.found[source]
+        assert night.asked("train", source, column) | night.asked("validation", source, column) == kept
+        assert (found.held_out, found.rows["train"] + found.rows["validation"]) == (40, 60)
+    assert len(night.digests.read_bytes()) == 16 * sum(night.found[one].rows["train"] for one in night.found)
+    other = Night(tmp_path / "other", evaluation_fraction=0.0).add(questions(100)).hold_out(own[:39], name)
+    assert other.prepare().held_out.keys() == night.held_out.keys() == {name}
+    assert other.held_out != night.held_out
 
 
 def test_a_night_without_anything_new_has_no_training_file(tmp_path: Path) -> None:

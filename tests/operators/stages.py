@@ -76,7 +76,7 @@ class StageWorkplace:
             xcom_pull=lambda task_ids: (pulled or {}).get(task_ids),
         )
         relatives = [EmptyOperator(task_id=name) for name in behind]
-        task = SimpleNamespace(get_direct_relatives=lambda: relatives)
+        task = SimpleNamespace(get_direct_relatives=lambda upstream=False: relatives)
         return {"ti": ti, "task": task, "outlet_events": _Events()}
 
     def register(self, name: str, aliases: dict[str, int], versions: int = 1, **tags: str) -> None:

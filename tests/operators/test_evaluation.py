@@ -75,6 +75,12 @@ def test_while_there_is_no_champion_none_is_measured(stages: StageWorkplace) -> 
         ({"config": {"dataset_id": "gone.jsonl"}}, r"config\.dataset_id: no such file"),
         ({"config": {"dataset_id": "x.jsonl", "beta": 0}}, r"config\.beta: .*greater than 0"),
         ({"models": {"served": "models:/nobody@champion"}}, "no version of the registered model 'nobody'"),
+        ({"models": "{'base': 'x'}"}, "models: must be an object or a JSON string of one"),
+        ({"config": "[1]"}, "config: must be an object, got list"),
+        (
+            {"models": {"champion": "org/model"}, "champion_of": "x"},
+            r"models\.champion: must be left out: champion_of 'x'",
+        ),
     ],
 )
 def test_what_cannot_be_had_fails_for_good(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException, DownstreamTasksSkipped
 
+from post_training.model_registry import ModelRegistry
 from post_training.operators.promotion import (
     PROMOTIONS,
+    ApprovePromotionOperator,
     GateOperator,
     PromoteOperator,
     RollbackOperator,
@@ -88,11 +91,14 @@ def test_a_gate_on_what_was_not_measured_fails_for_good(stages: StageWorkplace) 
         gate(stages, evaluated(stages, candidate=1.0), config=config).execute(stages.context("night"))
 
 
-@pytest.mark.parametrize("run_id", ["0" * 32, None])
-def test_an_evaluation_that_is_not_there_fails_for_good(stages: StageWorkplace, run_id: str | None) -> None:
-    run_id = run_id or stages.client.create_run("0").info.run_id
-    with pytest.raises(AirflowFailException, match=r"the MLflow run '.*' has no values\.json"):
-        gate(stages, run_id).execute(stages.context("night"))
+def test_an_evaluation_that_is_not_there_fails_for_good(stages: StageWorkplace) -> None:
+    run_id = stages.client.create_run("0").info.run_id
+    for unknown, sentence in (
+        (run_id, r"the MLflow run '.*' has no values\.json"),
+        ("0" * 32, "evaluation_run_id: MLflow has no such run"),
+    ):
+        with pytest.raises(AirflowFailException, match=sentence):
+            gate(stages, unknown).execute(stages.context("night"))
 
 
 def test_a_promotion_is_registered_with_its_lineage_and_announced(stages: StageWorkplace) -> None:
@@ -122,6 +128,84 @@ def test_a_candidate_that_was_compared_with_another_champion_is_skipped(stages: 
     assert "the champion is version 1 by now" in tags["post_training.reason"]
     assert context["outlet_events"][PROMOTIONS].added == []
     assert stages.client.get_model_version_by_alias("overtaken", "champion").version == "1"
+
+
+def test_a_promotion_that_others_have_followed_announces_nothing(stages: StageWorkplace) -> None:
+    first = promote(stages, "followed")
+    first.execute(stages.context("night"))
+    promote(stages, "followed", 1).execute(stages.context("next night"))
+    context = stages.context("night")
+    with pytest.raises(AirflowSkipException, match="models:/followed/1 was promoted before"):
+        first.execute(context)
+    first.checkpoint = stages.checkpoint()
+    with pytest.raises(AirflowSkipException, match="has registered models:/followed/1 of another checkpoint"):
+        first.execute(context)
+    assert context["outlet_events"][PROMOTIONS].added == []
+    tags = stages.client.get_run(first.candidacy_run_id).data.tags
+    assert tags["post_training.decision"] == "promoted"
+
+
+def test_a_promotion_that_was_cut_off_is_finished_and_announced_by_the_next(stages: StageWorkplace) -> None:
+    cut_off = promote(stages, "finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelRegistry, "_crown", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cut_off.execute(stages.context("night"))
+    late, context = promote(stages, "finished"), stages.context("next night")
+    assert late.execute(context)["model_uri"] == "models:/finished/1"
+    ((_, extra),) = context["outlet_events"][PROMOTIONS].added
+    assert (extra["version"], extra["mlflow_run_id"]) == (1, cut_off.candidacy_run_id)
+    decisions = [
+        stages.client.get_run(one.candidacy_run_id).data.tags["post_training.decision"]
+        for one in (cut_off, late)
+    ]
+    assert decisions == ["promoted", "rejected"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"compared_with": "two"}, "compared_with: must be a version's number, got 'two'"),
+        ({"lineage": "{'base': 'x'}"}, "lineage: must be an object or a JSON string of one"),
+        ({"lineage": "[1]"}, "lineage: must be an object, got list"),
+        ({"registered_model": "it's"}, "model.name: may hold letters"),
+        ({"candidacy_run_id": "0" * 32}, "candidacy_run_id: MLflow has no such run"),
+    ],
+)
+def test_a_wrong_parameter_is_named_and_nothing_promoted(
+    stages: StageWorkplace, fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(AirflowFailException, match=sentence):
+        promote(stages, "wrong", **fields).execute(stages.context("night"))
+    assert list(stages.client.search_registered_models("name='wrong'")) == []
+
+
+def test_none_without_native_objects_is_none(stages: StageWorkplace) -> None:
+    operator = promote(stages, "rendered", compared_with="None", lineage="None")
+    assert operator.execute(stages.context("night"))["version"] == 1
+
+
+def test_why_a_gate_failed_is_in_the_nights_run(stages: StageWorkplace) -> None:
+    night = stages.client.create_run("0").info.run_id
+    with pytest.raises(AirflowFailException):
+        gate(stages, evaluated(stages), decision_run_id=night).execute(stages.context("night"))
+    assert "no values of the candidate" in stages.client.get_run(night).data.tags["post_training.error"]
+
+
+def test_an_answer_is_kept_also_if_it_is_a_no(stages: StageWorkplace) -> None:
+    operator = ApprovePromotionOperator(task_id="approve", subject="Promote?")
+    context = stages.context("night", behind=("promote",))
+    operator.downstream_task_ids.add("promote")
+    user = {"id": "1", "name": "Ada"}
+    event = {
+        "chosen_options": ["Reject"],
+        "params_input": {},
+        "responded_at": datetime.now(UTC),
+        "responded_by_user": user,
+    }
+    with pytest.raises(DownstreamTasksSkipped):
+        operator.execute_complete(context, event)
+    assert stages.pushed["return_value"] == {"chosen_options": ["Reject"], "responded_by_user": user}
 
 
 def test_a_rollback_brings_the_version_before_back(stages: StageWorkplace) -> None:

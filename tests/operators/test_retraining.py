@@ -24,8 +24,9 @@ from post_training.operators.retraining import (
 from post_training.schemas.retraining import STAGES
 from post_training.stage_runs import StageRuns
 from tests.operators.stages import StageWorkplace
-from tests.schemas.test_retraining import config
+from tests.schemas.test_retraining import TRAINING, config
 
+TRAINED = f"runs:/{'a1' * 16}/data/trained.digests"
 ALL = (*STAGES, "evaluate", "approve")
 
 
@@ -126,12 +127,65 @@ def test_stages_and_an_approval_that_are_not_wanted_are_skipped(night: Night) ->
     assert list(outcome["requests"]) == ["supervised_fine_tune", "quantize"]
 
 
+def test_what_is_only_compared_on_is_held_out_and_not_trained(night: Night) -> None:
+    night.stages.file("own.jsonl")
+    data = {"dataset_id": "rows.jsonl", "preference_dataset_id": "pairs.jsonl", "evaluation_fraction": 0.0}
+    outcome = night.prepare(
+        "own", data=data, evaluation={"dataset_id": "own.jsonl"}, preference_optimize=None
+    )
+    assert outcome["evaluation"]["dataset_id"] == "own.jsonl"
+    assert night.spec["held_out"]["rows"]["source"] == str(night.stages.data / "own.jsonl")
+    trained = {name: source["trained"] for name, source in night.spec["sources"].items()}
+    assert trained == {"rows": True, "pairs": False}
+
+
+def test_a_night_that_has_promoted_is_left_as_it_is(night: Night) -> None:
+    """Whoever clears it from its first task on must not change what the champion was made from."""
+    stages = night.stages
+    run_id = night.prepare("promoted")["mlflow_run_id"]
+    promote = PromoteOperator(
+        task_id="promote",
+        registered_model="promoted",
+        checkpoint=stages.checkpoint(),
+        candidacy_run_id=run_id,
+        reason="It is better.",
+    )
+    stages.over_mlflow(promote).execute(stages.context("promoted"))
+    night.copy.unlink()
+    with pytest.raises(AirflowSkipException, match="This run has promoted models:/promoted/1"):
+        night.prepare("promoted")
+    assert not night.copy.exists()
+    tags = night.tags("promoted")
+    assert (tags["post_training.decision"], tags["post_training.reason"]) == ("promoted", "It is better.")
+
+
+def test_a_night_that_is_cleared_forgets_what_was_decided(night: Night) -> None:
+    run_id = night.prepare("cleared")["mlflow_run_id"]
+    night.stages.client.set_tag(run_id, "post_training.decision", "rejected")
+    night.prepare("cleared")
+    assert "post_training.decision" not in night.tags("cleared")
+
+
+def test_stages_without_a_new_row_are_left_out(night: Night) -> None:
+    result = prepared()
+    result["sources"]["pairs"]["files"]["train"] = None
+    data = {**config()["data"], "rows": "new"}
+    training = {**TRAINING, "max_steps_per_epoch": 0}
+    stages = {
+        name: {**config()[name], "training_config": training}
+        for name in ("supervised_fine_tune", "preference_optimize")
+    }
+    outcome = night.prepare("no-pairs", result, data=data, quantize=None, **stages)
+    assert list(outcome["requests"]) == ["supervised_fine_tune"]
+    assert "preference_optimize" in night.skipped
+
+
 def test_what_was_trained_on_and_where_to_start_is_the_champions(night: Night) -> None:
-    tags = {"post_training.trained": "runs:/before/data/trained.digests"}
+    tags = {"post_training.trained": TRAINED}
     night.stages.register("champ", {"champion": 1}, **tags)
     model = {"name": "champ", "base": "org/model", "start_from": "champion"}
     outcome = night.prepare("from-champion", model=model)
-    assert night.spec["trained"] == "runs:/before/data/trained.digests"
+    assert night.spec["trained"] == TRAINED
     assert (outcome["start"], outcome["base"]) == ("models:/champ/1", "org/model")
     assert outcome["lineage"]["post_training.replaces"] == "models:/champ/1"
 
@@ -175,8 +229,9 @@ def test_what_was_rejected_before_is_not_trained_again(night: Night) -> None:
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({"train": None}, "The training part of the rows is empty: supervised_fine_tune cannot train"),
-        ({"evaluation": None}, "The evaluation part of the rows is empty"),
+        ({"train": None}, "the training part of the rows is empty: supervised_fine_tune cannot train"),
+        ({"evaluation": None}, "the evaluation part of the rows is empty"),
+        ({"validation": None}, "the validation part of the rows is empty"),
     ],
 )
 def test_an_empty_part_fails_for_good(night: Night, files: dict[str, Any], sentence: str) -> None:
@@ -208,11 +263,18 @@ def test_a_champion_that_was_deleted_is_an_error(night: Night) -> None:
         ),
         ({"quantize": {"training_config": {"n_epochs": 0}}}, "quantize.training_config.n_epochs: "),
         ({"model": {"name": "x", "base": "/etc"}}, "model.base: must lie under"),
+        (
+            {
+                "data": {**config()["data"], "evaluation_fraction": 0.0},
+                "evaluation": {"dataset_id": "no.jsonl"},
+            },
+            "evaluation.dataset_id: no such file",
+        ),
     ],
 )
 def test_a_wrong_configuration_names_the_field(night: Night, sections: dict[str, Any], sentence: str) -> None:
     with pytest.raises(AirflowFailException, match=sentence):
-        night.prepare(f"wrong-{sentence[:5]}", **sections)
+        night.prepare(f"wrong-{len(sentence)}", **sections)
 
 
 def test_data_that_cannot_be_read_for_now_is_tried_again(night: Night) -> None:
@@ -281,8 +343,15 @@ def test_a_night_is_summed_up(night: Night) -> None:
 
 def test_a_failure_is_the_reason(night: Night) -> None:
     parent = night.prepare("broke")["mlflow_run_id"]
-    error = {"mlflow.parentRunId": parent, "post_training.error": "Row 3 is bad."}
+    error = {
+        "mlflow.parentRunId": parent,
+        "post_training.error": "Row 3 is bad.",
+        "airflow.task_id": "supervised_fine_tune",
+    }
     night.stages.client.create_run("0", tags=error)
+    left = error | {"post_training.error": "left", "post_training.job_uuid": "x (superseded)"}
+    night.stages.client.create_run("0", tags=left)
+    night.stages.client.set_tag(parent, "post_training.error", "of an attempt before")
     outcome = conclude(
         night.stages, "broke", {"supervised_fine_tune": "failed", "promote": "upstream_failed"}
     )
@@ -301,20 +370,32 @@ def test_a_preparation_that_failed_is_the_reason_too(night: Night) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "who"),
+    ("answer", "decision", "sentence"),
     [
-        ({"responded_by_user": {"id": "1", "name": "Ada"}}, "Ada"),
-        ({}, "nobody in time"),
-        (None, "nobody in time"),
+        ({"responded_by_user": {"id": "1", "name": "Ada"}}, "rejected", "but Ada did not approve it."),
+        ({"responded_by_user": None}, "expired", "but nobody has approved it in time."),
     ],
 )
-def test_what_was_not_approved_is_rejected(night: Night, answer: Any, who: str) -> None:
-    run_id = f"asked-{who[:3]}-{answer is None}"
-    parent = night.prepare(run_id)["mlflow_run_id"]
+def test_what_was_not_approved_is_not_promoted(
+    night: Night, answer: Any, decision: str, sentence: str
+) -> None:
+    parent = night.prepare(decision)["mlflow_run_id"]
     night.stages.client.set_tag(parent, "post_training.decision", "accepted")
-    outcome = conclude(night.stages, run_id, {"promote": "skipped"}, {"approve": answer})
-    assert outcome["decision"] == "rejected"
-    assert outcome["reason"].endswith(f"was not approved: asked, {who}.")
+    states = {"approve": "success", "promote": "skipped"}
+    outcome = conclude(night.stages, decision, states, {"approve": answer})
+    assert outcome["decision"] == decision
+    assert outcome["reason"].endswith(sentence)
+
+
+@pytest.mark.parametrize("state", ["skipped", "success", "upstream_failed"])
+def test_a_promotion_that_somebody_set_by_hand_is_none(night: Night, state: str) -> None:
+    parent = night.prepare(f"by-hand-{state}")["mlflow_run_id"]
+    night.stages.client.set_tag(parent, "post_training.decision", "accepted")
+    outcome = conclude(night.stages, f"by-hand-{state}", {"approve": "skipped", "promote": state})
+    assert (outcome["decision"], outcome["reason"]) == (
+        "failed",
+        f"The gates accepted the candidate, but promote is {state}.",
+    )
 
 
 def test_a_night_that_prepared_nothing_is_concluded_too(stages: StageWorkplace) -> None:

@@ -66,7 +66,7 @@ def test_each_stage_becomes_a_valid_request() -> None:
         assert named == "models:/m-1"
 
 
-def test_rows_are_read_in_their_own_format() -> None:
+def test_rows_and_pairs_are_read_in_the_format_of_the_data() -> None:
     data = {"dataset_id": "rows.jsonl", "data_format": "dialog", "preference_dataset_id": "pairs.jsonl"}
     retraining = RetrainingConfig.model_validate(config(data=data))
     formats = [
@@ -75,7 +75,7 @@ def test_rows_are_read_in_their_own_format() -> None:
         ]
         for stage in retraining.stages
     ]
-    assert formats == ["dialog", "instruct", "dialog"]
+    assert formats == ["dialog", "dialog", "dialog"]
 
 
 def test_the_file_beside_the_dag_is_valid() -> None:
@@ -155,7 +155,26 @@ def test_the_file_beside_the_dag_is_valid() -> None:
             "is not measured without evaluation.exact_match, got 'exact_match'",
         ),
         ({"gate": {"gates": [{"metric": "bleu", "at_least": 0.5}]}}, "gate.gates.0.metric", "'loss'"),
-        ({"model": {"name": "it's", "base": "org/model"}}, "model.name", "pattern"),
+        *(({"model": {"name": name}}, "model.name", "pattern") for name in ("it's", "123", "1e3", " ", "a ")),
+        *(({"model": {"name": name}}, "model.name", "no word of Python's own") for name in ("None", "True")),
+        (
+            {"gate": {"gates": [{"metric": "reward_accuracy", "against": "base", "min_improvement": 0.1}]}},
+            "gate.gates.0.against",
+            "set at_least instead",
+        ),
+        (
+            {
+                "quantize": None,
+                "supervised_fine_tune": {"training_config": TRAINING | {"max_validation_steps": 0}},
+            },
+            "supervised_fine_tune.training_config.max_validation_steps",
+            "must not be 0",
+        ),
+        (
+            {"data": {"dataset_id": "r", "preference_dataset_id": "p", "rows": "new"}},
+            "supervised_fine_tune.training_config.max_steps_per_epoch",
+            "must be 0 with data.rows 'new'",
+        ),
         ({"hyperparam": {}}, "hyperparam", "Extra inputs"),
     ],
 )
@@ -183,3 +202,5 @@ def test_the_digest_is_that_of_configuration_and_data() -> None:
     other = RetrainingConfig.model_validate(config(checkpoint="last"))
     assert one.digest("data") == same.digest("data")
     assert len({one.digest("data"), one.digest("more"), other.digest("data")}) == 3
+    asked = RetrainingConfig.model_validate(config(approval={"required": True}))
+    assert asked.digest("data") == one.digest("data")  # who is asked changes nothing that is trained

@@ -6,13 +6,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from post_training.errors import TrainerError
+from post_training.errors import InvalidRequestError, TrainerError
 from post_training.job_ids import TaskKey
 from post_training.launch.local import EVALUATE
 from post_training.model_registry import ModelRegistry
-from post_training.operators.stage import StageOperator, checked
+from post_training.operators.stage import StageOperator, checked, parsed, said
 from post_training.operators.worker import PermanentFailureError, work_dir_of
-from post_training.schemas.base import parse_json_object
 from post_training.schemas.evaluation import (
     EVALUATION_RESULT_FILE,
     EVALUATION_SPEC_FILE,
@@ -66,12 +65,17 @@ class EvaluateOperator(StageOperator):
 
         :raises PostTrainingError: if something cannot be had or measured.
         """
-        given = {"models": parse_json_object(self.models), "config": parse_json_object(self.config)}
+        given = {"models": parsed(self.models, "models"), "config": parsed(self.config, "config")}
         request = checked(EvaluationRequest, given, "")
+        champion_of = said(self.champion_of)
+        if champion_of is not None and CHAMPION_NAME in request.models:
+            raise InvalidRequestError.of(
+                f"models.{CHAMPION_NAME}", f"must be left out: champion_of {champion_of!r} is measured so"
+            )
         registry = ModelRegistry(self.tracking)
         champion = None
-        if self.champion_of:
-            champion = self._persist(registry.opponent, self.champion_of, self.parent_run_id)
+        if champion_of is not None:
+            champion = self._persist(registry.opponent, champion_of, said(self.parent_run_id))
         resolver = self._resolver()
         models = {
             name: self._persist(registry.pinned, resolver.model_named(f"models.{name}", model))

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
+from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import Asset, AssetAlias, BaseOperator
 from airflow.sdk.bases.skipmixin import SkipMixin
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from post_training.errors import DataError, InvalidRequestError, ModelError, PostTrainingError
 from post_training.gates import decide
-from post_training.model_registry import Candidate, LostError, ModelRegistry, Version
+from post_training.model_registry import (
+    TAG_CANDIDACY,
+    Candidate,
+    LostError,
+    ModelRegistry,
+    PromotedBeforeError,
+    Version,
+    checked_name,
+)
 from post_training.operators.hooks import MLflowHook
 from post_training.operators.patience import persist
-from post_training.operators.stage import checked
+from post_training.operators.stage import checked, parsed, said
 from post_training.operators.worker import task_key
 from post_training.schemas import record as names
-from post_training.schemas.base import parse_json_object
 from post_training.schemas.evaluation import VALUES_FILE, EvaluationValues
 from post_training.schemas.gates import Decision, GatesConfig
 from post_training.settings import load_settings
@@ -56,9 +65,33 @@ class RegistryOperator(BaseOperator):
         try:
             return self.work(context)
         except (InvalidRequestError, ModelError, DataError) as error:
+            self._note(str(error))
             raise AirflowFailException(str(error)) from None
         except PostTrainingError as error:
+            self._note(str(error))
             raise AirflowException(str(error)) from None
+
+    @property
+    def decision_run(self) -> tuple[str, str] | None:
+        """The operator's parameter that names the MLflow run which it writes to, and the run's id."""
+        return None
+
+    def _note(self, error: str) -> None:
+        """Let the run say why the task failed, if it can be reached."""
+        if self.decision_run is not None:
+            with suppress(PostTrainingError):
+                self.tracking.set_tags(self._existing_run(), {names.TAG_ERROR: error})
+
+    def _existing_run(self) -> str:
+        """Return the id of the run that is written to.
+
+        :raises InvalidRequestError: if there is none.
+        """
+        assert self.decision_run is not None  # noqa: S101
+        parameter, run_id = self.decision_run
+        if persist(lambda: self.tracking.get(run_id)) is None:
+            raise InvalidRequestError.of(parameter, f"MLflow has no such run, got {run_id[:80]!r}")
+        return run_id
 
     def work(self, context: Context) -> Any:
         """Do what the task is for; return what it hands on.
@@ -111,7 +144,8 @@ class GateOperator(RegistryOperator, SkipMixin):
 
         :raises InvalidRequestError: if a gate's metric was not measured.
         """
-        config = checked(GatesConfig, parse_json_object(self.config), "config")
+        config = checked(GatesConfig, parsed(self.config, "config"), "config")
+        self._existing_run()
         runs = StageRuns(self.tracking)
         content = persist(lambda: runs.read(self.evaluation_run_id, VALUES_FILE))
         decision = decide(config, EvaluationValues.model_validate_json(content))
@@ -124,8 +158,15 @@ class GateOperator(RegistryOperator, SkipMixin):
             self.skip(context["ti"], behind)
         return outcome
 
+    @property
+    def decision_run(self) -> tuple[str, str]:
+        """The run that the decision is written to."""
+        run_id = said(self.decision_run_id)
+        name = "evaluation_run_id" if run_id is None else "decision_run_id"
+        return name, str(run_id or self.evaluation_run_id)
+
     def _record(self, runs: StageRuns, decision: Decision) -> None:
-        run_id = self.decision_run_id or self.evaluation_run_id
+        run_id = self.decision_run[1]
         runs.log_table(run_id, GATES_TABLE, *decision.table())
         word = names.ACCEPTED if decision.accepted else names.REJECTED
         self.tracking.set_tags(run_id, {names.TAG_DECISION: word, names.TAG_REASON: decision.reason})
@@ -135,7 +176,10 @@ class PromoteOperator(RegistryOperator):
     """Register a model with its lineage and make it the champion; a repeated task promotes once.
 
     The task is skipped, with the reason, where the champion is another one than the candidate was compared
-    with. Returns ``version``, ``model_uri`` and ``replaces``; emits the event of ``champion_asset``.
+    with, and where its run has promoted before. A mapped one (``partial().expand()``) must name
+    ``outlets=[PROMOTIONS]`` itself.
+
+    Returns ``version``, ``model_uri`` and ``replaces``; emits the event of ``champion_asset``.
 
     :param registered_model: its name in the registry.
     :param checkpoint: MLflow URI of the checkpoint.
@@ -181,30 +225,62 @@ class PromoteOperator(RegistryOperator):
 
         :raises AirflowSkipException: if another version has become champion meanwhile.
         """
-        candidate = Candidate(
-            self.registered_model,
-            self.checkpoint,
-            self.candidacy_run_id,
-            int(self.compared_with or 0),
-            {str(name): str(value) for name, value in dict(parse_json_object(self.lineage or {})).items()},
-            self.reason,
-        )
+        candidate = self._candidate()
         try:
             version = persist(lambda: self.registry.promote(candidate))
+        except PromotedBeforeError as before:
+            raise AirflowSkipException(str(before)) from None
         except LostError as lost:
-            self._decide(names.REJECTED, str(lost))
-            raise AirflowSkipException(str(lost)) from None
-        self._decide(names.PROMOTED, self.reason)
-        self.log.info("%s is the champion: %s", version.uri, self.reason)
+            self._decide(candidate.candidacy, names.REJECTED, str(lost))
+            if lost.crowned is None:
+                raise AirflowSkipException(str(lost)) from None
+            version, reason = lost.crowned, "Its own promotion had been cut off, and was finished."
+            self._decide(version.tags[TAG_CANDIDACY], names.PROMOTED, reason)
+        else:
+            reason = self.reason
+            self._decide(candidate.candidacy, names.PROMOTED, reason)
+        self.log.info("%s is the champion: %s", version.uri, reason)
         outcome = {"version": version.number, "model_uri": version.uri, "replaces": candidate.against or None}
-        _announce(
-            context, version, {**outcome, "reason": self.reason, "mlflow_run_id": self.candidacy_run_id}
-        )
+        run_id = version.tags.get(TAG_CANDIDACY)
+        _announce(context, version, {**outcome, "reason": reason, "mlflow_run_id": run_id})
         return outcome
 
-    def _decide(self, word: str, reason: str) -> None:
+    def _candidate(self) -> Candidate:
+        """Return what is to be promoted.
+
+        :raises InvalidRequestError: naming the parameter.
+        """
+        against = said(self.compared_with) or 0
+        if not str(against).isdecimal():
+            raise InvalidRequestError.of("compared_with", f"must be a version's number, got {against!r}")
+        lineage = parsed(said(self.lineage) or {}, "lineage")
+        return Candidate(
+            checked_name(str(self.registered_model)),
+            self.checkpoint,
+            self._existing_run(),
+            int(against),
+            {str(name): str(value) for name, value in lineage.items()},
+            self.reason,
+        )
+
+    @property
+    def decision_run(self) -> tuple[str, str]:
+        """The run that may promote once."""
+        return "candidacy_run_id", str(self.candidacy_run_id)
+
+    def _decide(self, run_id: str, word: str, reason: str) -> None:
         tags = {names.TAG_DECISION: word, names.TAG_REASON: reason}
-        persist(lambda: self.tracking.set_tags(self.candidacy_run_id, tags))
+        persist(lambda: self.tracking.set_tags(run_id, tags))
+
+
+class ApprovePromotionOperator(ApprovalOperator):
+    """Ask a person whether to promote; who answered, or that nobody did, is returned also if it is a no."""
+
+    def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
+        """Take the answer; what is behind is skipped if it is a no."""
+        answer = {name: event.get(name) for name in ("chosen_options", "responded_by_user")}
+        context["ti"].xcom_push(key="return_value", value=answer)
+        return super().execute_complete(context, event)
 
 
 class RollbackOperator(RegistryOperator):
@@ -230,8 +306,14 @@ class RollbackOperator(RegistryOperator):
 
         :raises ModelError: if there is no version before.
         """
+        checked_name(str(self.registered_model))
         asked = place_digest(task_key(context))  # the same for each attempt
         version, rolled_back = persist(lambda: self.registry.rollback(self.registered_model, asked))
+        champion = persist(lambda: self.registry.champion(self.registered_model))
+        if champion is None or champion.number != version.number:
+            raise AirflowSkipException(
+                f"{rolled_back.uri} was rolled back before, and others promoted since."
+            )
         self.log.info("%s is the champion again, instead of %s", version.uri, rolled_back.uri)
         outcome = {"version": version.number, "model_uri": version.uri, "replaces": rolled_back.number}
         _announce(

@@ -6,41 +6,43 @@ know nothing of a retraining: the macros here say to each stage what it is to do
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk.bases.skipmixin import SkipMixin
-from airflow.sdk.exceptions import AirflowSkipException
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from post_training.errors import TrainerError
+from post_training.errors import InvalidRequestError, ModelError, TrainerError
 from post_training.job_ids import TaskKey
 from post_training.launch.local import PREPARE
 from post_training.model_registry import ModelRegistry, Version
+from post_training.night import PAIRS, ROWS, SOURCES, TAG_TRAINED, Night, trained_sources
 from post_training.operators.patience import persist
 from post_training.operators.promotion import RegistryOperator
-from post_training.operators.stage import StageOperator, checked
+from post_training.operators.stage import StageOperator, checked, parsed
 from post_training.operators.worker import PermanentFailureError, work_dir_of
 from post_training.schemas import record as names
-from post_training.schemas.base import parse_json_object
 from post_training.schemas.flat import unflatten
 from post_training.schemas.preparation import (
     DATA_FOLDER,
     DIGESTS_FILE,
     PREPARATION_RESULT_FILE,
     PREPARATION_SPEC_FILE,
-    Part,
     PreparationResult,
     PreparationSource,
     PreparationSpec,
     SplitConfig,
 )
-from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
 from post_training.schemas.retraining import MODEL_FIELDS, STAGES, RetrainingConfig, Stage
 from post_training.schemas.trainer import TrackingTarget
+from post_training.schemas.training import DatasetFormat
 from post_training.settings import load_settings
 from post_training.stage_runs import StageRuns
-from post_training.tracking import JobRun
+from post_training.tracking import SUPERSEDED, JobRun
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -54,12 +56,8 @@ PREPARE_TASK, EVALUATE_TASK, GATE_TASK, APPROVE_TASK, PROMOTE_TASK = (
 )
 """Tasks of the retraining; between the first two lie its stages, under the names of ``STAGES``."""
 
-ROWS, PAIRS = "rows", "pairs"
-SOURCES = {SupervisedFineTuneRequest.method: ROWS, PreferenceOptimizeRequest.method: PAIRS}
-"""Training method -> which of the prepared data it reads."""
-
-TAG_TRAINED = "post_training.trained"
-"""Of a promoted version: URI of the digests of all rows that it and those before it were trained on."""
+ONLY_IN_THE_FILE = ("approval.timeout_hours",)
+"""Airflow fixes it with the DAG; a run cannot change it."""
 
 
 class PrepareRetrainingOperator(StageOperator, SkipMixin):
@@ -89,29 +87,22 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
         """
         config = read_config(self.config)
         registry = ModelRegistry(self.tracking)
+        promoted = self._persist(registry.promoted, config.model.name, run.run_id)
+        if promoted is not None:  # what it was made from stays as it is
+            raise AirflowSkipException(
+                f"This run has promoted {promoted.uri}: start a new one to train again."
+            )
+        self._persist(self.tracking.forget_tags, run.run_id, (names.TAG_DECISION, names.TAG_REASON))
+        _check_libraries(config)
         champion = self._persist(registry.champion, config.model.name)
-        base = self._resolver().model_named("model.base", config.model.base)
+        base = self._persist(registry.pinned, self._resolver().model_named("model.base", config.model.base))
         tags = {names.TAG_REGISTERED_MODEL: config.model.name}
         self._persist(self.tracking.set_tags, run.run_id, tags)
         prepared = self._prepare(config, key, run, champion)
-        night = config.digest(
-            {name: source.digest for name, source in prepared.sources.items()},
-            champion.number if champion is not None else None,
-        )
-        self._skip_unless_new(config, prepared, run, night)
-        start = champion.uri if champion is not None and config.model.start_from == "champion" else base
-        outcome = {
-            "mlflow_run_id": run.run_id,
-            "registered_model": config.model.name,
-            "base": base,
-            "start": start,
-            "checkpoint": config.checkpoint,
-            "requests": {stage: self._request(config, stage, run, prepared) for stage in config.stages},
-            "evaluation": self._evaluation(config, run, prepared),
-            "gate": config.gate.model_dump(mode="json"),
-            "lineage": self._lineage(config, run, prepared, base, start, champion),
-        }
-        self._skip_unwanted(config, context, outcome)
+        night = Night(config, run.run_id, prepared, base, champion.uri if champion is not None else None)
+        self._skip_unless_new(night)
+        outcome = night.outcome()
+        self._skip_unwanted(night, context, outcome)
         return outcome
 
     def _end(self, run: JobRun | None, status: str, error: str | None = None) -> None:
@@ -126,25 +117,15 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
 
         :raises TrainerError: if they cannot be read.
         """
-        settings, resolver, data = load_settings(), self._resolver(), config.data
+        settings, resolver = load_settings(), self._resolver()
         work_dir = work_dir_of(key)
-        rows = self._persist(resolver.dataset, "data.dataset_id", data.dataset_id)
-        sources = {
-            ROWS: PreparationSource(
-                source=rows, method=SupervisedFineTuneRequest.method, data_format=data.data_format
-            )
-        }
-        if data.preference_dataset_id is not None:
-            pairs = self._persist(resolver.dataset, "data.preference_dataset_id", data.preference_dataset_id)
-            sources[PAIRS] = PreparationSource(
-                source=pairs, method=PreferenceOptimizeRequest.method, data_format=data.data_format
-            )
         spec = PreparationSpec(
             split=SplitConfig.model_validate(
-                {name: getattr(data, name) for name in SplitConfig.model_fields}
+                {name: getattr(config.data, name) for name in SplitConfig.model_fields}
             ),
-            sources=sources,
-            trained=champion.tags.get(TAG_TRAINED) if champion is not None else None,
+            sources=self._sources(config),
+            held_out=self._held_out(config),
+            trained=_trained_by(champion),
             model_roots=resolver.model_roots(),
             work_dir=work_dir,
             max_data_bytes=settings.max_data_bytes,
@@ -160,102 +141,77 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
             raise kind(result.error or "The data could not be prepared, without a reason.")
         return result
 
-    def _skip_unless_new(
-        self, config: RetrainingConfig, prepared: PreparationResult, run: JobRun, night: str
-    ) -> None:
+    def _sources(self, config: RetrainingConfig) -> dict[str, PreparationSource]:
+        """Return the data that is split."""
+        data, trained = config.data, trained_sources(config)
+        named = {
+            ROWS: ("dataset_id", data.dataset_id),
+            PAIRS: ("preference_dataset_id", data.preference_dataset_id),
+        }
+        return {
+            name: self._source(f"data.{field}", dataset_id, name, data.data_format, name in trained)
+            for name, (field, dataset_id) in named.items()
+            if dataset_id is not None
+        }
+
+    def _held_out(self, config: RetrainingConfig) -> dict[str, PreparationSource]:
+        """Return the data of the user's own that models are compared on."""
+        own = config.evaluation
+        named = {
+            ROWS: ("dataset_id", own.dataset_id),
+            PAIRS: ("preference_dataset_id", own.preference_dataset_id),
+        }
+        return {
+            name: self._source(f"evaluation.{field}", dataset_id, name, own.data_format, False)
+            for name, (field, dataset_id) in named.items()
+            if dataset_id is not None
+        }
+
+    def _source(
+        self, field: str, dataset_id: str, name: str, data_format: DatasetFormat, trained: bool
+    ) -> PreparationSource:
+        return PreparationSource(
+            source=self._persist(self._resolver().dataset, field, dataset_id),
+            method=next(method for method, source in SOURCES.items() if source == name),
+            data_format=data_format,
+            trained=trained,
+        )
+
+    def _skip_unless_new(self, night: Night) -> None:
         """Leave out what has been done.
 
         :raises AirflowSkipException: saying what.
         """
-        new = sum(source.new_rows for source in prepared.sources.values())
-        reason = None
-        if new == 0 and (config.data.skip_unchanged or config.data.rows == "new"):
-            reason = (
-                f"No row of the data is new since the last promotion of {config.model.name}:"
-                " there is nothing to learn."
-            )
-        elif config.data.skip_unchanged and (decided := self._persist(self._decided, run, night)) is not None:
-            reason = (
-                f"The same data and configuration were {decided.tags[names.TAG_DECISION]} in MLflow run"
-                f" {decided.run_id}."
-            )
-        tags = {names.TAG_NIGHT: night}
+        digest, reason = night.digest(), night.nothing_new()
+        if reason is None and night.config.data.skip_unchanged:
+            decided = self._persist(self._decided, night.run_id, digest)
+            if decided is not None:
+                reason = (
+                    f"The same data and configuration were {decided.tags[names.TAG_DECISION]} in MLflow run"
+                    f" {decided.run_id}."
+                )
+        tags = {names.TAG_NIGHT: digest}
         if reason is not None:
             tags |= {names.TAG_DECISION: names.SKIPPED, names.TAG_REASON: reason}
-        self._persist(self.tracking.set_tags, run.run_id, tags)
+        self._persist(self.tracking.set_tags, night.run_id, tags)
         if reason is not None:
             raise AirflowSkipException(reason)
 
-    def _decided(self, run: JobRun, night: str) -> JobRun | None:
+    def _decided(self, run_id: str, digest: str) -> JobRun | None:
         """Return the run in which the same was decided on before, None where there is none."""
         decisions = (names.PROMOTED, names.REJECTED)
         return next(
             (
                 other
-                for other in self.tracking.tagged(names.TAG_NIGHT, night)
-                if other.run_id != run.run_id and other.tags.get(names.TAG_DECISION) in decisions
+                for other in self.tracking.tagged(names.TAG_NIGHT, digest)
+                if other.run_id != run_id and other.tags.get(names.TAG_DECISION) in decisions
             ),
             None,
         )
 
-    def _request(
-        self, config: RetrainingConfig, stage: Stage, run: JobRun, prepared: PreparationResult
-    ) -> dict[str, Any]:
-        """Return a stage's request without the model to start from, which another stage may make.
-
-        :raises TrainerError: if there is nothing to train on.
-        """
-        source = SOURCES[STAGES[stage]]
-        train = _uri(run, prepared, source, "train")
-        if train is None:
-            raise PermanentFailureError(f"The training part of the {source} is empty: {stage} cannot train.")
-        return config.stage_request(stage, None, train, _uri(run, prepared, source, "validation"))
-
-    def _evaluation(
-        self, config: RetrainingConfig, run: JobRun, prepared: PreparationResult
-    ) -> dict[str, Any]:
-        """Return the evaluation's config, its data filled in.
-
-        :raises TrainerError: if there is nothing to evaluate on.
-        """
-        own = config.evaluation
-        rows = own.dataset_id or _uri(run, prepared, ROWS, "evaluation")
-        if rows is None:
-            raise PermanentFailureError(
-                "The evaluation part of the rows is empty: data.evaluation_fraction"
-                f" {config.data.evaluation_fraction} of so few rows is none."
-            )
-        filled = {
-            "dataset_id": rows,
-            "data_format": (own if own.dataset_id else config.data).data_format.value,
-            "preference_dataset_id": own.preference_dataset_id or _uri(run, prepared, PAIRS, "evaluation"),
-        }
-        return {**own.model_dump(mode="json"), **filled}
-
-    def _lineage(
-        self,
-        config: RetrainingConfig,
-        run: JobRun,
-        prepared: PreparationResult,
-        base: str,
-        start: str,
-        champion: Version | None,
-    ) -> dict[str, str]:
-        """Return the tags of a version that comes of this."""
-        digests = {f"post_training.digest.{name}": one.digest for name, one in prepared.sources.items()}
-        return {
-            "post_training.retraining": run.run_id,
-            "post_training.base_model": base,
-            "post_training.started_from": start,
-            "post_training.replaces": champion.uri if champion is not None else "",
-            "post_training.request": config.digest(),
-            TAG_TRAINED: f"runs:/{run.run_id}/{DATA_FOLDER}/{DIGESTS_FILE}",
-            **digests,
-        }
-
-    def _skip_unwanted(self, config: RetrainingConfig, context: Context, outcome: dict[str, Any]) -> None:
+    def _skip_unwanted(self, night: Night, context: Context, outcome: dict[str, Any]) -> None:
         """Skip the tasks behind that are not wanted."""
-        wanted = {*config.stages, *([APPROVE_TASK] if config.approval.required else [])}
+        wanted = {*night.stages, *([APPROVE_TASK] if night.config.approval.required else [])}
         unwanted = {*STAGES, APPROVE_TASK} - wanted
         tasks = [task for task in context["task"].get_direct_relatives() if task.task_id in unwanted]
         if tasks:
@@ -263,11 +219,30 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
             self.skip(context["ti"], tasks)
 
 
-def _uri(run: JobRun, prepared: PreparationResult, source: str, part: Part) -> str | None:
-    """Return where a part of the data is, None where it is empty."""
-    found = prepared.sources.get(source)
-    file = found.files.get(part) if found is not None else None
-    return f"runs:/{run.run_id}/{DATA_FOLDER}/{file}" if file is not None else None
+def _trained_by(champion: Version | None) -> str | None:
+    """Return where the digests lie of what the champion was trained on.
+
+    :raises ModelError: if its tag names another place: whoever writes to the registry may have written it.
+    """
+    uri = champion.tags.get(TAG_TRAINED) if champion is not None else None
+    if uri is not None and not re.fullmatch(rf"runs:/[0-9a-f]{{32}}/{DATA_FOLDER}/{DIGESTS_FILE}", uri):
+        raise ModelError(
+            f"the tag {TAG_TRAINED} of {champion and champion.uri} must be of a retraining's own run"
+        )
+    return uri
+
+
+def _check_libraries(config: RetrainingConfig) -> None:
+    """Refuse a confidence that could only fail after all is trained.
+
+    :raises InvalidRequestError: naming the gate.
+    """
+    for number, gate in enumerate(config.gate.gates):
+        if gate.confidence is not None and find_spec("scipy") is None:
+            raise InvalidRequestError.of(
+                f"gate.gates.{number}.confidence",
+                f"needs scipy, of the extra 'search', got {gate.confidence}",
+            )
 
 
 def read_config(given: Mapping[str, Any] | str) -> RetrainingConfig:
@@ -275,8 +250,13 @@ def read_config(given: Mapping[str, Any] | str) -> RetrainingConfig:
 
     :raises InvalidRequestError: naming each field, rule and value.
     """
-    value = dict(parse_json_object(given))
+    value = parsed(given, "config")
     if any("." in name for name in value):
+        for name in ONLY_IN_THE_FILE:
+            if name in value:
+                raise InvalidRequestError.of(
+                    name, f"is fixed by the file of the DAG: a run cannot change it, got {value[name]!r}"
+                )
         value = unflatten(RetrainingConfig, value, form_defaults={})
     return checked(RetrainingConfig, value, "")
 
@@ -295,7 +275,10 @@ def stage_request(ti: Any, stage: Stage) -> dict[str, Any]:
 def candidate(ti: Any) -> str:
     """Return the MLflow URI of the checkpoint that the last stage made: a macro of the retraining's DAG."""
     night = ti.xcom_pull(task_ids=PREPARE_TASK)
-    return next(_checkpoints(ti, reversed(list(STAGES)), night["checkpoint"]))
+    found = next(_checkpoints(ti, reversed(list(STAGES)), night["checkpoint"]), None)
+    if found is None:
+        raise AirflowFailException("No stage has trained: there is no candidate.")
+    return found
 
 
 def _checkpoints(ti: Any, stages: Iterator[Stage], which: str) -> Iterator[str]:
@@ -305,9 +288,14 @@ def _checkpoints(ti: Any, stages: Iterator[Stage], which: str) -> Iterator[str]:
         if outcome is not None:
             found = outcome["checkpoints"]
             if which == "best":
-                yield min(found, key=lambda one: one["training_metrics"]["validation_loss"])["path"]
+                yield min(found, key=_validation_loss)["path"]
             else:
                 yield found[-1]["path"]
+
+
+def _validation_loss(checkpoint: Mapping[str, Any]) -> float:
+    loss = checkpoint["training_metrics"]["validation_loss"]
+    return math.inf if loss is None else float(loss)
 
 
 MACROS = {"stage_request": stage_request, "candidate": candidate}
@@ -348,19 +336,30 @@ class ConcludeRetrainingOperator(RegistryOperator):
 
 def _decision(ti: Any, run: JobRun, states: Mapping[str, Any], children: Sequence[JobRun]) -> tuple[str, str]:
     """Return how the retraining ended and the sentence that says why."""
-    failed = [task for task, state in states.items() if state == "failed"]
+    failed = sorted(task for task, state in states.items() if state == "failed")
     if failed:
-        errors = (child.tags.get(names.TAG_ERROR) for child in (*children, run))
-        error = next(filter(None, errors), "see its log.")
-        return names.FAILED, f"{', '.join(sorted(failed))} failed: {error}"
-    decision = run.tags.get(names.TAG_DECISION, "")
-    if decision == names.ACCEPTED and states.get(PROMOTE_TASK) != "success":
-        answer = ti.xcom_pull(task_ids=APPROVE_TASK) or {}
-        who = (answer.get("responded_by_user") or {}).get("name") or "nobody in time"
-        return names.REJECTED, f"The gates accepted the candidate, but it was not approved: asked, {who}."
-    if decision == names.ACCEPTED:
-        decision = names.PROMOTED
-    return decision or names.FAILED, run.tags.get(names.TAG_REASON, "It ended before a decision.")
+        errors = (_error_of(task, run, children) for task in failed)
+        return names.FAILED, f"{', '.join(failed)} failed: {next(filter(None, errors), 'see its log.')}"
+    decision, reason = run.tags.get(names.TAG_DECISION), run.tags.get(names.TAG_REASON, "")
+    if decision != names.ACCEPTED:
+        return (decision, reason) if decision else (names.FAILED, "It ended before a decision.")
+    if (states.get(APPROVE_TASK), states.get(PROMOTE_TASK)) != ("success", "skipped"):
+        return names.FAILED, f"The gates accepted the candidate, but promote is {states.get(PROMOTE_TASK)}."
+    user = ((ti.xcom_pull(task_ids=APPROVE_TASK) or {}).get("responded_by_user") or {}).get("name")
+    if user is None:
+        return names.EXPIRED, "The gates accepted the candidate, but nobody has approved it in time."
+    return names.REJECTED, f"The gates accepted the candidate, but {user} did not approve it."
+
+
+def _error_of(task: str, run: JobRun, children: Sequence[JobRun]) -> str | None:
+    """Return why a task failed, as its own run says, or the night's for one that has none."""
+    own = [
+        child
+        for child in children
+        if child.tags.get(names.TAG_TASK_ID) == task
+        and not child.tags.get(names.TAG_JOB_UUID, "").endswith(SUPERSEDED)
+    ]
+    return next((child.tags.get(names.TAG_ERROR) for child in own), run.tags.get(names.TAG_ERROR))
 
 
 def _cost(children: Sequence[JobRun]) -> dict[str, float]:

@@ -7,14 +7,18 @@ from typing import Any
 
 import yaml
 from airflow.sdk import Asset, AssetAny, AssetOrTimeSchedule, CronTriggerTimetable, Param
+from airflow.sdk.definitions.asset import AssetUriRef
 from pydantic import ValidationError
 
 from post_training.errors import InvalidRequestError
 from post_training.operators.params import form_param
+from post_training.operators.retraining import ONLY_IN_THE_FILE
 from post_training.schemas.flat import at, leaves
 from post_training.schemas.requests import error_details
 from post_training.schemas.retraining import RetrainingConfig, RetrainingFile
 from post_training.settings import load_settings
+
+OUR_ASSETS = "x-post-training://"
 
 SECTIONS: dict[str, str] = {
     "model": "Model",
@@ -28,9 +32,6 @@ SECTIONS: dict[str, str] = {
     "approval": "Promotion",
 }
 """Field -> section of the form, in the order of the form."""
-
-ONLY_IN_THE_FILE = ("approval.timeout_hours",)
-"""Airflow fixes it with the DAG; a run cannot change it."""
 
 
 def load_retraining(default: Path) -> RetrainingFile:
@@ -53,11 +54,16 @@ def load_retraining(default: Path) -> RetrainingFile:
 def retraining_schedule(file: RetrainingFile) -> Any:
     """Return what wakes the DAG: a time, an asset, either, or nothing."""
     schedule = file.schedule
-    assets = AssetAny(*(Asset(uri) for uri in schedule.assets)) if schedule.assets else None
+    assets = AssetAny(*map(_asset, schedule.assets)) if schedule.assets else None
     if schedule.cron is None:
         return assets
     timetable = CronTriggerTimetable(schedule.cron, timezone=schedule.timezone)
     return timetable if assets is None else AssetOrTimeSchedule(timetable=timetable, assets=assets)
+
+
+def _asset(uri: str) -> Asset | AssetUriRef:
+    """Return an asset of ours, or a reference to one that another DAG defines under a name of its own."""
+    return Asset(uri) if uri.startswith(OUR_ASSETS) else Asset.ref(uri=uri)
 
 
 def retraining_params(file: RetrainingFile) -> dict[str, Param]:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    AirflowSkipException,
+    DownstreamTasksSkipped,
+)
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
 from post_training.dataset_records import DatasetRecords
 from post_training.datasets import Resolver
-from post_training.errors import InvalidRequestError, ModelError, PostTrainingError, RecordUnavailableError
+from post_training.errors import (
+    DataError,
+    InvalidRequestError,
+    ModelError,
+    PostTrainingError,
+    RecordUnavailableError,
+)
 from post_training.job_ids import TaskKey
 from post_training.operators.links import MLflowRunLink
 from post_training.operators.patience import persist
@@ -25,6 +38,7 @@ from post_training.operators.worker import (
     task_key,
 )
 from post_training.schemas import record as names
+from post_training.schemas.base import parse_json_object
 from post_training.schemas.requests import LENIENT, error_details
 from post_training.settings import load_settings
 from post_training.stage_runs import StageRuns
@@ -66,14 +80,17 @@ class StageOperator(WorkerOperator):
             run = self._persist(self._open, key)
             self._note(run, context["ti"])
             outcome = self.work(context, key, run)
-        except (InvalidRequestError, ModelError, PermanentFailureError) as error:
+        except (InvalidRequestError, DataError, ModelError, PermanentFailureError) as error:
             self._end(run, "FAILED", str(error))
             raise AirflowFailException(str(error)) from None
         except PostTrainingError as error:
             self._end(run, "FAILED", str(error))
             raise AirflowException(str(error)) from None
-        except AirflowSkipException:
+        except (AirflowSkipException, DownstreamTasksSkipped):
             self._end(run, "FINISHED")
+            raise
+        except BaseException as error:
+            self._end(run, "FAILED", f"The task was interrupted: {type(error).__name__}.")
             raise
         self._end(run, "FINISHED")
         return outcome
@@ -91,7 +108,7 @@ class StageOperator(WorkerOperator):
         return StageRuns(self.tracking)
 
     def _open(self, key: TaskKey) -> JobRun:
-        return self.runs.open(key, experiment=self.experiment_name, parent=self.parent_run_id)
+        return self.runs.open(key, experiment=said(self.experiment_name), parent=said(self.parent_run_id))
 
     def _note(self, run: JobRun, ti: Any) -> None:
         """Let task and run lead to each other."""
@@ -130,6 +147,30 @@ class StageOperator(WorkerOperator):
         if not written.exists():
             raise no_result(code)
         return result.model_validate_json(written.read_bytes())
+
+
+def said(value: Any) -> Any:
+    """Return None for what a template renders where there is nothing, also without native objects."""
+    return None if value in (None, "", "None") else value
+
+
+def parsed(given: Any, place: str) -> dict[str, Any]:
+    """Read an object, or a JSON string of one: what a template rendered.
+
+    :param place: the operator's parameter.
+    :raises InvalidRequestError: if it is neither.
+    """
+    try:
+        value = parse_json_object(given)
+    except PydanticCustomError as error:
+        raise InvalidRequestError.of(
+            place,
+            f"{error.message()}; a DAG without render_template_as_native_obj=True renders objects as Python"
+            " text, use a tojson filter there",
+        ) from None
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError.of(place, f"must be an object, got {type(value).__name__}")
+    return dict(value)
 
 
 def checked(model: type[Config], given: Any, place: str) -> Config:

@@ -18,7 +18,7 @@ from post_training.operators.worker import PermanentFailureError
 from post_training.record import identity_tags, new_run
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
-from post_training.tracking import OPEN, JobRun, Tracking, run_of_task
+from post_training.tracking import OPEN, SUPERSEDED, JobRun, Tracking, run_of_task
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -168,7 +168,7 @@ class TaskRecord:
     ) -> None:
         """End a run that another supersedes; one that had ended before this attempt gets its end back."""
         job_uuid = job_uuid_of(self.key)
-        self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: f"{job_uuid} (superseded)"})
+        self.tracking.set_tags(run.run_id, {names.TAG_JOB_UUID: f"{job_uuid}{SUPERSEDED}"})
         before = self._before if self._before is not None and self._before.run_id == run.run_id else run
         if before.status in OPEN:
             self.tracking.set_status(run.run_id, "FAILED", error=reason)

@@ -61,6 +61,7 @@ class PreparationSource(LenientModel):
         description="The training method whose rows they are."
     )
     data_format: DatasetFormat = Field(description="Shape of a row.")
+    trained: bool = Field(default=True, description="Whether a stage trains on it; else it only evaluates.")
 
 
 class PreparationSpec(LenientModel):
@@ -71,6 +72,10 @@ class PreparationSpec(LenientModel):
 
     split: SplitConfig
     sources: dict[str, PreparationSource] = Field(description="rows, and pairs where there are some.")
+    held_out: dict[str, PreparationSource] = Field(
+        default_factory=dict,
+        description="Data that models are compared on: what has one of its questions is not trained on.",
+    )
     trained: str | None = Field(
         default=None,
         description="DIGESTS_FILE of the last promoted run: an absolute path or a URI; null is that nothing"
@@ -91,6 +96,7 @@ class PreparedSource(LenientModel):
     )
     new_rows: int = Field(description="Rows of the training part that were not trained on before.")
     skipped: int = Field(description="Rows that could not be read and were left out.")
+    held_out: int = Field(default=0, description="Rows that were left out for a question that is held out.")
     digest: str = Field(
         description="SHA-256 of all rows that could be read and of their parts, in whatever order they stand."
     )
@@ -103,3 +109,7 @@ class PreparationResult(LenientModel):
     error: str | None = Field(default=None, description="Why it failed, in one sentence.")
     permanent: bool = Field(default=False, description="Whether another attempt would fail the same way.")
     sources: dict[str, PreparedSource] = Field(default_factory=dict, description="By the spec's names.")
+    held_out: dict[str, str] = Field(
+        default_factory=dict,
+        description="Digest of the rows of each that could be read, by the spec's names.",
+    )

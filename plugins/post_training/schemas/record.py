@@ -70,6 +70,8 @@ PROMOTED: Final = "promoted"
 REJECTED: Final = "rejected"
 SKIPPED: Final = "skipped"
 FAILED: Final = "failed"
+EXPIRED: Final = "expired"
+"""Accepted, and not approved in time."""
 
 TAG_REASON: Final = "post_training.reason"
 """Why, in one sentence."""

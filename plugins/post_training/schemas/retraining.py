@@ -37,6 +37,15 @@ MODEL_FIELDS = {
 _OURS = ("dataset_id", "validation_dataset_id", "data_format")
 
 
+def _check_name(value: str) -> str:
+    """Refuse what Airflow's templates would take for a value of Python's own."""
+    if value in ("None", "True", "False"):
+        raise PydanticCustomError(
+            "name", "must be no word of Python's own, got {value}", {"value": repr(value)}
+        )
+    return value
+
+
 def _check_timezone(value: str) -> str:
     """Refuse what the time zone database does not have."""
     try:
@@ -60,8 +69,8 @@ StageConfig = Annotated[
 class RetrainedModelConfig(StrictModel):
     """What is retrained."""
 
-    name: str = Field(
-        pattern=r"^[\w. -]{1,200}$",
+    name: Annotated[str, AfterValidator(_check_name)] = Field(
+        pattern=r"^[A-Za-z]([\w. -]{0,198}\w)?$",
         description="Name in MLflow's model registry, made with the first promotion.",
     )
     base: str | None = Field(
@@ -90,8 +99,8 @@ class RetrainingDataConfig(SplitConfig):
     )
     skip_unchanged: bool = Field(
         default=True,
-        description="Whether a run ends at once where no row is new since the last promotion, or where the"
-        " same data and configuration were decided on before.",
+        description="Whether a run ends at once where no row that it would train on is new since the last"
+        " promotion, or where the same data and configuration were decided on before.",
     )
 
 
@@ -162,8 +171,11 @@ class RetrainingConfig(StrictModel):
         """
         method, body = STAGES[stage], dict(getattr(self, stage))
         training = dict(body.get("training_config") or {})
-        rows = self.data.data_format.value if method == SupervisedFineTuneRequest.method else None
-        data = {"dataset_id": train, "validation_dataset_id": validation, "data_format": rows or "instruct"}
+        data = {
+            "dataset_id": train,
+            "validation_dataset_id": validation,
+            "data_format": self.data.data_format.value,
+        }
         training["data_config"] = {**dict(training.get("data_config") or {}), **data}
         return {
             "hyperparam_search_config": {},
@@ -174,8 +186,8 @@ class RetrainingConfig(StrictModel):
         }
 
     def digest(self, *parts: Any) -> str:
-        """Return a SHA-256 of the configuration and of what else it is applied to."""
-        text = json.dumps([self.model_dump(mode="json"), *parts], sort_keys=True)
+        """Return a SHA-256 of the configuration, the approval apart, and of what else it is applied to."""
+        text = json.dumps([self.model_dump(mode="json", exclude={"approval"}), *parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -220,6 +232,12 @@ def _problems_of_gates(config: RetrainingConfig) -> Iterator[InitErrorDetails]:
         "reward_margin": own.preference_dataset_id is not None or pairs_part,
     }
     for number, gate in enumerate(config.gate.gates):
+        if gate.metric == "reward_accuracy" and gate.compares and gate.against == "base":
+            yield _problem(
+                ("gate", "gates", number, "against"),
+                "rewards are relative to the base, whose accuracy is 0: set at_least instead",
+                gate.against,
+            )
         if not measured.get(gate.metric, True):
             needs = "exact_match" if gate.metric == "exact_match" else "preference_dataset_id"
             yield _problem(
@@ -272,6 +290,19 @@ def _problems_of_stage(config: RetrainingConfig, stage: Stage) -> Iterator[InitE
     kind = getattr(algorithm, "type", None)
     if stage == "quantize" and kind != "QAT":
         yield _problem((stage, "algorithm_config", "type"), "must be 'QAT'", kind)
+    if config.checkpoint == "best" and request.training_config.max_validation_steps == 0:
+        yield _problem(
+            (stage, "training_config", "max_validation_steps"),
+            "must not be 0: without a validation no checkpoint is known to be the best",
+            0,
+        )
+    steps = request.training_config.max_steps_per_epoch
+    if config.data.rows == "new" and steps not in (0, None):
+        yield _problem(
+            (stage, "training_config", "max_steps_per_epoch"),
+            "must be 0 with data.rows 'new': what a night leaves out would count as trained",
+            steps,
+        )
     if config.data.validation_fraction == 0 and config.checkpoint == "best":
         yield _problem(
             ("checkpoint",),

@@ -17,11 +17,11 @@ from lightning_modules.tables import write_table
 from post_training.errors import InputsChangedError
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric, checkpoint_identifier
 from post_training.schemas.record import TAG_CHECKPOINT_COPY_PREFIX
-from post_training.schemas.trainer import TrainerSpec
+from post_training.schemas.trainer import METRICS_FILE, TrainerSpec
 
 _log = logging.getLogger(__name__)
 
-SPOOL_FILE = "metrics.jsonl"
+SPOOL_FILE = METRICS_FILE
 
 CLOSE_TIMEOUT = 60.0
 MAX_PARAM_CHARACTERS = 6000

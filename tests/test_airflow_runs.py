@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from post_training.errors import InvalidRequestError, JobConflictError, RecordUnavailableError
-from post_training.job_ids import TaskKey
+from post_training.job_ids import REQUEST_DAGS, TaskKey
 from post_training.schemas.flat import flatten
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from tests.requests_of import sft_body
@@ -110,7 +110,7 @@ def test_a_stage_of_a_larger_dag_is_a_job_too(runs: Any) -> None:
     assert runs.find("team.nightly.run.1.sft").key == TaskKey("team.nightly", "run.1", "sft")
     assert runs.find("team.nightly.run.1.after") is None
     assert "team.nightly.run.1.sft" in runs.job_uuids({"team.nightly"})
-    request_dags = {"supervised_fine_tune", "preference_optimize"}
+    request_dags = set(REQUEST_DAGS)
     assert runs.dag_ids() == {*request_dags, "team.nightly"}
     assert runs.dag_ids(prefix_of="team.nightly.run.1.sft") == {*request_dags, "team.nightly"}
     assert runs.dag_ids(prefix_of="team.weekly.run.1.sft") == request_dags
@@ -163,6 +163,19 @@ def test_a_cancelled_job_has_failed_in_airflow(runs: Any) -> None:
     runs.trigger("supervised_fine_tune", "stop-me", CONF, None)
     runs.cancel(runs.find("stop-me").key, "somebody")
     assert runs.find("stop-me").state in ("failed", "skipped")
+
+
+def test_a_job_that_was_cancelled_before_its_task_began_is_one(runs: Any) -> None:
+    """As one whose search was: its task is skipped and was never tried."""
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.utils.session import create_session
+
+    runs.trigger("supervised_fine_tune", "stop-early", CONF, None)
+    with create_session() as session:
+        task = session.query(TaskInstance).filter_by(run_id="stop-early").one()
+        task.state, task.try_number = "skipped", 0
+    assert runs.find("stop-early").state == "skipped"
+    assert "stop-early" in runs.job_uuids({"supervised_fine_tune"})
 
 
 def test_cancelling_a_stage_leaves_the_rest_of_its_dag_alone(runs: Any) -> None:

@@ -65,6 +65,7 @@ def resolver_of(
             "max_data_bytes": 1_000,
             "max_cache_bytes": 1_000,
             "retraining_config": None,
+            "search_storage": "sqlite://",
             **changes,
         }
     )

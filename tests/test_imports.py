@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "lightning", "transformers", "peft", "datasets", "torchao", "mlflow")
+HEAVY = (
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "datasets",
+    "torchao",
+    "mlflow",
+    "optuna",
+    "matplotlib",
+)
 
 LOAD = {
     "plugin": "import post_training_plugin",

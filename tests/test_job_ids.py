@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from post_training.job_ids import TaskKey, candidate_keys, job_uuid_of
+from post_training.job_ids import TaskKey, candidate_keys, job_uuid_of, request_dag
+from post_training.schemas.requests import REQUESTS
 
 
-def test_in_a_request_dag_the_run_is_the_job() -> None:
-    assert job_uuid_of(TaskKey("supervised_fine_tune", "my-job", "train")) == "my-job"
+@pytest.mark.parametrize("method", REQUESTS)
+@pytest.mark.parametrize("search", [False, True])
+def test_in_a_request_dag_the_run_is_the_job(method: str, search: bool) -> None:
+    dag_id = request_dag(method, search=search)
+    assert dag_id == (f"{method}_search" if search else method)
+    assert job_uuid_of(TaskKey(dag_id, "my-job", "train")) == "my-job"
 
 
 @pytest.mark.parametrize(

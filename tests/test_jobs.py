@@ -101,6 +101,39 @@ def test_a_preference_job_is_submitted_to_its_own_dag(
     assert runs.triggered == ["job-1"]
 
 
+@pytest.mark.parametrize("method", ["supervised_fine_tune", "preference_optimize"])
+def test_a_job_with_a_search_is_submitted_to_the_dag_that_searches(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking, method: str
+) -> None:
+    body, model = {
+        "supervised_fine_tune": (sft_body(), SupervisedFineTuneRequest),
+        "preference_optimize": (dpo_body(), PreferenceOptimizeRequest),
+    }[method]
+    space = {"training_config.n_epochs": {"type": "int", "low": 1, "high": 3}}
+    wanted = model.model_validate({**body, "hyperparam_search_config": {"space": space, "n_trials": 2}})
+    assert service.submit(wanted, FakeAccess()).job_uuid == "job-1"
+    assert service.submit(wanted, FakeAccess()).job_uuid == "job-1"
+    assert runs.triggered == ["job-1"]
+    assert runs.tasks["job-1"].key == TaskKey(f"{method}_search", "job-1", "train")
+    assert tracking.runs["run-1"].tags["airflow.dag_id"] == f"{method}_search"
+    with pytest.raises(JobConflictError):
+        service.submit(model.model_validate(body), FakeAccess())
+
+
+def test_while_its_trials_run_a_job_is_in_progress_and_can_be_cancelled(
+    service: JobService, runs: FakeRuns, tracking: FakeTracking
+) -> None:
+    space = {"training_config.n_epochs": {"type": "int", "low": 1, "high": 3}}
+    service.submit(request(hyperparam_search_config={"space": space, "n_trials": 2}), FakeAccess())
+    assert service.status("job-1", FakeAccess()).status is JobStatus.scheduled
+    tracking.set_status("run-1", "RUNNING")  # as the search's plan does; the job's own task waits
+    assert service.status("job-1", FakeAccess()).status is JobStatus.in_progress
+    service.cancel("job-1", FakeAccess())
+    runs.tasks["job-1"] = replace(runs.tasks["job-1"], state="skipped")  # as Airflow leaves it
+    assert service.status("job-1", FakeAccess()).status is JobStatus.cancelled
+    assert tracking.runs["run-1"].status == "KILLED"
+
+
 def test_the_same_again_answers_the_same_and_makes_nothing(
     service: JobService, runs: FakeRuns, tracking: FakeTracking
 ) -> None:

@@ -224,7 +224,7 @@ def test_a_repeated_promotion_finds_the_first(
     with pytest.raises(PromotedBeforeError, match="/1 was promoted before, and the champion is version 2"):
         other.promote(given)
     with pytest.raises(PromotedBeforeError, match="/1 of another checkpoint before"):
-        other.promote(replace(given, source=candidate(1).source))
+        other.promote(replace(given, source=f"models:/m-{'0' * 32}"))
     promoted = other.promoted(name, given.candidacy)
     assert promoted is not None
     assert promoted.number == 1

@@ -78,7 +78,15 @@ from airflow.dag_processing.dagbag import DagBag
 bag = DagBag({folder})
 print(json.dumps([sorted(bag.dags), bag.import_errors]))
 """
-SHIPPED_DAGS = ["preference_optimize", "reconcile", "supervised_fine_tune"]
+SHIPPED_DAGS = [
+    "preference_optimize",
+    "preference_optimize_search",
+    "reconcile",
+    "rollback_model",
+    "scheduled_retraining",
+    "supervised_fine_tune",
+    "supervised_fine_tune_search",
+]
 
 
 def test_installed_it_is_a_provider_with_its_plugin_and_connections(libraries: Path, installed: Path) -> None:

@@ -36,6 +36,14 @@ def test_params_are_what_was_set() -> None:
     assert not [name for name in params if name.startswith("runtime.adapter")]
 
 
+def test_params_that_a_search_varies_are_left_open() -> None:
+    config = {"space": {"algorithm_config.rank": {"type": "int", "low": 2, "high": 8}}, "n_trials": 2}
+    request = SupervisedFineTuneRequest.model_validate(sft_body(hyperparam_search_config=config))
+    params = run_params(request)
+    assert "algorithm_config.rank" not in params
+    assert (params["algorithm_config.alpha"], params["hyperparam_search_config"]) == (8, config)
+
+
 def test_params_of_a_preference_job_name_its_adapters() -> None:
     params = run_params(PreferenceOptimizeRequest.model_validate(dpo_body(runtime={"adapter": LORA})))
     assert (params["runtime.adapter.type"], params["runtime.adapter.rank"]) == ("LoRA", 4)

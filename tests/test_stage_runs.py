@@ -68,6 +68,14 @@ def test_a_new_run_says_whose_it_is(runs: StageRuns, client: MlflowClient, key: 
     assert client.get_experiment(parent.experiment_id).name == "post-training"
 
 
+def test_parts_of_a_tasks_work_have_runs_of_their_own(runs: StageRuns, key: TaskKey) -> None:
+    whole, first = runs.open(key), runs.open(key, part="trial 1", further={"team": "a"})
+    assert len({whole.run_id, first.run_id, runs.open(key, part="trial 2").run_id}) == 3
+    assert first.tags["team"] == "a"
+    assert runs.open(key, part="trial 1").run_id == first.run_id
+    assert runs.open(key).run_id == whole.run_id
+
+
 @pytest.mark.parametrize("status", ["RUNNING", "FINISHED", "FAILED"])
 def test_a_later_attempt_goes_on_with_the_run(
     runs: StageRuns, tracking: Tracking, client: MlflowClient, key: TaskKey, status: str

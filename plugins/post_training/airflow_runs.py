@@ -61,8 +61,10 @@ they meant, and it has none of changes in bulk."""
 
 _IS_A_JOB = and_(
     TaskInstance.custom_operator_name.in_(TRAINING_OPERATORS),
-    # A stage that a retraining leaves out was never a job; a job that somebody skipped is one.
+    # A stage that a retraining leaves out was never a job; a job that somebody skipped is one, and one whose
+    # search was cancelled.
     or_(
+        TaskInstance.dag_id.in_(REQUEST_DAGS),
         TaskInstance.state.is_(None),
         TaskInstance.state != TaskInstanceState.SKIPPED,
         TaskInstance.try_number > 0,

@@ -61,8 +61,17 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "",
         "YAML file that configures the DAG scheduled_retraining; empty is the one beside the DAG.",
     ),
+    "search_storage": (
+        "string",
+        "",
+        "URL of Optuna's storage, which all workers reach: what hyperparameter searches have tried. Empty is"
+        " an SQLite file below home, which is enough where the workers are on one machine.",
+    ),
 }
 """Setting -> (type, default, description)."""
+
+SENSITIVE = frozenset({"search_storage"})
+"""Settings that may hold a password."""
 
 
 def get_provider_info() -> dict[str, Any]:
@@ -84,7 +93,15 @@ def get_provider_info() -> dict[str, Any]:
                 "integration-name": "Post-training",
                 "python-modules": [
                     f"post_training.operators.{name}"
-                    for name in ("training", "jobs", "evaluation", "promotion", "retraining")
+                    for name in (
+                        "training",
+                        "jobs",
+                        "evaluation",
+                        "promotion",
+                        "retraining",
+                        "search",
+                        "search_trials",
+                    )
                 ],
             }
         ],
@@ -107,6 +124,7 @@ def get_provider_info() -> dict[str, Any]:
                         "type": type_,
                         "example": None,
                         "default": default,
+                        **({"sensitive": True} if name in SENSITIVE else {}),
                     }
                     for name, (type_, default, description) in OPTIONS.items()
                 },

@@ -14,8 +14,15 @@ MAY_BE_AN_ID = re.compile(r"[\w.~:+-]{1,1000}")
 _MAP_INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
 _MAX_MAP_INDEX = 2**31 - 1
 
-REQUEST_DAGS = frozenset(REQUESTS)
-"""DAGs behind the HTTP API and the form: one run is one job."""
+SEARCH_SUFFIX = "_search"
+
+REQUEST_DAGS = frozenset(f"{method}{suffix}" for method in REQUESTS for suffix in ("", SEARCH_SUFFIX))
+"""DAGs behind the HTTP API and the form: one run is one job. Those with a suffix search before they train."""
+
+
+def request_dag(method: str, *, search: bool) -> str:
+    """Return the DAG behind the HTTP API that runs a request."""
+    return f"{method}{SEARCH_SUFFIX}" if search else method
 
 
 TRAINING_OPERATORS = ("SupervisedFineTuneOperator", "PreferenceOptimizeOperator")

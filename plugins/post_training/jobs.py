@@ -17,7 +17,7 @@ from post_training.errors import (
     JobNotFoundError,
     RecordUnavailableError,
 )
-from post_training.job_ids import TaskKey, candidate_keys
+from post_training.job_ids import TaskKey, candidate_keys, request_dag
 from post_training.keyed_locks import KeyedLocks
 from post_training.mending import Mender, Tasks, failure, is_unused
 from post_training.reconcile import Evidence
@@ -82,12 +82,12 @@ class JobService:
     def submit(self, request: AnyTrainingRequest, access: Access) -> PostTrainingJob:
         """Start a job, or find the one that the same request started before.
 
-        :raises ForbiddenError: if the caller may not trigger the method's DAG.
+        :raises ForbiddenError: if the caller may not trigger the DAG of such requests.
         :raises InvalidRequestError: if the request names what cannot be had.
         :raises JobConflictError: if another request has this job_uuid.
         :raises RecordUnavailableError: if MLflow or Airflow does not answer; nothing is left then.
         """
-        dag_id = request.method
+        dag_id = request_dag(request.method, search=request.search is not None)
         if not access.may_trigger(dag_id):
             raise ForbiddenError(f"{access.user_name} may not start runs of the DAG {dag_id!r}")
         with self._submitting.hold(request.job_uuid):

@@ -63,8 +63,14 @@ def task_key(tags: Mapping[str, str]) -> TaskKey | None:
 
 
 def run_params(request: AnyTrainingRequest) -> dict[str, Any]:
-    """Return the request's set fields by dotted path; those that say nothing are left out."""
-    return {path: _shown(value) for path, value in stated(request).items() if value != {}}
+    """Return the request's set fields by dotted path; those that say nothing are left out.
+
+    So are those that its search varies: what they come to be is written when it is known, once.
+    """
+    searched = request.search.space if request.search is not None else {}
+    return {
+        path: _shown(value) for path, value in stated(request).items() if value != {} and path not in searched
+    }
 
 
 def _shown(value: Any) -> Any:

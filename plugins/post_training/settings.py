@@ -28,6 +28,7 @@ class Settings:
     max_data_bytes: int
     max_cache_bytes: int
     retraining_config: Path | None
+    search_storage: str
 
 
 def load_settings() -> Settings:
@@ -35,8 +36,9 @@ def load_settings() -> Settings:
 
     :raises ValueError: if a size is no positive number of bytes.
     """
+    home = Path(_get("home").replace("{AIRFLOW_HOME}", AIRFLOW_HOME)).expanduser()
     return Settings(
-        home=Path(_get("home").replace("{AIRFLOW_HOME}", AIRFLOW_HOME)).expanduser(),
+        home=home,
         allowed_roots=allowed_roots(),
         default_model=_get("default_model") or None,
         trainer_python=_get("trainer_python") or sys.executable,
@@ -51,6 +53,7 @@ def load_settings() -> Settings:
         max_data_bytes=_positive("max_data_bytes"),
         max_cache_bytes=_positive("max_cache_bytes"),
         retraining_config=Path(file).expanduser() if (file := _get("retraining_config")) else None,
+        search_storage=_get("search_storage") or f"sqlite:///{home}/searches.db",
     )
 
 

@@ -34,24 +34,29 @@ class StageRuns:
         experiment: str | None = None,
         parent: str | None = None,
         name: str | None = None,
+        part: str | None = None,
+        further: Mapping[str, str] | None = None,
     ) -> JobRun:
         """Return the task's run, RUNNING: the one of an attempt before, or a new one.
 
         :param experiment: its name; None is the server's default.
         :param parent: id of the run that it is shown below.
         :param name: None is the task's place in Airflow.
+        :param part: of the task's work that has a run of its own.
+        :param further: tags of a new one.
         """
-        run = self.find(key)
+        run = self.find(key, part)
         if run is not None:
             self._tracking.set_status(run.run_id, "RUNNING")
             going_on = {name: value for name, value in run.tags.items() if name != names.TAG_ERROR}
             return replace(run, status="RUNNING", ended_at=None, tags=going_on)
         tags = {
-            names.TAG_STAGE: place_digest(key),
+            names.TAG_STAGE: place_digest(key, part),
             names.TAG_DAG_ID: key.dag_id,
             names.TAG_RUN_ID: key.run_id,
             names.TAG_TASK_ID: key.task_id,
             names.TAG_MAP_INDEX: str(key.map_index),
+            **(further or {}),
         }
         if self._tracking.server.deployment:
             tags[names.TAG_DEPLOYMENT] = self._tracking.server.deployment
@@ -65,9 +70,9 @@ class StageRuns:
         assert opened is not None, "it was made just now"  # noqa: S101
         return opened
 
-    def find(self, key: TaskKey) -> JobRun | None:
-        """Return the task's run, None where it has none yet."""
-        return next(self._tracking.tagged(names.TAG_STAGE, place_digest(key)), None)
+    def find(self, key: TaskKey, part: str | None = None) -> JobRun | None:
+        """Return the task's run, None where it has none yet; of one that has several, that of a part."""
+        return next(self._tracking.tagged(names.TAG_STAGE, place_digest(key, part)), None)
 
     def children(self, run_id: str) -> list[JobRun]:
         """Return the runs that are shown below another, oldest first."""
@@ -116,6 +121,7 @@ def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def place_digest(key: TaskKey) -> str:
+def place_digest(key: TaskKey, part: str | None = None) -> str:
     """Return a task's place as MLflow's filter language can hold it, whatever its names are made of."""
-    return hashlib.sha256(json.dumps(astuple(key)).encode()).hexdigest()
+    place = [*astuple(key), *([part] if part is not None else [])]
+    return hashlib.sha256(json.dumps(place).encode()).hexdigest()

@@ -30,7 +30,12 @@ from post_training.standalone_layout import (
 )
 from post_training.standalone_servers import ServerProcesses, write_private
 
-DAG_IDS = ("supervised_fine_tune", "preference_optimize")
+DAG_IDS = (
+    "supervised_fine_tune",
+    "preference_optimize",
+    "supervised_fine_tune_search",
+    "preference_optimize_search",
+)
 SERVERS_FILE = "servers.json"
 _AIRFLOW_HEALTH = "/api/v2/monitor/health"
 

@@ -26,7 +26,7 @@ OF_THE_MACHINE = frozenset(
         names.METRIC_ESTIMATED_SECONDS,
     }
 )
-"""Metrics that are not compared: what all attempts used, the killed ones too, and guesses from what is measured."""
+"""Metrics that are not compared: what all attempts used, killed ones too, and guesses from measurements."""
 
 Series = dict[str, list[tuple[int, float]]]
 

@@ -10,11 +10,13 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import DAG
 
-from post_training.job_ids import TaskKey
+from post_training.job_ids import REQUEST_DAGS, TaskKey
 from post_training.operators.params import FORM_DEFAULTS
+from post_training.operators.search import PlanSearchOperator, SearchTrialsOperator
 from post_training.operators.training import PreferenceOptimizeOperator, SupervisedFineTuneOperator
 from post_training.schemas.flat import DEPLOYMENTS, flatten, leaves, unflatten
 from post_training.schemas.requests import REQUESTS
+from post_training.standalone import DAG_IDS
 from tests.requests_of import LORA, QAT, dpo_body, sft_body
 
 DAGS = Path(__file__).resolve().parents[2] / "dags"
@@ -32,7 +34,7 @@ TYPED = {
 def dags() -> dict[str, DAG]:
     bag = DagBag(DAGS)
     assert bag.import_errors == {}
-    return {dag_id: dag for dag_id, dag in bag.dags.items() if dag_id in REQUESTS}
+    return {dag_id: dag for dag_id, dag in bag.dags.items() if dag_id in REQUEST_DAGS}
 
 
 def conf_of(dag: DAG, conf: dict[str, Any]) -> dict[str, Any]:
@@ -42,15 +44,16 @@ def conf_of(dag: DAG, conf: dict[str, Any]) -> dict[str, Any]:
     return params.validate()
 
 
-def test_there_is_one_dag_a_method(dags: dict[str, DAG]) -> None:
-    assert set(dags) == set(REQUESTS) == {path.stem for path in DAGS.glob("*.py")} - OTHERS
+def test_there_is_one_dag_a_method_and_one_that_searches(dags: dict[str, DAG]) -> None:
+    assert set(dags) == REQUEST_DAGS == {path.stem for path in DAGS.glob("*.py")} - OTHERS
+    assert set(DAG_IDS) == REQUEST_DAGS, "a standalone deployment switches them on"
 
 
-@pytest.mark.parametrize("dag_id", REQUESTS)
+@pytest.mark.parametrize("dag_id", sorted(REQUEST_DAGS))
 def test_a_dag_takes_runs_at_once_and_shows_its_fields(dags: dict[str, DAG], dag_id: str) -> None:
     dag = dags[dag_id]
     assert dag.is_paused_upon_creation is False
-    assert set(dag.params) == set(leaves(REQUESTS[dag_id]))
+    assert set(dag.params) == set(leaves(REQUESTS[dag_id.removesuffix("_search")]))
     for path, param in dag.params.items():
         assert param.description, path
         assert param.schema["section"], path
@@ -61,6 +64,51 @@ def test_what_must_be_typed_is_asked_for(dags: dict[str, DAG], dag_id: str) -> N
     with pytest.raises(Exception, match=r"dataset_id|finetuned_model|No value passed"):
         conf_of(dags[dag_id], {})
     assert conf_of(dags[dag_id], TYPED[dag_id])
+
+
+@pytest.mark.parametrize("method", REQUESTS)
+def test_trials_come_before_the_job_whose_task_runs_whatever_became_of_some(
+    dags: dict[str, DAG], method: str
+) -> None:
+    plain, searching = dags[method], dags[f"{method}_search"]
+    assert plain.task_ids == ["train"]
+    tasks = {task_id: searching.get_task(task_id) for task_id in searching.task_ids}
+    assert {name: task.upstream_task_ids for name, task in tasks.items()} == {
+        "plan": set(),
+        "trials": {"plan"},
+        "train": {"plan", "trials"},
+    }
+    assert tasks["train"].trigger_rule == "all_done_min_one_success"
+    assert {task.retries for task in tasks.values()} == {5}
+    assert tasks["trials"].operator_class is SearchTrialsOperator
+    assert (tasks["plan"].method, tasks["trials"].partial_kwargs["method"]) == (method, method)
+    assert type(tasks["train"]) is type(plain.get_task("train"))
+
+
+@pytest.mark.parametrize("method", REQUESTS)
+def test_the_form_of_a_search_shows_one_that_can_be_run(dags: dict[str, DAG], method: str) -> None:
+    params = conf_of(dags[f"{method}_search"], TYPED[method])
+    operator = PlanSearchOperator(task_id="plan", method=method, request=params)
+    request = operator.build_request(TaskKey(f"{method}_search", "job-1", "train"))
+    assert request.search is not None
+    assert request.search.n_trials == 3
+
+
+@pytest.mark.parametrize("body", [sft_body(), dpo_body(runtime={"adapter": LORA})])
+def test_a_request_with_a_search_fits_the_params_of_its_dag(
+    dags: dict[str, DAG], body: dict[str, Any]
+) -> None:
+    method = "preference_optimize" if "finetuned_model" in body else "supervised_fine_tune"
+    space = {"training_config.n_epochs": {"type": "int", "low": 1, "high": 4}}
+    body["hyperparam_search_config"] = {"space": space, "n_trials": 4, "pruner": "hyperband"}
+    request = REQUESTS[method].model_validate(body)
+    conf = flatten(request)
+    assert conf_of(dags[f"{method}_search"], conf) == conf
+    operator = PlanSearchOperator(task_id="plan", method=method, request=conf)
+    built = operator.build_request(TaskKey(f"{method}_search", "job-1", "train"))
+    assert built.payload_hash() == request.payload_hash()
+    with pytest.raises(Exception, match="Invalid input for param hyperparam_search_config"):
+        conf_of(dags[method], {**conf, "hyperparam_search_config": {"space": space, "trials": 4}})
 
 
 @pytest.mark.parametrize(
@@ -102,6 +150,7 @@ def test_every_valid_requests_conf_fits_the_params(dags: dict[str, DAG], body: d
 
 
 def test_adapters_have_a_section_of_their_own(dags: dict[str, DAG]) -> None:
+    assert len(dags) == 4
     for dag in dags.values():
         sections = {path: param.schema["section"] for path, param in dag.params.items()}
         of_adapters = {path for path, section in sections.items() if section == "Adapters"}

@@ -85,7 +85,7 @@ def test_configs_may_be_json_strings() -> None:
         ({"algorithm_config__rank": 0}, "algorithm_config.rank", "greater than or equal to 1, got 0"),
         ({"algorithm_config__type": "ORPO"}, "algorithm_config", "'LoRA', 'QAT'"),
         ({"algorithm_config__lora_attn_modules": []}, "algorithm_config", "nothing would be trained"),
-        ({"hyperparam_search_config": {"n_trials": 3}}, "hyperparam_search_config", "got n_trials"),
+        ({"hyperparam_search_config": {"n_trials": 3}}, "hyperparam_search_config.space", "Field required"),
         ({"logger_config": {"wandb": True}}, "logger_config.wandb", "Extra inputs"),
         (
             {"logger_config": {"tags": {"mlflow.user": "me"}}},

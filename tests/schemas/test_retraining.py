@@ -121,6 +121,20 @@ def test_the_file_beside_the_dag_is_valid() -> None:
         ),
         (
             {
+                "supervised_fine_tune": {
+                    "training_config": TRAINING,
+                    "algorithm_config": LORA,
+                    "hyperparam_search_config": {
+                        "space": {"algorithm_config.rank": {"type": "int", "low": 2, "high": 8}},
+                        "n_trials": 2,
+                    },
+                }
+            },
+            "supervised_fine_tune.hyperparam_search_config",
+            "must be left out: a stage of a retraining is trained once",
+        ),
+        (
+            {
                 "quantize": {
                     "training_config": {"n_epochs": 1, "data_config": {"dataset_id": "x", "batch_size": 1}},
                 }

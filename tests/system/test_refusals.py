@@ -11,6 +11,7 @@ from tests.requests_of import changed
 from tests.system.conftest import Deployment
 
 pytestmark = pytest.mark.system
+RATES = {"type": "float", "low": 1e-5, "high": 1e-3}
 SUBMIT = "/post-training/v1/post-training/supervised-fine-tune"
 
 
@@ -31,7 +32,16 @@ SUBMIT = "/post-training/v1/post-training/supervised-fine-tune"
         ),
         ({"model": "./no-such-model"}, "model", "no such file"),
         ({"algorithm_config__rank": 0}, "algorithm_config.rank", "got 0"),
-        ({"hyperparam_search_config": {"n": 3}}, "hyperparam_search_config", "not available"),
+        (
+            {"hyperparam_search_config__space": {"model": RATES}, "hyperparam_search_config__n_trials": 2},
+            "hyperparam_search_config.space.model",
+            "cannot be searched",
+        ),
+        (
+            {"hyperparam_search_config__space": {"lr": RATES}, "hyperparam_search_config__n_trials": 2},
+            "hyperparam_search_config.space.lr",
+            "is no field of a supervised_fine_tune request",
+        ),
         (
             {"algorithm_config": {"type": "QAT", "quantizer_name": "int3", "group_size": 32}},
             "algorithm_config.quantizer_name",

@@ -43,6 +43,13 @@ FORM_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What the form shows before anything is typed; other leaves show the schema's default."""
 
+SEARCHED = {
+    "supervised_fine_tune": "algorithm_config.rank",
+    "preference_optimize": "runtime.adapter.rank",
+}
+"""Field that the form of a search varies before anything is typed."""
+
+
 SECTIONS: dict[str, str] = {
     "model": "Model",
     "finetuned_model": "Model",
@@ -60,9 +67,15 @@ SECTIONS: dict[str, str] = {
 """Path prefix -> section of the form, in the order of the form; the first that fits is taken."""
 
 
-def request_params(model: type[AnyTrainingRequest]) -> dict[str, Param]:
-    """Return the params of a request class, keyed by dotted path."""
+def request_params(model: type[AnyTrainingRequest], *, search: bool = False) -> dict[str, Param]:
+    """Return the params of a request class, keyed by dotted path.
+
+    :param search: whether the form shows a search, to be changed, instead of none.
+    """
     defaults = FORM_DEFAULTS[model.method]
+    if search:
+        space = {SEARCHED[model.method]: {"type": "categorical", "choices": [4, 8, 16]}}
+        defaults = {**defaults, "hyperparam_search_config": {"space": space, "n_trials": 3}}
     ordered = sorted(leaves(model).values(), key=lambda leaf: list(SECTIONS).index(_prefix(leaf.path)))
     return {leaf.path: form_param(leaf, defaults, SECTIONS[_prefix(leaf.path)]) for leaf in ordered}
 

@@ -15,20 +15,23 @@ from post_training.job_lock import claim, locked, newest_claim, note_holder
 from post_training.launch.local import TRAIN
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.request import build_request, with_runtime_defaults
-from post_training.operators.spec import run_of, write_spec
+from post_training.operators.search_outcome import SearchOutcome
+from post_training.operators.search_task import search_that_ran
+from post_training.operators.spec import read_result, run_of, write_spec
 from post_training.operators.task_record import TaskRecord
 from post_training.operators.worker import (
     PermanentFailureError,
     WorkerOperator,
     bind_to_supervisor,
-    no_result,
     task_key,
     work_dir_of,
 )
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest
-from post_training.schemas.trainer import BASE_FOLDER, RESULT_FILE, SPEC_FILE, TrainerResult, TrainerSpec
+from post_training.schemas.trainer import BASE_FOLDER, SPEC_FILE, TrainerResult, TrainerSpec
+from post_training.search import Search
+from post_training.search_parts import SearchUnavailableError
 from post_training.settings import load_settings
 from post_training.tracking import JobRun
 
@@ -46,7 +49,8 @@ class TrainingOperator(WorkerOperator):
         single fields.
     :param training_config: the training loop and its data (``TrainingConfig``).
     :param algorithm_config: the algorithm's parameters.
-    :param hyperparam_search_config: search space and budget.
+    :param hyperparam_search_config: search space and budget; its trials run in the tasks that
+        ``search_before`` puts in front.
     :param logger_config: MLflow names and intervals.
     :param runtime: limits, and adapters of a preference or QAT job; what it leaves unset comes from the
         ``post_training`` connection, as far as it means something for this job.
@@ -127,7 +131,7 @@ class TrainingOperator(WorkerOperator):
             record.refuse(self.method, str(error))
             raise AirflowFailException(str(error)) from None
         except PostTrainingError as error:
-            permanent = isinstance(error, SupersededError | PermanentFailureError)
+            permanent = isinstance(error, SupersededError | PermanentFailureError | SearchUnavailableError)
             if not self._stopped:  # by whom and what for, Airflow knows: the record follows its state
                 permanent = permanent or record.is_cancelled()
                 record.fail(str(error), permanent=permanent)
@@ -141,6 +145,7 @@ class TrainingOperator(WorkerOperator):
     def _run_job(self, key: TaskKey, record: TaskRecord) -> dict[str, Any]:
         """Train the task's job, or find that it has been done."""
         request = self.build_request(key)
+        search = record.persist(lambda: search_that_ran(request)) if request.search is not None else None
         work_dir = work_dir_of(key)
         claim(work_dir, record.attempt_id)
         opened = record.open(request)
@@ -149,23 +154,38 @@ class TrainingOperator(WorkerOperator):
             if opened.finished:
                 self.log.info("An earlier attempt has completed the job.")
             else:
-                result = self._attempt(request, opened.run, work_dir, record, lock)
+                result = self._attempt(request, search, opened.run, work_dir, record, lock)
                 if result.status == "inputs_changed":
                     claim(work_dir, record.attempt_id)  # not where a newer attempt begins in the same run
                     opened = record.renew(request, _reason(result))
-                    result = self._attempt(request, opened.run, work_dir, record, lock)
+                    result = self._attempt(request, search, opened.run, work_dir, record, lock)
             self._clear_up(work_dir, record, result)
         if result is not None and result.status != "completed":
             raise PermanentFailureError(_reason(result))
         return record.persist(lambda: self._outcome(request, opened.run, result))
 
     def _attempt(
-        self, request: AnyTrainingRequest, run: JobRun, work_dir: Path, record: TaskRecord, lock: int
+        self,
+        request: AnyTrainingRequest,
+        search: Search | None,
+        run: JobRun,
+        work_dir: Path,
+        record: TaskRecord,
+        lock: int,
     ) -> TrainerResult:
-        """Train, and conclude the record of a job that is completed.
+        """Train, or take what a trial has trained, and conclude the record of a job that is completed.
 
         :raises TrainerError: if it failed, and another attempt may succeed.
         """
+        if search is not None:
+            outcome = SearchOutcome(request, search, self.tracking)
+            best = record.persist(lambda: outcome.conclude(run))
+            self.log.info("Trial %d is the best: %s", best.trial.number, best.trial.values)
+            if search.config.use == "checkpoint":
+                result = record.persist(lambda: outcome.adopt(run, best))
+                record.conclude("FINISHED")
+                return result
+            request = best.request
         if run_of(work_dir) != run.run_id:  # what lies there is of another training
             shutil.rmtree(work_dir, ignore_errors=True)
         work_dir.mkdir(exist_ok=True, mode=0o700)
@@ -236,7 +256,7 @@ class TrainingOperator(WorkerOperator):
         finally:
             if log_file.exists():
                 record.add_file(log_file, names.ARTIFACT_LOGS)
-        return _read_result(spec, code)
+        return read_result(spec, code)
 
 
 class SupervisedFineTuneOperator(TrainingOperator):
@@ -294,16 +314,3 @@ def _reason(result: TrainerResult) -> str:
 def _was_there(error: InvalidRequestError) -> bool:
     """Whether all that is wrong is that something is not found, which was there when the job was accepted."""
     return all(detail["type"] == "not_found" for detail in error.errors)
-
-
-def _read_result(spec: TrainerSpec, code: int) -> TrainerResult:
-    """Return the trainer's result.
-
-    :raises TrainerError: if it left none.
-    """
-    path = spec.work_dir / RESULT_FILE
-    if path.exists():
-        result = TrainerResult.model_validate_json(path.read_text(encoding="utf-8"))
-        if result.attempt_id == spec.attempt_id:
-            return result
-    raise no_result(code)

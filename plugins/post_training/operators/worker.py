@@ -65,6 +65,7 @@ class WorkerOperator(BaseOperator):
         *,
         pass_fds: Sequence[int] = (),
         started: Callable[[int], None] | None = None,
+        watch: Callable[[WorkerProcess], None] | None = None,
     ) -> int:
         """Run one of our programs to its end, its output in the task's log; return its exit code.
 
@@ -72,6 +73,7 @@ class WorkerOperator(BaseOperator):
         :param log_file: receives a copy of its output.
         :param pass_fds: file descriptors that it keeps open.
         :param started: called with its process id.
+        :param watch: called with it after each line of its output; may stop it.
         :raises TrainerError: if it was stopped.
         """
         try:
@@ -88,6 +90,8 @@ class WorkerOperator(BaseOperator):
                 self._process.stop()
             for line in self._process.lines():
                 self.log.info(line)
+                if watch is not None:
+                    watch(self._process)
             code = self._process.exit_code()
         finally:
             if self._process is not None:

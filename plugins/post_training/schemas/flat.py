@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from post_training.errors import InvalidRequestError
-from post_training.schemas.requests import AnyTrainingRequest
+
+if TYPE_CHECKING:
+    from post_training.schemas.requests import AnyTrainingRequest
 
 REQUIRED_GROUPS = frozenset({"training_config.data_config"})
 """Groups that the schema lets be absent and every training request must have."""

@@ -57,6 +57,17 @@ TAG_RESOURCES: Final = "post_training.resources"
 
 TAG_WARNING: Final = "post_training.warning"
 
+# Tags of a search's trial, whose run is below the job's; and of the job's run.
+TAG_TRIAL: Final = "post_training.trial"
+TAG_TRIAL_STATE: Final = "post_training.trial_state"
+"""running, complete, pruned or failed."""
+
+TAG_BEST_TRIAL: Final = "post_training.best_trial"
+"""Number of the trial whose checkpoints or values the job has."""
+
+TAG_BEST_RUN: Final = "post_training.best_trial_run"
+"""The MLflow run of that trial."""
+
 # Tags of a retraining's run, the parent of its stages' runs.
 TAG_REGISTERED_MODEL: Final = "post_training.registered_model"
 TAG_NIGHT: Final = "post_training.night"
@@ -116,6 +127,10 @@ METRIC_REWARD_MARGIN: Final = "rewards/margins"
 METRIC_REWARD_CLIPPED: Final = "rewards/clipped_fraction"
 METRIC_KL: Final = "kl"
 
+METRIC_SEARCH_SECONDS: Final = "search_device_seconds"
+METRIC_SEARCH_TOKENS: Final = "search_tokens"
+"""At a search's end: what all its trials used."""
+
 VALIDATION_PREFIX: Final = "validation_"
 """Before the name of a metric that was measured in validation."""
 
@@ -123,3 +138,4 @@ VALIDATION_PREFIX: Final = "validation_"
 ARTIFACT_REQUEST: Final = "request.json"
 ARTIFACT_LOGS: Final = "logs"
 ARTIFACT_RESUME: Final = "resume"
+ARTIFACT_SEARCH: Final = "search"

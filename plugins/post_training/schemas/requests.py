@@ -23,13 +23,15 @@ from post_training.errors import ErrorDetail
 from post_training.schemas.algorithms import AlgorithmConfig, DPOAlignmentConfig, LoraFinetuningConfig
 from post_training.schemas.base import StrictModel, check_text, parse_json_object
 from post_training.schemas.rules import RULES, check
+from post_training.schemas.search import SPACE_TYPES, SearchConfig, search_schema
+from post_training.schemas.search_rules import SEARCH_RULES
 from post_training.schemas.training import NULL_IS_SAID, LoggerConfig, RuntimeConfig, TrainingConfig
 
 MAX_JOB_UUID_LENGTH = 200
 MAX_MESSAGE_LENGTH = 400
 """Characters of pydantic's message: that of a union's tag quotes the whole value."""
 
-_SAID = ("job_uuid", "unsupported")
+_SAID = ("job_uuid", "unsupported", "search")
 _OF_OBJECTS = ("json_invalid", "string_unicode", "dict_type", "model_type", "model_attributes_type")
 _NOT_QUOTED = ("extra_forbidden", "missing", *_SAID, *_OF_OBJECTS)
 """Types of errors whose value is not repeated: there is none, the message has it, or it may be a secret."""
@@ -89,14 +91,12 @@ def _without_nulls(runtime: RuntimeConfig | None) -> RuntimeConfig | None:
     return RuntimeConfig.model_construct(said, **dict(runtime)) if said else None
 
 
-def _check_search_config(value: dict[str, Any]) -> dict[str, Any]:
-    if value:
-        raise PydanticCustomError(
-            "unsupported",
-            "hyperparameter search is not available in this version: must be empty, got {keys}",
-            {"keys": ", ".join(sorted(value))},
-        )
-    return value
+def _check_search_config(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """Return the config without its defaults; {} is no search."""
+    if not value:
+        return value
+    config = SearchConfig.model_validate(value, strict=False if info.context == LENIENT else None)
+    return config.model_dump(mode="json", exclude_defaults=True)
 
 
 JobUuid = Annotated[
@@ -126,7 +126,7 @@ SearchConfigDict = Annotated[
     dict[str, Any],
     BeforeValidator(parse_json_object),
     AfterValidator(_check_search_config),
-    WithJsonSchema({"type": ["object", "string"], "maxProperties": 0}),
+    WithJsonSchema(search_schema()),
 ]
 JsonRuntime = Annotated[
     RuntimeConfig | None,
@@ -164,6 +164,12 @@ class JobRequest(StrictModel):
         """The validated ``logger_config``."""
         return LoggerConfig.model_validate(self.logger_config)
 
+    @property
+    def search(self) -> SearchConfig | None:
+        """The validated ``hyperparam_search_config``, None without a search."""
+        config = self.hyperparam_search_config
+        return SearchConfig.model_validate(config) if config else None
+
 
 class TrainingRequest(JobRequest):
     """What both training methods share."""
@@ -175,7 +181,7 @@ class TrainingRequest(JobRequest):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainingRequest:
-        check(self, RULES[self.method])
+        check(self, (*RULES[self.method], *SEARCH_RULES))
         return self
 
     @property
@@ -258,10 +264,12 @@ def error_details(errors: Iterable[Mapping[str, Any]]) -> list[ErrorDetail]:
 
 
 def _field_path(loc: Sequence[int | str]) -> list[int | str]:
-    """Leave out what is no field: the place that FastAPI puts first and the tag of the algorithm union."""
+    """Leave out what is no field: the place that FastAPI puts first and the tags of unions."""
     parts = list(loc[1:] if loc[:1] in (("body",), ("query",), ("path",)) else loc)
     if parts[:1] == ["algorithm_config"] and parts[1:2] in (["LoRA"], ["QAT"]):
         del parts[1]
+    if parts[:2] == ["hyperparam_search_config", "space"] and parts[3:4] in [[kind] for kind in SPACE_TYPES]:
+        del parts[3]
     return parts
 
 

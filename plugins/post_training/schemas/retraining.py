@@ -286,6 +286,12 @@ def _problems_of_stage(config: RetrainingConfig, stage: Stage) -> Iterator[InitE
             "must not be false: the next stage reads it from MLflow",
             False,
         )
+    if request.hyperparam_search_config:
+        yield _problem(
+            (stage, "hyperparam_search_config"),
+            "must be left out: a stage of a retraining is trained once, without a search",
+            None,
+        )
     algorithm = request.algorithm_config
     kind = getattr(algorithm, "type", None)
     if stage == "quantize" and kind != "QAT":

@@ -19,6 +19,7 @@ from post_training.schemas.requests import (
     PreferenceOptimizeRequest,
 )
 from post_training.schemas.rules import RULES, Broken, check
+from post_training.schemas.search_rules import SEARCH_RULES
 from post_training.schemas.training import DATA_DEFAULTS, DataConfig, OptimizerConfig
 
 PLACES = {
@@ -99,7 +100,7 @@ def _says_one_thing(request: PostTrainingRLHFRequest) -> Iterator[Broken]:
 
 def _keeps_the_short_forms_rules(request: PostTrainingRLHFRequest) -> Iterator[Broken]:
     short = request.to_preference_optimize()
-    for rule in RULES[short.method]:
+    for rule in (*RULES[short.method], *SEARCH_RULES):
         yield from rule(short)
 
 

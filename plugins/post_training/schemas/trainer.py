@@ -13,6 +13,9 @@ from post_training.schemas.requests import AnyTrainingRequest
 
 RESULT_FILE = "result.json"
 SPEC_FILE = "spec.json"
+METRICS_FILE = "metrics.jsonl"
+"""Below the job's folder: what the trainer records, one event a line (``lightning_modules.spool``)."""
+
 BASE_FOLDER = "base"
 """Below the job's folder: the base model, where it comes from MLflow."""
 

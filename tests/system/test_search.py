@@ -1,0 +1,155 @@
+"""A hyperparameter search on the real servers, asked for with the published client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from mlflow.entities import Run
+
+from tests.requests_of import OPTIMIZER
+from tests.system.conftest import Deployment
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.system
+
+LR = "training_config.optimizer_config.lr"
+RATES = [1e-5, 1e-3, 1e-2]
+
+
+def body_of(deployment: Deployment, job_uuid: str, **search: Any) -> dict[str, Any]:
+    """A request whose trials differ in their learning rate."""
+    body = deployment.body(job_uuid, optimizer_config=OPTIMIZER)
+    body["hyperparam_search_config"] = {
+        "space": {LR: {"type": "categorical", "choices": RATES}},
+        "sampler": "grid",
+        "n_trials": 3,
+        "max_parallel": 2,
+        **search,
+    }
+    return body
+
+
+def trials_of(deployment: Deployment, job_uuid: str) -> tuple[Run, list[Run]]:
+    """The job's run, and those of its trials."""
+    (job,) = deployment.runs_of(job_uuid)
+    client = deployment.mlflow
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    below = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{job.info.run_id}'")
+    return job, list(below)
+
+
+def processes_of(job_uuid: str) -> list[psutil.Process]:
+    """The trainers of a job's trials."""
+    wanted = f"/{job_uuid}/trials."
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(wanted in part and part.endswith("spec.json") for part in process.info["cmdline"] or ())
+    ]
+
+
+def tasks_of(http: httpx.Client, job_uuid: str) -> dict[tuple[str, int], dict[str, Any]]:
+    answer = http.get(f"/api/v2/dags/supervised_fine_tune_search/dagRuns/{job_uuid}/taskInstances")
+    return {(task["task_id"], task["map_index"]): task for task in answer.json()["task_instances"]}
+
+
+def test_the_best_of_three_trials_is_the_job(deployment: Deployment) -> None:
+    client, kept = deployment.client(), deployment.servers.layout.home / "jobs" / "cache" / "tokenized"
+    before = len(list(kept.glob("*")))
+    body = body_of(deployment, "search-1")
+    assert client.post_training.supervised_fine_tune(**body).job_uuid == "search-1"
+    seen = set()
+    wait_until(
+        lambda: (
+            seen.add(client.post_training.job.status(job_uuid="search-1").status) or processes_of("search-1")
+        )
+    )
+    assert client.post_training.job.status(job_uuid="search-1").status == "in_progress"
+    assert seen <= {"scheduled", "in_progress"}
+    processes_of("search-1")[0].parent().kill()  # a task; its trial goes on in the next attempt
+    status = deployment.wait("search-1")
+    assert status.status == "completed", status
+
+    assert 1 <= len(list(kept.glob("*"))) <= before + 1, "the trials share the tokenized data"
+    job, trials = trials_of(deployment, "search-1")
+    assert sorted(float(trial.data.params[LR]) for trial in trials) == RATES
+    assert {trial.info.status for trial in trials} == {"FINISHED"}
+    losses = {trial.info.run_id: trial.data.metrics["validation_loss"] for trial in trials}
+    best = min(losses, key=lambda run_id: losses[run_id])
+    assert job.data.tags["post_training.best_trial_run"] == best
+    models = deployment.mlflow.search_logged_models([job.info.experiment_id], f"source_run_id = '{best}'")
+    artifacts = client.post_training.job.artifacts(job_uuid="search-1")
+    assert {checkpoint["path"] for checkpoint in artifacts.checkpoints} == {
+        f"models:/{model.model_id}" for model in models
+    }
+    assert [checkpoint["epoch"] for checkpoint in artifacts.checkpoints] == [0, 1]
+    assert artifacts.checkpoints[-1]["training_metrics"]["validation_loss"] == pytest.approx(losses[best])
+    assert artifacts.checkpoints[-1]["post_training_job_id"] == "search-1"
+    files = {file.path for file in deployment.mlflow.list_artifacts(job.info.run_id, "search")}
+    assert {"search/trials.json", "search/optimization_history.png"} <= files
+    with deployment.http() as http:
+        tasks = tasks_of(http, "search-1")
+    assert {place: task["state"] for place, task in tasks.items()} == {
+        ("plan", -1): "success",
+        ("trials", 0): "success",
+        ("trials", 1): "success",
+        ("train", -1): "success",
+    }
+    assert sorted(tasks["trials", worker]["try_number"] for worker in (0, 1)) == [1, 2]
+    listed = [job.job_uuid for job in client.post_training.job.list()]
+    assert listed.count("search-1") == 1
+    assert not any("trials" in job_uuid for job_uuid in listed)
+
+
+def test_trials_of_pairs_share_the_references_and_the_best_values_are_trained_anew(
+    deployment: Deployment,
+) -> None:
+    body = body_of(deployment, "search-pairs", n_trials=2, max_parallel=1, use="retrain")
+    body["finetuned_model"] = body.pop("model")
+    body["runtime"] = {"adapter": body.pop("algorithm_config")}
+    body["algorithm_config"] = {"beta": 0.1, "loss_type": "sigmoid"}
+    body["training_config"]["data_config"]["dataset_id"] = str(deployment.data / "pairs.jsonl")
+    body["training_config"]["max_steps_per_epoch"] = 0
+    with deployment.http() as http:
+        http.post("/post-training/v1/post-training/preference-optimize", json=body).raise_for_status()
+    status = deployment.wait("search-pairs")
+    assert status.status == "completed", status
+    job, trials = trials_of(deployment, "search-pairs")
+    assert len(trials) == 2
+    client = deployment.mlflow
+    logs = [
+        Path(client.download_artifacts(run.info.run_id, "logs/train-1.log")).read_text()
+        for run in (*trials, job)
+    ]
+    assert sorted(log.count("computing the reference's log-probabilities") > 0 for log in logs) == [
+        False,
+        False,
+        True,
+    ]
+    best = min(trials, key=lambda run: run.data.metrics["validation_loss"])
+    assert job.data.params[LR] == best.data.params[LR]
+    assert job.data.metrics["validation_loss"] == pytest.approx(best.data.metrics["validation_loss"])
+    own = client.search_logged_models([job.info.experiment_id], f"source_run_id = '{job.info.run_id}'")
+    assert {checkpoint["path"] for checkpoint in status.checkpoints} == {
+        f"models:/{model.model_id}" for model in own
+    }
+    assert len(own) == 2
+
+
+def test_a_search_that_is_cancelled_ends_with_its_trials(deployment: Deployment) -> None:
+    client = deployment.client()
+    body = body_of(deployment, "search-stopped")
+    body["training_config"] |= {"n_epochs": 2000, "max_steps_per_epoch": 0}
+    client.post_training.supervised_fine_tune(**body)
+    wait_until(lambda: len(processes_of("search-stopped")) == 2)
+    client.post_training.job.cancel(job_uuid="search-stopped")
+    assert client.post_training.job.status(job_uuid="search-stopped").status == "cancelled"
+    wait_until(lambda: not processes_of("search-stopped"))
+    assert client.post_training.job.status(job_uuid="search-stopped").status == "cancelled"
+    assert "search-stopped" in [job.job_uuid for job in client.post_training.job.list()]
+    job, _ = trials_of(deployment, "search-stopped")
+    assert job.info.status == "KILLED"

@@ -148,7 +148,8 @@ BOTH: dict[str, Proof] = {
     **{f"logger_config.{name}": proof for name, proof in LOGGER.items()},
     # What a search does, tests/operators/test_search.py shows: its trials are requests without one.
     "hyperparam_search_config": every(
-        shows(readers.steps, ({}, 5)), refuses("Field required", {"n_trials": 3})
+        shows(readers.steps, ({}, 5)),
+        refuses("Field required", {"n_trials": 3}, field="hyperparam_search_config.space"),
     ),
     "job_uuid": every(
         shows(readers.identity, ("job", {"job"}), ("a.b~c:1+2_3-4", {"a.b~c:1+2_3-4"})),

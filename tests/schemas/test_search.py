@@ -283,6 +283,13 @@ def test_searches_that_mean_something_are_accepted(body: dict[str, Any]) -> None
     assert read(body).search is not None
 
 
+@pytest.mark.parametrize("choices", [["a", 2], [None, 2], [[1], [2]], ["abc", "de"]])
+def test_choices_of_a_wrong_type_are_refused_whatever_else_is_asked(choices: list[Any]) -> None:
+    space = {EPOCHS: {"type": "categorical", "choices": choices}}
+    problems = broken(sft_body(**search(pruner="median", space=space)))
+    assert "makes a trial's request invalid" in problems[f"{WHERE}.space.{EPOCHS}"]
+
+
 def test_a_trials_request_is_the_request_with_its_values() -> None:
     body = sft_body(runtime={"seed": 3}, training_config__optimizer_config=OPTIMIZER)
     request = read(changed(body, **search(space={RANK: RANKS, LR: RATES})))

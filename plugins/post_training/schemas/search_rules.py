@@ -145,7 +145,9 @@ def keeps_what_it_uses(request: AnyTrainingRequest) -> Iterator[Broken]:
 def prunes_between_epochs(request: AnyTrainingRequest) -> Iterator[Broken]:
     """A trial is validated at the end of each epoch; after the last there is nothing to stop."""
     search = request.search
-    if search is not None and search.pruner != "none" and longest(request, search) == 1:
+    if search is None or search.pruner == "none" or any(every_trial_is_a_valid_request(request)):
+        return
+    if longest(request, search) == 1:
         yield Broken(
             f"{CONFIG}.pruner",
             f"stops trials between epochs: {EPOCHS} must be above 1, or pruner be 'none'",

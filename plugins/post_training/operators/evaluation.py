@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from post_training.errors import InvalidRequestError, TrainerError
+from post_training.errors import InvalidRequestError
 from post_training.job_ids import TaskKey
 from post_training.launch.local import EVALUATE
 from post_training.model_registry import ModelRegistry
+from post_training.operators.spec import resolver_of
 from post_training.operators.stage import StageOperator, checked, parsed, said
-from post_training.operators.worker import PermanentFailureError, work_dir_of
+from post_training.operators.worker import work_dir_of
 from post_training.schemas.evaluation import (
     EVALUATION_RESULT_FILE,
     EVALUATION_SPEC_FILE,
@@ -75,10 +75,10 @@ class EvaluateOperator(StageOperator):
         registry = ModelRegistry(self.tracking)
         champion = None
         if champion_of is not None:
-            champion = self._persist(registry.opponent, champion_of, said(self.parent_run_id))
-        resolver = self._resolver()
+            champion = self.persist(registry.opponent, champion_of, said(self.parent_run_id))
+        resolver = resolver_of(self.tracking)
         models = {
-            name: self._persist(registry.pinned, resolver.model_named(f"models.{name}", model))
+            name: self.persist(registry.pinned, resolver.model_named(f"models.{name}", model))
             for name, model in request.models.items()
         }
         if champion is not None:
@@ -94,16 +94,16 @@ class EvaluateOperator(StageOperator):
     def _measure(
         self, key: TaskKey, run: JobRun, request: EvaluationRequest, models: dict[str, str]
     ) -> EvaluationResult:
-        settings, resolver, config = load_settings(), self._resolver(), request.config
+        settings, resolver, config = load_settings(), resolver_of(self.tracking), request.config
         work_dir = work_dir_of(key)
         pairs = config.preference_dataset_id
         spec = EvaluationSpec(
             config=config,
             models=models,
-            data=self._persist(resolver.dataset, "config.dataset_id", config.dataset_id),
+            data=self.persist(resolver.dataset, "config.dataset_id", config.dataset_id),
             preference_data=None
             if pairs is None
-            else self._persist(resolver.dataset, "config.preference_dataset_id", pairs),
+            else self.persist(resolver.dataset, "config.preference_dataset_id", pairs),
             model_roots=resolver.model_roots(),
             work_dir=work_dir,
             max_data_bytes=settings.max_data_bytes,
@@ -111,12 +111,6 @@ class EvaluateOperator(StageOperator):
             max_cache_bytes=settings.max_cache_bytes,
             tracking=TrackingTarget(tracking_uri=self.tracking.server.uri, run_id=run.run_id),
         )
-        shutil.rmtree(work_dir, ignore_errors=True)
-        result = self._run_program(
+        return self._run_program(
             EVALUATE, spec, work_dir / EVALUATION_SPEC_FILE, EVALUATION_RESULT_FILE, EvaluationResult
         )
-        shutil.rmtree(work_dir, ignore_errors=True)
-        if result.status == "failed":
-            kind = PermanentFailureError if result.permanent else TrainerError
-            raise kind(result.error or "The evaluation failed without a reason.")
-        return result

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,15 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.bases.skipmixin import SkipMixin
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from post_training.errors import InvalidRequestError, ModelError, TrainerError
+from post_training.errors import InvalidRequestError, ModelError
 from post_training.job_ids import TaskKey
 from post_training.launch.local import PREPARE
 from post_training.model_registry import ModelRegistry, Version
 from post_training.night import PAIRS, ROWS, SOURCES, TAG_TRAINED, Night, trained_sources
 from post_training.operators.patience import persist
 from post_training.operators.promotion import RegistryOperator
+from post_training.operators.spec import resolver_of
 from post_training.operators.stage import StageOperator, checked, parsed
-from post_training.operators.worker import PermanentFailureError, work_dir_of
+from post_training.operators.worker import work_dir_of
 from post_training.schemas import record as names
 from post_training.schemas.flat import unflatten
 from post_training.schemas.preparation import (
@@ -47,14 +47,8 @@ from post_training.tracking import SUPERSEDED, JobRun
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-PREPARE_TASK, EVALUATE_TASK, GATE_TASK, APPROVE_TASK, PROMOTE_TASK = (
-    "prepare",
-    "evaluate",
-    "gate",
-    "approve",
-    "promote",
-)
-"""Tasks of the retraining; between the first two lie its stages, under the names of ``STAGES``."""
+PREPARE_TASK, APPROVE_TASK, PROMOTE_TASK = "prepare", "approve", "promote"
+"""Tasks of the retraining that others look at; its stages have the names of ``STAGES``."""
 
 ONLY_IN_THE_FILE = ("approval.timeout_hours",)
 """Airflow fixes it with the DAG; a run cannot change it."""
@@ -87,17 +81,19 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
         """
         config = read_config(self.config)
         registry = ModelRegistry(self.tracking)
-        promoted = self._persist(registry.promoted, config.model.name, run.run_id)
+        promoted = self.persist(registry.promoted, config.model.name, run.run_id)
         if promoted is not None:  # what it was made from stays as it is
             raise AirflowSkipException(
                 f"This run has promoted {promoted.uri}: start a new one to train again."
             )
-        self._persist(self.tracking.forget_tags, run.run_id, (names.TAG_DECISION, names.TAG_REASON))
+        self.persist(self.tracking.forget_tags, run.run_id, (names.TAG_DECISION, names.TAG_REASON))
         _check_libraries(config)
-        champion = self._persist(registry.champion, config.model.name)
-        base = self._persist(registry.pinned, self._resolver().model_named("model.base", config.model.base))
+        champion = self.persist(registry.champion, config.model.name)
+        base = self.persist(
+            registry.pinned, resolver_of(self.tracking).model_named("model.base", config.model.base)
+        )
         tags = {names.TAG_REGISTERED_MODEL: config.model.name}
-        self._persist(self.tracking.set_tags, run.run_id, tags)
+        self.persist(self.tracking.set_tags, run.run_id, tags)
         prepared = self._prepare(config, key, run, champion)
         night = Night(config, run.run_id, prepared, base, champion.uri if champion is not None else None)
         self._skip_unless_new(night)
@@ -117,7 +113,7 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
 
         :raises TrainerError: if they cannot be read.
         """
-        settings, resolver = load_settings(), self._resolver()
+        settings, resolver = load_settings(), resolver_of(self.tracking)
         work_dir = work_dir_of(key)
         spec = PreparationSpec(
             split=SplitConfig.model_validate(
@@ -131,15 +127,9 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
             max_data_bytes=settings.max_data_bytes,
             tracking=TrackingTarget(tracking_uri=self.tracking.server.uri, run_id=run.run_id),
         )
-        shutil.rmtree(work_dir, ignore_errors=True)
-        result = self._run_program(
+        return self._run_program(
             PREPARE, spec, work_dir / PREPARATION_SPEC_FILE, PREPARATION_RESULT_FILE, PreparationResult
         )
-        shutil.rmtree(work_dir, ignore_errors=True)
-        if result.status == "failed":
-            kind = PermanentFailureError if result.permanent else TrainerError
-            raise kind(result.error or "The data could not be prepared, without a reason.")
-        return result
 
     def _sources(self, config: RetrainingConfig) -> dict[str, PreparationSource]:
         """Return the data that is split."""
@@ -171,7 +161,7 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
         self, field: str, dataset_id: str, name: str, data_format: DatasetFormat, trained: bool
     ) -> PreparationSource:
         return PreparationSource(
-            source=self._persist(self._resolver().dataset, field, dataset_id),
+            source=self.persist(resolver_of(self.tracking).dataset, field, dataset_id),
             method=next(method for method, source in SOURCES.items() if source == name),
             data_format=data_format,
             trained=trained,
@@ -184,7 +174,7 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
         """
         digest, reason = night.digest(), night.nothing_new()
         if reason is None and night.config.data.skip_unchanged:
-            decided = self._persist(self._decided, night.run_id, digest)
+            decided = self.persist(self._decided, night.run_id, digest)
             if decided is not None:
                 reason = (
                     f"The same data and configuration were {decided.tags[names.TAG_DECISION]} in MLflow run"
@@ -193,7 +183,7 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
         tags = {names.TAG_NIGHT: digest}
         if reason is not None:
             tags |= {names.TAG_DECISION: names.SKIPPED, names.TAG_REASON: reason}
-        self._persist(self.tracking.set_tags, night.run_id, tags)
+        self.persist(self.tracking.set_tags, night.run_id, tags)
         if reason is not None:
             raise AirflowSkipException(reason)
 

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import TriggerRule
 
-from post_training.dataset_records import DatasetRecords
-from post_training.datasets import Resolver
 from post_training.errors import RecordUnavailableError
 from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.operators.search_task import SearchOperator, search_of
 from post_training.operators.search_trials import SearchTrialsOperator
+from post_training.operators.spec import resolver_of
 from post_training.record import identity_tags, new_run
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
-from post_training.settings import load_settings
 from post_training.tracking import JobRun
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ class PlanSearchOperator(SearchOperator):
         """
         key = self.job_key(context)
         request = self.build_request(key)
-        self.persist(lambda: self._resolver().check(request))
+        self.persist(lambda: resolver_of(self.tracking).check(request))
         search = search_of(request)
         run = self.persist(lambda: self._begin_job(context, request, key))
         self.mlflow_run_url = self.tracking.server.run_url(run.experiment_id, run.run_id)
@@ -54,13 +52,10 @@ class PlanSearchOperator(SearchOperator):
         """Return the job's run, RUNNING, unless it holds what was completed before."""
         run = self.job_run(context)
         if run is None:
-            run = self.tracking.create_run(**new_run(request, key, self._resolver().pins(request)))
+            run = self.tracking.create_run(**new_run(request, key, resolver_of(self.tracking).pins(request)))
         if not run.completed:
             self.tracking.set_status(run.run_id, "RUNNING")
         return run
-
-    def _resolver(self) -> Resolver:
-        return Resolver(load_settings(), registered=DatasetRecords(lambda: self.tracking).uri)
 
     def ends(self, context: Context, error: str) -> None:
         """Let the job's run say why there is no search: its task will not run."""

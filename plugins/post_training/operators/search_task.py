@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from post_training.errors import InvalidRequestError, ModelError, PostTrainingError
 from post_training.job_ids import REQUEST_DAGS, TaskKey, job_uuid_of, request_dag
-from post_training.operators.patience import persist
 from post_training.operators.request import build_request
 from post_training.operators.worker import PermanentFailureError, WorkerOperator, bind_to_supervisor
 from post_training.schemas import record as names
@@ -23,7 +22,6 @@ from post_training.tracking import JobRun, Tracking, run_of_task
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-_T = TypeVar("_T")
 FIELD = "hyperparam_search_config"
 
 PERMANENT = (InvalidRequestError, ModelError, NoSearchError, PermanentFailureError, SearchUnavailableError)
@@ -108,10 +106,6 @@ class SearchOperator(WorkerOperator):
         submitted = conf.get(names.CONF_MLFLOW_RUN)
         run = run_of_task(self.tracking, self.job_key(context), submitted)
         return run and (self.tracking.successor(run.run_id) or run)
-
-    def persist(self, call: Callable[[], _T]) -> _T:
-        """Call until MLflow, or the search's storage, answers or the time is over."""
-        return persist(call, lambda: self._stopped)
 
 
 def search_of(request: AnyTrainingRequest) -> Search:

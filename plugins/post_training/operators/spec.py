@@ -35,7 +35,7 @@ def write_spec(
     :raises RecordUnavailableError: if MLflow does not answer.
     """
     settings = load_settings()
-    resolver = Resolver(settings, registered=DatasetRecords(lambda: tracking).uri)
+    resolver = resolver_of(tracking)
     folder = resolver.checkpoint_dir(request) if isinstance(request, SupervisedFineTuneRequest) else None
     if folder is not None and TAG_SUPERSEDES in run.tags:
         folder = folder / run.run_id  # the copies of what it supersedes stay
@@ -63,6 +63,11 @@ def write_spec(
     draft.replace(work_dir / SPEC_FILE)  # without it nobody would know whose state the folder holds
     (work_dir / RESULT_FILE).unlink(missing_ok=True)
     return spec
+
+
+def resolver_of(tracking: Tracking) -> Resolver:
+    """Return what resolves the names of data and models on this worker."""
+    return Resolver(load_settings(), registered=DatasetRecords(lambda: tracking).uri)
 
 
 def run_of(work_dir: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import shutil
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,18 +18,16 @@ from airflow.sdk.exceptions import (
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
-from post_training.dataset_records import DatasetRecords
-from post_training.datasets import Resolver
 from post_training.errors import (
     DataError,
     InvalidRequestError,
     ModelError,
     PostTrainingError,
     RecordUnavailableError,
+    TrainerError,
 )
 from post_training.job_ids import TaskKey
 from post_training.operators.links import MLflowRunLink
-from post_training.operators.patience import persist
 from post_training.operators.worker import (
     PermanentFailureError,
     WorkerOperator,
@@ -40,17 +38,15 @@ from post_training.operators.worker import (
 from post_training.schemas import record as names
 from post_training.schemas.base import parse_json_object
 from post_training.schemas.requests import LENIENT, error_details
-from post_training.settings import load_settings
+from post_training.schemas.trainer import ProcessResult
 from post_training.stage_runs import StageRuns
 from post_training.tracking import JobRun
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-logger = logging.getLogger(__name__)
-
 Config = TypeVar("Config", bound=BaseModel)
-Result = TypeVar("Result", bound=BaseModel)
+Result = TypeVar("Result", bound=ProcessResult)
 
 
 class StageOperator(WorkerOperator):
@@ -77,7 +73,7 @@ class StageOperator(WorkerOperator):
         key = task_key(context)
         run: JobRun | None = None
         try:
-            run = self._persist(self._open, key)
+            run = self.persist(self._open, key)
             self._note(run, context["ti"])
             outcome = self.work(context, key, run)
         except (InvalidRequestError, DataError, ModelError, PermanentFailureError) as error:
@@ -116,37 +112,37 @@ class StageOperator(WorkerOperator):
         self.mlflow_run_url = url
         # Airflow itself stores the link only when the task ends.
         ti.xcom_push(key=MLflowRunLink().xcom_key, value=url)
-        self._persist(self.tracking.set_tags, run.run_id, {names.TAG_AIRFLOW_URL: ti.log_url})
+        self.persist(self.tracking.set_tags, run.run_id, {names.TAG_AIRFLOW_URL: ti.log_url})
 
     def _end(self, run: JobRun | None, status: str, error: str | None = None) -> None:
         """Write how the work ended; the task's own outcome does not hang on it."""
         if run is not None:
             with suppress(RecordUnavailableError):
-                self._persist(lambda: self.tracking.set_status(run.run_id, status, error=error))
-
-    def _persist(self, call: Any, *args: Any) -> Any:
-        return persist(lambda: call(*args), lambda: self._stopped)
-
-    def _resolver(self) -> Resolver:
-        return Resolver(load_settings(), registered=DatasetRecords(lambda: self.tracking).uri)
+                self.persist(lambda: self.tracking.set_status(run.run_id, status, error=error))
 
     def _run_program(
         self, program: str, spec: BaseModel, file: Path, result_file: str, result: type[Result]
     ) -> Result:
-        """Run one of our programs on a spec; return its result.
+        """Run one of our programs on a spec, in a folder that is its own; return its result.
 
         :param file: where the spec is written, in the folder that the program works in.
         :raises TrainerError: if it ended without one, or says that another attempt may succeed.
         :raises PermanentFailureError: if it says that none would.
         """
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        written = file.parent / result_file
+        folder, written = file.parent, file.parent / result_file
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         written.unlink(missing_ok=True)
         file.write_text(spec.model_dump_json(indent=2), encoding="utf-8")
         code = self._run_process(program, file, file.with_suffix(".log"))
         if not written.exists():
             raise no_result(code)
-        return result.model_validate_json(written.read_bytes())
+        found = result.model_validate_json(written.read_bytes())
+        shutil.rmtree(folder, ignore_errors=True)
+        if found.status == "failed":
+            kind = PermanentFailureError if found.permanent else TrainerError
+            raise kind(found.error or f"{program} failed without a reason.")
+        return found
 
 
 def said(value: Any) -> Any:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.sdk import BaseOperator
 
@@ -18,12 +18,15 @@ from post_training.launch.local import worker_argv, worker_environment
 from post_training.launch.process import WorkerProcess
 from post_training.operators.hooks import MLflowHook
 from post_training.operators.links import MLflowRunLink
+from post_training.operators.patience import persist
 from post_training.parent_death import bind_to_parent
 from post_training.settings import load_settings
 from post_training.tracking import Tracking
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
+
+_T = TypeVar("_T")
 
 
 class PermanentFailureError(TrainerError):
@@ -50,6 +53,13 @@ class WorkerOperator(BaseOperator):
     def tracking(self) -> Tracking:
         """The tracking server that holds the record: the deployment's, where the API looks too."""
         return MLflowHook(load_settings().mlflow_conn_id).get_conn()
+
+    def persist(self, call: Callable[..., _T], *args: Any) -> _T:
+        """Call until MLflow, or a search's storage, answers, the time is over or the task is stopped.
+
+        :raises RecordUnavailableError: if it does not.
+        """
+        return persist(lambda: call(*args), lambda: self._stopped)
 
     def on_kill(self) -> None:
         """Ask the process to end; ``execute`` goes on and sees it end."""

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from post_training.schemas.base import Count, LenientModel, StrictModel
 from post_training.schemas.jobs import FiniteOrNull
-from post_training.schemas.trainer import TrackingTarget, TrainerSpec
+from post_training.schemas.trainer import ProcessResult, TrackingTarget, TrainerSpec
 from post_training.schemas.training import DatasetFormat
 
 EVALUATION_SPEC_FILE = "evaluation.json"
@@ -168,12 +168,9 @@ class EvaluationValues(LenientModel):
     models: dict[str, ExampleValues]
 
 
-class EvaluationResult(LenientModel):
-    """Written once, by rename, as the process's last act."""
+class EvaluationResult(ProcessResult):
+    """What an evaluation came to."""
 
-    status: Literal["completed", "failed"]
-    error: str | None = Field(default=None, description="Why it failed, in one sentence.")
-    permanent: bool = Field(default=False, description="Whether another attempt would fail the same way.")
     metrics: dict[str, dict[str, FiniteOrNull]] = Field(
         default_factory=dict, description="Model's name -> metric -> value."
     )

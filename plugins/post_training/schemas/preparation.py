@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from post_training.schemas.base import LenientModel, StrictModel
-from post_training.schemas.trainer import TrackingTarget
+from post_training.schemas.trainer import ProcessResult, TrackingTarget
 from post_training.schemas.training import DatasetFormat
 
 PREPARATION_SPEC_FILE = "preparation.json"
@@ -102,12 +102,9 @@ class PreparedSource(LenientModel):
     )
 
 
-class PreparationResult(LenientModel):
-    """Written once, by rename, as the process's last act."""
+class PreparationResult(ProcessResult):
+    """What the data has become."""
 
-    status: Literal["completed", "failed"]
-    error: str | None = Field(default=None, description="Why it failed, in one sentence.")
-    permanent: bool = Field(default=False, description="Whether another attempt would fail the same way.")
     sources: dict[str, PreparedSource] = Field(default_factory=dict, description="By the spec's names.")
     held_out: dict[str, str] = Field(
         default_factory=dict,

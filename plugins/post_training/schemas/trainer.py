@@ -78,6 +78,14 @@ class TrainerSpec(LenientModel):
     tracking: TrackingTarget | None = Field(description="Null trains without a record.")
 
 
+class ProcessResult(LenientModel):
+    """What a process that is no trainer leaves: written once, by rename, as its last act."""
+
+    status: Literal["completed", "failed"]
+    error: str | None = Field(default=None, description="Why it failed, in one sentence.")
+    permanent: bool = Field(default=False, description="Whether another attempt would fail the same way.")
+
+
 class TrainerResult(LenientModel):
     """Written once, by rename, as the trainer's last act."""
 

@@ -21,6 +21,7 @@ from post_training.operators.retraining import (
     PrepareRetrainingOperator,
 )
 from post_training.operators.retraining_params import load_retraining, retraining_params, retraining_schedule
+from post_training.operators.search import search_before
 from post_training.operators.training import PreferenceOptimizeOperator, SupervisedFineTuneOperator
 
 retraining = load_retraining(Path(__file__).with_suffix(".yaml"))
@@ -88,9 +89,12 @@ with DAG(
     )
     conclude = ConcludeRetrainingOperator(task_id="conclude").as_teardown()
 
+    stages = [supervised_fine_tune, preference_optimize, quantize]
     # A stage that is left out is skipped at once: each task waits for every stage before it.
-    chain(prepare, supervised_fine_tune, preference_optimize, quantize, evaluate, gate, approve, promote)
-    prepare >> [preference_optimize, quantize, evaluate, approve]
-    supervised_fine_tune >> [quantize, evaluate]
-    preference_optimize >> evaluate
-    gate >> promote >> conclude
+    for number, stage in enumerate(stages):
+        searched = retraining.searches(stage.task_id)
+        [prepare, *stages[:number]] >> (search_before(stage, required=False) if searched else stage)
+    [prepare, *stages] >> evaluate
+    chain(evaluate, gate, approve, promote, conclude)
+    prepare >> approve
+    gate >> promote

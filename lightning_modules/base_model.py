@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME as CONFIG_FILE
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lightning_modules.kept import Kept, make
+from lightning_modules.kept import Kept, alone, make
 from lightning_modules.mlflow_uris import LOOKUPS, resolve
 from lightning_modules.models import TOKENIZER_FILE, as_model_error, locate, unpack
 from post_training.errors import ModelError
@@ -123,9 +123,10 @@ def unpacked(base: Base, kept: Kept) -> Base:
     if file is None:
         return base
     folder = kept.place("models", fingerprint(Path(location, file))) / "safetensors"
-    if not folder.exists():
-        log.info("unpacking %s, once", base.source)
-        make(folder, partial(unpack, base.source))
+    with alone(folder):
+        if not folder.exists():
+            log.info("unpacking %s, once", base.source)
+            make(folder, partial(unpack, base.source))
     tokenizer = str(folder) if base.tokenizer_source == base.source else base.tokenizer_source
     return replace(base, source=str(folder), tokenizer_source=tokenizer)
 

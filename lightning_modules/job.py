@@ -282,13 +282,19 @@ def compute_references(
 
     They are computed before the first optimizer step, of a full fine-tuning by the model itself, and kept for
     later attempts and other jobs.
+
+    :raises StopRequestedError: if the process is to stop.
     """
     for shards, number, indices in data.seen(n_epochs):
-        missing = shards.without_reference(number, indices)
-        if missing:
-            log.info("computing the reference's log-probabilities of %d pairs", len(missing))
-            log_probs = references_of(trainer, module, data, [(shards, number, missing)])
-            shards.set_references(number, missing, log_probs)
+        if not shards.without_reference(number, indices):
+            continue
+        with shards.computing_references(number, module.should_stop):
+            module.stop_if_asked()
+            missing = shards.without_reference(number, indices)
+            if missing:
+                log.info("computing the reference's log-probabilities of %d pairs", len(missing))
+                log_probs = references_of(trainer, module, data, [(shards, number, missing)])
+                shards.set_references(number, missing, log_probs)
 
 
 def references_of(

@@ -10,9 +10,10 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from lightning_modules.trained import rename_whole
@@ -20,6 +21,11 @@ from post_training.schemas.evaluation import WorkerSpec
 from post_training.schemas.trainer import CACHE_FOLDER
 
 log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 1800.0
+"""How long is waited for what another process makes, before it is made here too."""
+
+_POLL_SECONDS = 0.2
 
 
 class Kept:
@@ -74,6 +80,32 @@ def _removed(place: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
+    return True
+
+
+@contextmanager
+def alone(path: Path, give_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Be the only process that makes a file or folder of this name, as far as that can be waited for.
+
+    :param give_up: asked while another process makes it.
+    """
+    descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = monotonic() + PATIENCE_SECONDS
+        while not _locked(descriptor):
+            if give_up() or monotonic() > deadline:  # what is made twice is only made in vain
+                break
+            sleep(_POLL_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     return True
 
 

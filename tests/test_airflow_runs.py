@@ -26,6 +26,7 @@ CONF = flatten(SupervisedFineTuneRequest.model_validate(sft_body()))
 NIGHTLY = """
 from airflow.sdk import DAG, Asset
 from airflow.providers.standard.operators.empty import EmptyOperator
+from post_training.operators.search import search_before
 from post_training.operators.training import SupervisedFineTuneOperator
 class HouseTuner(SupervisedFineTuneOperator): ...
 tickets = Asset("x-post-training://datasets/tickets")
@@ -35,6 +36,8 @@ with DAG("team.nightly", schedule=None):
     SupervisedFineTuneOperator(task_id="sft") >> EmptyOperator(task_id="after")
     HouseTuner(task_id="own")
     HouseTuner.partial(task_id="many", pool="default_pool").expand(request=[{}, {}])
+    searched = SupervisedFineTuneOperator(task_id="best")
+    search_before(searched) >> EmptyOperator(task_id="beside")
 """
 
 
@@ -189,6 +192,29 @@ def test_cancelling_a_stage_leaves_the_rest_of_its_dag_alone(runs: Any) -> None:
         run = session.query(DagRun).filter_by(dag_id="team.nightly", run_id="run.2").one()
         assert run.state == "queued"
         assert run.get_task_instance("after", session=session).state is None
+
+
+def test_cancelling_a_job_ends_its_search(runs: Any) -> None:
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.utils.session import create_session
+
+    runs.trigger("team.nightly", "run.5", {}, None)
+    planned = datetime(2026, 11, 1, tzinfo=UTC)
+    with create_session() as session:
+        tasks = session.query(TaskInstance).filter_by(run_id="run.5")
+        tasks.filter_by(task_id="best_plan").update({"state": "success", "start_date": planned})
+        tasks.filter_by(task_id="best_trials").update({"state": "running", "map_index": 0})
+    job = runs.find("team.nightly.run.5.best")
+    assert job.started_at == planned
+    runs.cancel(job.key, "somebody")
+    with create_session() as session:
+        rows = session.query(TaskInstance).filter_by(run_id="run.5")
+        states = {row.task_id: row.state for row in rows}
+    assert {name: state for name, state in states.items() if state} == {
+        "best_plan": "success",
+        "best_trials": "failed",
+        "best": "failed",
+    }
 
 
 def test_cancelling_a_stage_starts_no_failed_task_behind_it(runs: Any) -> None:

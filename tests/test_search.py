@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from post_training.errors import RecordUnavailableError
@@ -62,7 +63,7 @@ def test_a_study_is_of_one_request() -> None:
 def test_trials_have_values_of_the_space_until_none_are_left(url: str) -> None:
     choices = [["q_proj"], ["q_proj", "v_proj"]]
     space = SPACE | {MODULES: {"type": "categorical", "choices": choices}}
-    study = search(url, space=space).begin()
+    study = search(url, space=space).begin("run-1")
     seen = []
     while (trial := study.next_trial(0)) is not None:
         assert 1 <= trial.values[RANK] <= 64
@@ -76,7 +77,7 @@ def test_trials_have_values_of_the_space_until_none_are_left(url: str) -> None:
 
 @pytest.mark.parametrize("sampler", ["tpe", "grid"])
 def test_workers_in_many_processes_begin_no_more_trials_than_there_may_be(url: str, sampler: str) -> None:
-    search(url, n_trials=12, max_parallel=4, sampler=sampler).begin()
+    search(url, n_trials=12, max_parallel=4, sampler=sampler).begin("run-1")
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(4, mp_context=spawn) as pool:
         found = list(pool.map(run_worker, [url] * 4, range(4), [sampler] * 4))
@@ -88,7 +89,7 @@ def test_workers_in_many_processes_begin_no_more_trials_than_there_may_be(url: s
 
 
 def test_what_has_ended_is_not_tried_again_and_what_was_cut_off_is(url: str) -> None:
-    study = search(url).begin()
+    study = search(url).begin("run-1")
     first, second = study.next_trial(0), None
     assert first is not None
     finish(study, first, 1.0)
@@ -107,33 +108,54 @@ def test_what_has_ended_is_not_tried_again_and_what_was_cut_off_is(url: str) -> 
     assert (taken.run_id, taken.attributes["attempts"], taken.reported) == ("run-2", 2, {1})
 
 
-def test_a_trial_whose_worker_died_as_it_began_is_found_by_the_first_worker(url: str) -> None:
-    study = search(url).begin()
-    study.study.ask(study._distributions)
-    study.study.ask()
-    assert study.next_trial(1).number == 2  # type: ignore[union-attr]
-
-    def later() -> float:
-        return time.time() + 61
-
-    assert study.next_trial(1, later).number == 2  # type: ignore[union-attr]
-    adopted = study.next_trial(0, later)
-    assert adopted is not None
-    assert adopted.number == 0
-    finish(study, adopted, 1.0)
-    assert study.next_trial(0, later).number == 3  # type: ignore[union-attr]
-    assert study.trial(1).state == "FAIL"
+def test_a_trial_whose_worker_died_as_it_began_is_the_workers_next(url: str) -> None:
+    space = SPACE | {"lr": {"type": "float", "low": 0.1, "high": 0.9}}
+    study = search(url, space=space).begin("run-1")
+    made = study._made_for(1)  # and there the worker dies, or one choice later
+    rank = optuna.Trial(study._loaded(), made._trial_id).suggest_int(RANK, 1, 64)
+    assert study.next_trial(0).number == 1  # type: ignore[union-attr]
+    again = search(url, space=space).open().next_trial(1)
+    assert again is not None
+    assert (again.number, again.values[RANK]) == (0, rank)
+    assert 0.1 <= again.values["lr"] <= 0.9
 
 
 def test_after_its_time_no_trial_begins_but_one_that_was_begun_ends(url: str) -> None:
-    study = search(url, timeout_seconds=100).begin(lambda: 1000.0)
+    study = search(url, timeout_seconds=100).begin("run-1", lambda: 1000.0)
     trial = study.next_trial(0, lambda: 1099.0)
     assert trial is not None
     assert study.next_trial(0, lambda: 1200.0).number == trial.number  # type: ignore[union-attr]
     finish(study, trial, 1.0)
     assert study.next_trial(0, lambda: 1200.0) is None
-    again = search(url, timeout_seconds=100).begin(lambda: 5000.0)
-    assert again.next_trial(0, lambda: 5001.0) is None
+    again = search(url, timeout_seconds=100).begin("run-1", lambda: 1010.0)
+    assert again.next_trial(0, lambda: 1300.0) is None
+
+
+def test_the_time_of_a_search_begins_with_its_first_trial(url: str) -> None:
+    study = search(url, timeout_seconds=100).begin("run-1", lambda: 1000.0)
+    assert not study.spent(lambda: 5000.0)
+    trial = study.next_trial(0, lambda: 5000.0)
+    assert trial is not None
+    study.fail(trial, "no data")
+    assert study.next_trial(0, lambda: 5099.0) is not None
+    assert not study.spent(lambda: 5100.0)
+    study.close("gone")
+    assert study.spent(lambda: 5100.0)
+    again = search(url, timeout_seconds=100).begin("run-1", lambda: 5100.0)
+    assert again.trials() == [], "nothing has succeeded, and there was no time left"
+    assert again.next_trial(0, lambda: 5101.0) is not None
+
+
+def test_a_job_that_begins_anew_has_a_study_of_its_own(url: str) -> None:
+    study = search(url).begin("run-1")
+    trial = study.next_trial(0)
+    assert trial is not None
+    finish(study, trial, 1.0)
+    assert len(search(url).begin("run-1").trials()) == 1
+    other = search(url).begin("run-2")
+    assert other.trials() == []
+    assert other.id != study.id
+    assert search(url).begin("run-2").id == other.id
 
 
 def test_a_grid_has_each_cell_once_whoever_asks(url: str) -> None:
@@ -142,7 +164,7 @@ def test_a_grid_has_each_cell_once_whoever_asks(url: str) -> None:
         "lr": {"type": "float", "low": 0.1, "high": 0.3, "step": 0.1},
         MODULES: {"type": "categorical", "choices": [["q_proj"], ["v_proj"]]},
     }
-    search(url, space=space, sampler="grid", n_trials=12).begin()
+    search(url, space=space, sampler="grid", n_trials=12).begin("run-1")
     workers = [search(url, space=space, sampler="grid", n_trials=12).open() for _ in range(3)]
     cells = []
     for turn in range(12):
@@ -166,7 +188,7 @@ def test_a_seed_gives_the_same_trials_and_another_others(url: str, sampler: str)
     def values(name: str, seed: int) -> list[int]:
         found = []
         for _ in range(6):  # each trial by a worker that starts anew
-            study = search(url, name, sampler=sampler, n_trials=6, seed=seed).begin()
+            study = search(url, name, sampler=sampler, n_trials=6, seed=seed).begin("run-1")
             trial = study.next_trial(0)
             assert trial is not None
             found.append(trial.values[RANK])
@@ -187,7 +209,7 @@ def test_the_sampler_gp_needs_torch(url: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband", "none"])
 def test_a_trial_that_falls_behind_is_stopped(url: str, pruner: str) -> None:
-    study = search(url, epochs=9, pruner=pruner, n_trials=16, direction="maximize").begin()
+    study = search(url, epochs=9, pruner=pruner, n_trials=16, direction="maximize").begin("run-1")
     stopped = []
     for number in range(12):
         trial = study.next_trial(0)
@@ -208,7 +230,7 @@ def test_a_trial_that_falls_behind_is_stopped(url: str, pruner: str) -> None:
 
 
 def test_a_trial_ends_once_whoever_says_so(url: str) -> None:
-    study = search(url).begin()
+    study = search(url).begin("run-1")
     trial = study.next_trial(0)
     assert trial is not None
     finish(study, trial, 1.0)
@@ -219,7 +241,7 @@ def test_a_trial_ends_once_whoever_says_so(url: str) -> None:
 
 
 def test_a_value_is_reported_once(url: str) -> None:
-    study = search(url, pruner="median").begin()
+    study = search(url, pruner="median").begin("run-1")
     trial = study.next_trial(0)
     assert trial is not None
     study.report(trial, 1, 2.0)
@@ -229,9 +251,24 @@ def test_a_value_is_reported_once(url: str) -> None:
     assert study.trial(0).value == 2.0
 
 
+def test_a_decision_whose_answer_was_lost_is_made_again(url: str) -> None:
+    study = search(url, pruner="median", n_trials=4).begin("run-1")
+    for quality in (1.0, 9.0):
+        trial = study.next_trial(0)
+        assert trial is not None
+        behind = study.report(trial, 1, quality)
+        if quality == 1.0:
+            finish(study, trial, quality)
+    assert behind
+    taken = search(url, pruner="median", n_trials=4).open().next_trial(0)
+    assert taken is not None
+    assert (taken.number, taken.reported) == (1, {1})
+    assert study.report(taken, 1, 9.0)
+
+
 @pytest.mark.parametrize(("direction", "best"), [("minimize", 1), ("maximize", 0)])
 def test_the_best_is_of_those_that_finished(url: str, direction: str, best: int) -> None:
-    study = search(url, direction=direction, n_trials=5).begin()
+    study = search(url, direction=direction, n_trials=5).begin("run-1")
     assert study.best() is None
     for value in (3.0, 1.0):
         trial = study.next_trial(0)
@@ -256,18 +293,18 @@ def test_the_best_is_of_those_that_finished(url: str, direction: str, best: int)
 
 
 def test_a_search_of_which_nothing_succeeded_begins_anew(url: str) -> None:
-    study = search(url, n_trials=2).begin()
+    study = search(url, n_trials=2).begin("run-1")
     before = study.id
     for _ in range(2):
         trial = study.next_trial(0)
         assert trial is not None
         study.fail(trial, "no data")
-    again = search(url, n_trials=2).begin()
+    again = search(url, n_trials=2).begin("run-1")
     assert again.id != before
     trial = again.next_trial(0)
     assert trial is not None
     finish(again, trial, 1.0)
-    kept = search(url, n_trials=2).begin()
+    kept = search(url, n_trials=2).begin("run-1")
     assert kept.id == again.id
     assert [trial.state for trial in kept.trials()] == ["COMPLETE"]
 
@@ -277,6 +314,13 @@ def test_a_search_that_was_not_begun_is_not_there(url: str) -> None:
         search(url).open()
 
 
+@pytest.mark.parametrize("url", ["nosql://user:secret@host/searches", "no url, secret"])
+def test_a_storage_that_there_cannot_be_is_not_waited_for(url: str) -> None:
+    with pytest.raises(SearchUnavailableError, match=r"\[post_training\] search_storage") as caught:
+        search(url).open()
+    assert "secret" not in str(caught.value)
+
+
 def test_a_storage_that_cannot_be_reached_is_waited_for(tmp_path: Path) -> None:
     with pytest.raises(RecordUnavailableError):
-        search(f"sqlite:///{tmp_path}/no/such/folder.db").begin()
+        search(f"sqlite:///{tmp_path}/no/such/folder.db").begin("run-1")

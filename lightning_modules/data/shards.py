@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing import get_context
@@ -25,7 +26,7 @@ from lightning_modules.data.tokenize import (
     check_bad_rows,
     tokenize_rows,
 )
-from lightning_modules.kept import Kept, digest_of, make
+from lightning_modules.kept import Kept, alone, digest_of, make
 from post_training.errors import DataError
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ class Shards(Protocol):
 
     def close(self) -> None:
         """End that."""
+
+    def computing_references(self, number: int, give_up: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Be the only process that computes a shard's reference log-probabilities."""
 
     def without_reference(self, number: int, indices: Sequence[int]) -> list[int]:
         """Return which pairs of a shard have no reference log-probabilities."""
@@ -186,8 +190,10 @@ class TokenizedRows:
         if number in self._made:
             return file
         if not is_whole(file):
-            tokenized = self._tokenized(number)
-            make(file, lambda draft: write_shard(draft, tokenized))
+            with alone(file):
+                if not is_whole(file):
+                    tokenized = self._tokenized(number)
+                    make(file, lambda draft: write_shard(draft, tokenized))
         shard = StoredShard(file, self.tokenizing.item)
         self.bad |= shard.bad
         self.cut += shard.cut
@@ -235,6 +241,18 @@ class TokenizedRows:
         """Look for reference log-probabilities, and keep them, by what tells their model from others."""
         self._references = self.kept.place("references", digest_of(self.digest, model))
         self._open.clear()  # opened without them
+
+    @contextmanager
+    def computing_references(self, number: int, give_up: Callable[[], bool]) -> Iterator[None]:
+        """Be the only process that computes a shard's reference log-probabilities; those of others are seen.
+
+        :param give_up: asked while another process does.
+        """
+        file = self._references_of(number)
+        assert file is not None  # noqa: S101 - asked for by keep_references
+        with alone(file, give_up):
+            self._open.pop(number, None)
+            yield
 
     def without_reference(self, number: int, indices: Sequence[int]) -> list[int]:
         """Return which pairs of a shard have no reference log-probabilities."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,10 +46,13 @@ from post_training.errors import (
 from post_training.job_ids import (
     MAY_BE_AN_ID,
     REQUEST_DAGS,
+    SEARCH_OPERATORS,
     TRAINING_OPERATORS,
     TaskKey,
     candidate_keys,
     job_uuid_of,
+    plan_task_id,
+    trials_task_id,
 )
 
 logger = logging.getLogger(__name__)
@@ -153,7 +156,7 @@ class AirflowRuns:
         )
         with _database(), create_session() as session:
             row = session.execute(query).first()
-            return _job_task(*row) if row is not None else None
+            return _with_search(session, _job_task(*row)) if row is not None else None
 
     def job_uuids(self, dag_ids: Collection[str]) -> list[str]:
         """Return the ids of all jobs of these DAGs, newest first."""
@@ -181,7 +184,7 @@ class AirflowRuns:
             return set(REQUEST_DAGS) | set(session.scalars(query))
 
     def cancel(self, key: TaskKey, user_name: str) -> None:
-        """Fail the job's task, which ends it if it runs; other tasks of a larger DAG go their own way.
+        """Fail the job's task and its search's, which ends them; others of a larger DAG go their own way.
 
         :param user_name: who asked for it, for Airflow's audit log.
         :raises JobNotFoundError: if the run is gone.
@@ -199,10 +202,11 @@ class AirflowRuns:
             if key.dag_id in REQUEST_DAGS:
                 patch_dag_run_state(dag=dag, dag_run=run, state=DagRunMutableStates.FAILED, session=session)
                 return
-            operator = dag.get_task(key.task_id)
             # The DAG's own set_task_instance_state would also clear, and so start, failed tasks behind it.
             set_state(
-                tasks=[operator if key.map_index < 0 else (operator, key.map_index)],
+                tasks=[
+                    (dag.get_task(task_id), map_index) for task_id, map_index in _unfinished(session, key)
+                ],
                 run_id=key.run_id,
                 state=TaskInstanceState.FAILED,
                 commit=True,
@@ -306,6 +310,22 @@ def _is(table: Any, key: TaskKey) -> ColumnElement[bool]:
     )
 
 
+def _unfinished(session: Session, key: TaskKey) -> Sequence[tuple[str, int]]:
+    """Return the tasks that may still do something for a job, its search's too, by id and map index."""
+    of_search = and_(
+        TaskInstance.dag_id == key.dag_id,
+        TaskInstance.run_id == key.run_id,
+        TaskInstance.task_id.in_([plan_task_id(key.task_id), trials_task_id(key.task_id)]),
+        TaskInstance.operator.in_(SEARCH_OPERATORS),
+    )
+    query = (
+        select(TaskInstance.task_id, TaskInstance.map_index)
+        .where(or_(_is(TaskInstance, key), of_search))
+        .where(or_(TaskInstance.state.is_(None), TaskInstance.state.not_in(State.finished)))
+    )
+    return [(task_id, map_index) for task_id, map_index in session.execute(query)]
+
+
 def _stop_entry(key: TaskKey, attempt_id: str, user_name: str) -> Log:
     return Log(
         event=STOP_EVENT,
@@ -350,6 +370,17 @@ def _job_task(task: TaskInstance, run: DagRun) -> JobTask:
         attempt_id=str(task.id),
         conf=dict(run.conf or {}),
     )
+
+
+def _with_search(session: Session, task: JobTask) -> JobTask:
+    """Let a job begin with its search, if it has one."""
+    planned_at = session.scalar(
+        select(TaskInstance.start_date).where(
+            _is(TaskInstance, replace(task.key, task_id=plan_task_id(task.key.task_id), map_index=-1)),
+            TaskInstance.operator.in_(SEARCH_OPERATORS),
+        )
+    )
+    return task if planned_at is None else replace(task, started_at=planned_at)
 
 
 def _time(message: StructuredLogMessage, default: datetime) -> datetime:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from post_training.schemas.record import REQUEST_TASK_ID
 from post_training.schemas.requests import REQUESTS
 
 MAY_BE_AN_ID = re.compile(r"[\w.~:+-]{1,1000}")
@@ -28,6 +29,24 @@ def request_dag(method: str, *, search: bool) -> str:
 TRAINING_OPERATORS = ("SupervisedFineTuneOperator", "PreferenceOptimizeOperator")
 """Names by which the task-instance table knows the tasks that are jobs, also those of users' subclasses: its
 ``custom_operator_name``."""
+
+
+SEARCH_OPERATORS = ("PlanSearchOperator", "SearchTrialsOperator")
+"""Operators of the tasks in front of a job's that run its search."""
+
+
+def plan_task_id(task_id: str) -> str:
+    """Return the task that plans the search of a job's task."""
+    return f"{_prefix(task_id)}plan"
+
+
+def trials_task_id(task_id: str) -> str:
+    """Return the mapped task that runs the trials of a job's task."""
+    return f"{_prefix(task_id)}trials"
+
+
+def _prefix(task_id: str) -> str:
+    return "" if task_id == REQUEST_TASK_ID else f"{task_id}_"
 
 
 @dataclass(frozen=True)

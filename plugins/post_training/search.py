@@ -1,8 +1,9 @@
 """A search's trials in one durable study, which workers share that may die at any time. Optuna is imported
 only when it is used.
 
-A trial belongs to the worker that began it: the worker's next attempt takes it over. What has ended is never
-begun again, and no more trials begin than the search may have, however many workers ask at once.
+A trial belongs to the worker that begins it, from the moment in which it is made: the worker's next attempt
+takes it over. What has ended is never begun again, and no more trials begin than the search may have, however
+many workers ask at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from post_training.errors import PostTrainingError
@@ -23,21 +25,23 @@ from post_training.search_parts import (
     pruner_of,
     sampler_of,
     states,
+    suggest,
 )
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
-WORKER, RUN, ERROR, ATTEMPTS, STARTED = "worker", "mlflow_run_id", "error", "attempts", "started_at"
-"""Attributes of a trial, and the last of a study."""
+WORKER, RUN, ERROR, ATTEMPTS, DATA = "worker", "mlflow_run_id", "error", "attempts", "data"
+"""Attributes of a trial; the last are the digests of what it read."""
 
-ORPHAN_SECONDS = 60.0
-"""After so long a trial without a worker is one whose worker died in the moment in which it began."""
+JOB, BEGUN, FIRST_TRIAL = "job_run_id", "begun_at", "first_trial_at"
+"""Attributes of a study: the job's run, when it was planned, and when its first trial began."""
 
 
 class NoSearchError(PostTrainingError):
-    """No study of this name was begun."""
+    """The storage holds no study of this name."""
 
 
 @dataclass
@@ -91,26 +95,34 @@ class Search:
             self._pruner = pruner_of(config, epochs)
             self._sampler = sampler_of(config, self._distributions)
 
-    def begin(self, clock: Callable[[], float] = time.time) -> Search:
+    def begin(self, job_run_id: str, clock: Callable[[], float] = time.time) -> Search:
         """Make the study, or find it.
 
         One that has nothing left to try and no trial that succeeded begins anew: whoever asks again has
-        changed something.
+        changed something. So does that of another run: what it holds is what the job was before.
+
+        :param job_run_id: the job's run in MLflow.
         """
         with optuna_answers():
             import optuna
 
-            storage = open_storage(self._storage_url)
-            direction = self.config.to
-            self._study = optuna.create_study(
-                storage=storage, study_name=self.name, direction=direction, load_if_exists=True
+            self._connect()
+            made = partial(
+                optuna.create_study,
+                storage=self._storage,
+                study_name=self.name,
+                direction=self.config.to,
+                pruner=self._pruner,
             )
-            if self._is_spent() and self.best() is None:
-                optuna.delete_study(study_name=self.name, storage=storage)
-                self._study = optuna.create_study(storage=storage, study_name=self.name, direction=direction)
-            self._study.pruner = self._pruner
-            if STARTED not in self._study.user_attrs:
-                self._study.set_user_attr(STARTED, clock())
+            self._study = made(load_if_exists=True)
+            of_another = self._study.user_attrs.get(JOB, job_run_id) != job_run_id
+            if of_another or (self._is_spent(clock()) and self.best() is None):
+                optuna.delete_study(study_name=self.name, storage=self._storage)
+                self._study = made()
+            self._study.set_user_attr(JOB, job_run_id)
+            if BEGUN not in self._study.user_attrs:
+                self._study.set_user_attr(BEGUN, clock())
+            self._note_id()
         return self
 
     def open(self) -> Search:
@@ -119,57 +131,74 @@ class Search:
         :raises NoSearchError: if it was not begun.
         """
         with optuna_answers():
-            import optuna
-
+            self._connect()
             try:
-                self._study = optuna.load_study(
-                    study_name=self.name, storage=open_storage(self._storage_url), pruner=self._pruner
-                )
+                self._study = self._loaded()
+                self._note_id()
             except KeyError:
-                raise NoSearchError(f"The search {self.name!r} was not begun.") from None
+                raise NoSearchError(
+                    f"[post_training] search_storage holds no search {self.name!r}; where workers are"
+                    " several machines it must be a database that all of them reach."
+                ) from None
         return self
 
-    @property
-    def id(self) -> str:
-        """Text that tells this study from one of the same name that was begun before."""
-        return f"{self.name}/{self._study.user_attrs[STARTED]}"
+    def _connect(self) -> None:
+        self._storage = open_storage(self._storage_url)
+
+    def _loaded(self, sampler: BaseSampler | None = None) -> Study:
+        """Return the study as it is now: each such object keeps what it has once read."""
+        import optuna
+
+        return optuna.load_study(
+            study_name=self.name, storage=self._storage, sampler=sampler, pruner=self._pruner
+        )
+
+    def _note_id(self) -> None:
+        self.id = f"{self.name}/{self._study.user_attrs[BEGUN]}"
 
     def next_trial(self, worker: int, clock: Callable[[], float] = time.time) -> Trial | None:
         """Return a worker's unfinished trial, or begin one; None where none is left to begin."""
         with optuna_answers():
-            left = self._left_behind(worker, clock())
+            left = self._left_behind(worker)
             if left is not None:
-                return left
-            begun = len(self._frozen())
-            late = self.config.timeout_seconds
-            if late is not None and clock() - self._study.user_attrs[STARTED] >= late:
+                return self._chosen(left, worker)
+            if len(self._frozen()) >= self.config.n_trials or self._is_late(clock()):
                 return None
-            if begun >= self.config.n_trials:
-                return None
-            self._study.sampler = self._sampler(f"{worker}/{begun}")
-            number = self._study.ask(self._distributions).number
-            if number >= self.config.n_trials:  # another worker was faster
-                self._study.tell(number, state=states().FAIL)
-                return None
-            self._set(number, {WORKER: worker})
-            return self.trial(number)
+            if FIRST_TRIAL not in self._study.user_attrs:
+                self._study.set_user_attr(FIRST_TRIAL, clock())
+            return self._chosen(self._made_for(worker), worker)
 
-    def _left_behind(self, worker: int, now: float) -> Trial | None:
+    def _made_for(self, worker: int) -> FrozenTrial:
+        """Make a trial that has its owner from the first moment, and no values yet."""
+        from optuna.trial import create_trial
+
+        draft = create_trial(state=states().RUNNING, user_attrs={WORKER: worker})
+        study_id = self._storage.get_study_id_from_name(self.name)
+        return self._storage.get_trial(self._storage.create_new_trial(study_id, draft))
+
+    def _chosen(self, made: FrozenTrial, worker: int) -> Trial | None:
+        """Choose the values that a trial lacks; None where others were faster and it is one too many."""
+        import optuna
+
+        if made.number >= self.config.n_trials:
+            self._study.tell(made.number, state=states().FAIL)
+            return None
+        if made.params.keys() != self._distributions.keys():
+            study = self._loaded(self._sampler(f"{worker}/{made.number}"))
+            handle = optuna.Trial(study, made._trial_id)
+            for path, distribution in self._distributions.items():
+                suggest(handle, path, distribution)
+        return self.trial(made.number)
+
+    def _left_behind(self, worker: int) -> FrozenTrial | None:
         """Return the trial that an attempt before has begun and not ended."""
-        for frozen in self._frozen():
-            if frozen.state != states().RUNNING or frozen.number >= self.config.n_trials:
-                continue
-            owner = frozen.user_attrs.get(WORKER)
-            if owner == worker:
-                return self._trial(frozen)
-            started = frozen.datetime_start
-            old = started is not None and now - started.timestamp() > ORPHAN_SECONDS
-            if owner is None and worker == 0 and old:
-                if frozen.params.keys() == self._distributions.keys():
-                    self._set(frozen.number, {WORKER: worker})
-                    return self._trial(frozen)
-                self._study.tell(frozen.number, state=states().FAIL)
-        return None
+        of_worker = (one for one in self._frozen() if one.user_attrs.get(WORKER) == worker)
+        return next((one for one in of_worker if one.state == states().RUNNING), None)
+
+    def _is_late(self, now: float) -> bool:
+        """Whether no further trial begins since the first one began too long ago."""
+        late, first = self.config.timeout_seconds, self._study.user_attrs.get(FIRST_TRIAL)
+        return late is not None and first is not None and now - first >= late
 
     def note(self, trial: Trial, **attributes: Any) -> None:
         """Keep attributes of a trial."""
@@ -178,13 +207,15 @@ class Search:
         trial.attributes.update(attributes)
 
     def report(self, trial: Trial, epoch: int, value: float) -> bool:
-        """Report the metric at an epoch's end; return whether the trial is to be stopped."""
-        if epoch in trial.reported:
-            return False
+        """Report the metric at an epoch's end; return whether the trial is to be stopped.
+
+        What was reported before stays, and is decided on again: the answer may have been lost.
+        """
         with optuna_answers():
             handle = self._handle(trial.number)
-            handle.report(value, epoch)
-            trial.reported.add(epoch)
+            if epoch not in trial.reported:
+                handle.report(value, epoch)
+                trial.reported.add(epoch)
             return bool(handle.should_prune())
 
     def complete(self, trial: Trial, value: float | None) -> bool:
@@ -195,6 +226,11 @@ class Search:
         with optuna_answers():
             self._study.tell(trial.number, value, skip_if_finished=True)
         return True
+
+    def data(self) -> Any:
+        """Return what the finished trials have read, None before there is one that says it."""
+        finished = (trial for trial in self.trials() if trial.state == "COMPLETE")
+        return next(filter(None, (trial.attributes.get(DATA) for trial in finished)), None)
 
     def prune(self, trial: Trial) -> None:
         """End a trial that was stopped since it fell behind."""
@@ -214,6 +250,11 @@ class Search:
         for trial in self.trials():
             if trial.state == "RUNNING":
                 self.fail(trial, error)
+
+    def spent(self, clock: Callable[[], float] = time.time) -> bool:
+        """Whether all trials that may begin have ended."""
+        with optuna_answers():
+            return self._is_spent(clock())
 
     def trials(self) -> list[Trial]:
         """Return all trials that were begun."""
@@ -238,9 +279,10 @@ class Search:
     def _frozen(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
-    def _is_spent(self) -> bool:
-        ended = sum(one.state.is_finished() for one in self._frozen())
-        return ended >= self.config.n_trials
+    def _is_spent(self, now: float) -> bool:
+        trials = [one for one in self._frozen() if one.number < self.config.n_trials]
+        all_begun = len(trials) == self.config.n_trials or self._is_late(now)
+        return all_begun and all(one.state.is_finished() for one in trials)
 
     def _set(self, number: int, attributes: Mapping[str, Any]) -> None:
         handle = self._handle(number)

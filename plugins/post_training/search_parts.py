@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
+    from optuna.trial import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +29,14 @@ _LOCK_SECONDS = 60
 
 
 class SearchUnavailableError(PostTrainingError):
-    """This machine lacks a library that the search needs."""
+    """This machine lacks a library that the search needs, or its storage is none."""
 
 
 @contextmanager
 def optuna_answers() -> Iterator[None]:
     """Turn the storage's failures into the error that callers wait out.
 
-    :raises RecordUnavailableError: if it does not answer.
+    :raises RecordUnavailableError: if it does not answer; why is logged, since it names hosts.
     :raises SearchUnavailableError: if a library is missing.
     """
     try:
@@ -59,17 +60,40 @@ def states() -> Any:
 
 
 def open_storage(url: str) -> BaseStorage:
-    """Return the storage of this URL, made if it is not there."""
-    from optuna.storages import RDBStorage, get_storage
+    """Return the storage of this URL, made if it is not there.
 
-    if url.startswith("sqlite:"):
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _LOCK_SECONDS}})
-    return get_storage(url)
+    :raises SearchUnavailableError: if there can be none: a wrong URL, no driver, or another Optuna's tables.
+    """
+    from optuna.storages import RDBStorage, get_storage
+    from sqlalchemy.exc import ArgumentError  # noqa: PLC0415
+
+    waits = {"connect_args": {"timeout": _LOCK_SECONDS}} if url.startswith("sqlite:") else {}
+    try:
+        return get_storage(RDBStorage(url, engine_kwargs=waits))  # as a study has it: it remembers trials
+    except (ArgumentError, ImportError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].replace(url, "the URL")
+        raise SearchUnavailableError(
+            f"[post_training] search_storage cannot be used: {type(error).__name__}: {reason}"
+        ) from None
 
 
 def distributions_of(config: SearchConfig) -> dict[str, BaseDistribution]:
     """Return what each field's values are drawn from."""
     return {path: _distribution(space) for path, space in config.space.items()}
+
+
+def suggest(trial: Trial, path: str, distribution: BaseDistribution) -> None:
+    """Let a trial choose the value of one field, unless it has one."""
+    from optuna import distributions as of
+
+    if isinstance(distribution, of.FloatDistribution):
+        low, high = distribution.low, distribution.high
+        trial.suggest_float(path, low, high, step=distribution.step, log=distribution.log)
+    elif isinstance(distribution, of.IntDistribution):
+        first, last = distribution.low, distribution.high
+        trial.suggest_int(path, first, last, step=distribution.step, log=distribution.log)
+    elif isinstance(distribution, of.CategoricalDistribution):
+        trial.suggest_categorical(path, distribution.choices)
 
 
 def _distribution(space: FloatSpace | IntSpace | CategoricalSpace) -> BaseDistribution:

@@ -18,7 +18,7 @@ HISTORY_FILE, IMPORTANCE_FILE = "optimization_history.png", "parameter_importanc
 def draw(search: Search, folder: Path) -> list[Path]:
     """Draw the values of the trials in their order, and how much each field mattered; return the files.
 
-    Where there is too little to compare, the second is left out.
+    Where there is too little to compare, the second is left out; so is one that cannot be drawn.
     """
     import matplotlib
 
@@ -36,16 +36,22 @@ def draw(search: Search, folder: Path) -> list[Path]:
         logger.info(
             "No picture of the fields' importance: it takes two of them, and two finished trials that differ."
         )
+    saved = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return [_save(picture(search.study), folder / name, search) for name, picture in drawn.items()]
+        for name, picture in drawn.items():
+            try:
+                saved.append(_save(picture(search.study), folder / name, search.config.metric))
+            except Exception as error:  # whatever ails a library, what was trained counts
+                logger.warning("The picture %s cannot be drawn: %s", name, error)
+    return saved
 
 
-def _save(axes: Any, file: Path, search: Search) -> Path:
+def _save(axes: Any, file: Path, metric: str) -> Path:
     from matplotlib import pyplot
 
     if file.name == HISTORY_FILE:
-        axes.set_ylabel(search.config.metric)
+        axes.set_ylabel(metric)
     axes.figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(axes.figure)
     return file

@@ -51,6 +51,27 @@ def test_what_may_be_left_out_is_directly_behind_the_preparation(dag: DAG) -> No
     assert dag.get_task("gate").downstream_task_ids == {"approve", "promote"}
 
 
+def test_a_stage_that_searches_has_its_tasks_in_front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = """
+  hyperparam_search_config:
+    space: {training_config.optimizer_config.lr: {type: float, low: 1.0e-5, high: 1.0e-3, log: true}}
+    n_trials: 4
+"""
+    settings(tmp_path, monkeypatch, search=("    alpha: 32\n", f"    alpha: 32{search}"))
+    bag = DagBag(DAGS / "scheduled_retraining.py")
+    assert bag.import_errors == {}
+    dag = bag.dags["scheduled_retraining"]
+    plan, train = dag.get_task("supervised_fine_tune_plan"), dag.get_task("supervised_fine_tune")
+    assert plan.upstream_task_ids == {"prepare"}
+    assert train.upstream_task_ids == {"supervised_fine_tune_plan", "supervised_fine_tune_trials"}
+    assert dag.get_task("preference_optimize").upstream_task_ids == {"prepare", "supervised_fine_tune"}
+    assert dag.get_task("evaluate").upstream_task_ids == {"prepare", *STAGES}
+    assert plan.parent_run_id == train.parent_run_id
+    assert not plan.required, "the form may leave the search out"
+
+
 def test_the_forms_defaults_are_the_files(dag: DAG) -> None:
     params = copy.deepcopy(dag.params).validate()
     file = load_retraining(FILE)

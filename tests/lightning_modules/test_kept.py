@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from lightning_modules.kept import Kept, digest_of, make
+from lightning_modules.kept import Kept, alone, digest_of, make
 
 DAY = 86_400
 
@@ -79,3 +80,24 @@ def test_a_folder_that_another_job_has_made_meanwhile_stays(tmp_path: Path) -> N
 def test_digests_tell_parts_from_each_other() -> None:
     assert digest_of("a", ["b"]) == digest_of("a", ["b"])
     assert len({digest_of("ab"), digest_of("a", "b"), digest_of("a", ["b"]), digest_of("b", "a")}) == 4
+
+
+def test_of_those_who_make_the_same_one_works_and_the_others_wait(tmp_path: Path) -> None:
+    path, made = tmp_path / "file", []
+
+    def make_once(number: int) -> None:
+        with alone(path):
+            if not path.exists():
+                made.append(number)
+                make(path, lambda draft: draft.write_text("whole"))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(make_once, range(4)))
+    assert len(made) == 1
+
+
+def test_who_is_to_stop_waits_no_longer(tmp_path: Path) -> None:
+    with alone(tmp_path / "file"), alone(tmp_path / "file", give_up=lambda: True):
+        pass
+    with alone(tmp_path / "file", give_up=lambda: pytest.fail("it is free")):
+        pass

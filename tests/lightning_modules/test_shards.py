@@ -222,11 +222,15 @@ def test_the_process_ends_with_its_trainer(tmp_path: Path, tokenizing: Tokenizin
     wait_until(lambda: is_gone(process), 60)
 
 
-def test_references_come_back_to_their_pairs(tmp_path: Path, tokenizing: Tokenizing) -> None:
+@pytest.fixture
+def pairs(tokenizing: Tokenizing) -> Tokenizing:
     def both(row: Any) -> list[Any]:
         return [instruct_turns(row), instruct_turns({**row, "answer": "No."})]
 
-    pairs = Tokenizing(**(vars(tokenizing) | {"conversations": both, "item": Pair, "form": "pairs"}))
+    return Tokenizing(**(vars(tokenizing) | {"conversations": both, "item": Pair, "form": "pairs"}))
+
+
+def test_references_come_back_to_their_pairs(tmp_path: Path, pairs: Tokenizing) -> None:
     data = tokenized_rows(tmp_path, pairs)
     data.keep_references("the model")
     shard = data[1]
@@ -245,6 +249,21 @@ def test_references_come_back_to_their_pairs(tmp_path: Path, tokenizing: Tokeniz
     assert data.without_reference(1, [0, 1, 2, 3]) == [1]
     again.keep_references("another model")
     assert tokenized_rows(tmp_path, pairs)[1][0].reference is None
+
+
+def test_references_that_another_process_has_computed_meanwhile_are_seen(
+    tmp_path: Path, pairs: Tokenizing
+) -> None:
+    ours = tokenized_rows(tmp_path, pairs)
+    theirs = TokenizedRows(ours.dataset, pairs, ours.kept)
+    for data in (ours, theirs):
+        data.keep_references("the model")
+    size = sum(one.scored for one in ours[0][0].sequences)
+    assert ours.without_reference(0, [0]) == [0]
+    with theirs.computing_references(0, lambda: False):
+        theirs.set_references(0, [0], torch.ones(size))
+    with ours.computing_references(0, lambda: False):
+        assert ours.without_reference(0, [0]) == []
 
 
 def test_a_job_of_several_shards_is_the_same_resumed_and_from_what_is_kept(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from airflow.sdk import DAG
 from mlflow.entities import Run
 
 from post_training.operators.search import PlanSearchOperator, SearchTrialsOperator
@@ -56,6 +57,7 @@ class SearchWorkplace(StageWorkplace):
         super().__init__(folder, server, monkeypatch)
         connect(monkeypatch, host="http://airflow/post-training")
         self.train_file = self.file("train.jsonl")
+        self.states: dict[str, str] = {}
         self.trains(LEARNS)
 
     def trains(self, program: str) -> None:
@@ -81,8 +83,16 @@ class SearchWorkplace(StageWorkplace):
         """The study of a request that was planned."""
         return search_of(SupervisedFineTuneRequest.model_validate(body)).open()
 
-    def plan(self, body: dict[str, Any], **context: Any) -> Any:
-        operator = PlanSearchOperator(task_id="plan", method="supervised_fine_tune", request=body)
+    def plan(
+        self, body: dict[str, Any], *, required: bool = True, parent: str | None = None, **context: Any
+    ) -> Any:
+        operator = PlanSearchOperator(
+            task_id="plan",
+            method="supervised_fine_tune",
+            request=body,
+            required=required,
+            parent_run_id=parent,
+        )
         return self.over_mlflow(operator).execute(self.at("plan", body, **context))
 
     def trials(self, body: dict[str, Any], worker: int = 0) -> SearchTrialsOperator:
@@ -96,7 +106,8 @@ class SearchWorkplace(StageWorkplace):
         return operator.execute(self.at("trials", body, map_index=worker, attempt=attempt))
 
     def train(self, body: dict[str, Any], attempt: int = 1, dag_id: str = DAG_ID) -> Any:
-        operator = self.over_mlflow(SupervisedFineTuneOperator(task_id="train", request=body))
+        with DAG(dag_id, schedule=None):
+            operator = self.over_mlflow(SupervisedFineTuneOperator(task_id="train", request=body))
         return operator.execute(self.at("train", body, attempt=attempt, dag_id=dag_id))
 
     def at(
@@ -120,6 +131,7 @@ class SearchWorkplace(StageWorkplace):
             max_tries=attempt - 1,
             log_url="http://airflow/run",
             xcom_push=lambda key, value: self.pushed.update({key: value}),
+            get_task_states=lambda dag_id, task_ids, run_ids: {run_ids[0]: self.states},
         )
         return {"ti": ti, "dag_run": SimpleNamespace(conf=conf or {}, run_id=ti.run_id)}
 

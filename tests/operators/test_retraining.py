@@ -24,6 +24,7 @@ from post_training.operators.retraining import (
 from post_training.schemas.retraining import STAGES
 from post_training.stage_runs import StageRuns
 from tests.operators.stages import StageWorkplace
+from tests.requests_of import LORA
 from tests.schemas.test_retraining import TRAINING, config
 
 TRAINED = f"runs:/{'a1' * 16}/data/trained.digests"
@@ -63,12 +64,18 @@ class Night:
             f"(folder / 'preparation-result.json').write_text(json.dumps({result!r}))"
         )
 
-    def prepare(self, run_id: str, result: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+    def prepare(
+        self,
+        run_id: str,
+        result: dict[str, Any] | None = None,
+        behind: tuple[str, ...] = ALL,
+        **sections: Any,
+    ) -> dict[str, Any]:
         """Run the task; return what it hands on."""
         sections = {"model": {"name": run_id, "base": "org/model"}, **sections}
         self.leaves(result or prepared())
         operator = PrepareRetrainingOperator(task_id="prepare", config=config(**sections))
-        context = self.stages.context(run_id, behind=ALL)
+        context = self.stages.context(run_id, behind=behind)
         context["ti"].task_id = "prepare"
         try:
             outcome = self.stages.over_mlflow(operator).execute(context)
@@ -125,6 +132,28 @@ def test_stages_and_an_approval_that_are_not_wanted_are_skipped(night: Night) ->
     outcome = night.prepare("fewer", preference_optimize=None)
     assert night.skipped == ["preference_optimize", "approve"]
     assert list(outcome["requests"]) == ["supervised_fine_tune", "quantize"]
+
+
+SEARCH = {"space": {"algorithm_config.rank": {"type": "int", "low": 2, "high": 8}}, "n_trials": 2}
+
+
+def test_a_stage_that_the_dag_can_search_may_search(night: Night) -> None:
+    searching = {
+        "supervised_fine_tune": {
+            "training_config": TRAINING,
+            "algorithm_config": LORA,
+            "hyperparam_search_config": SEARCH,
+        }
+    }
+    behind = (*(f"{stage}_plan" for stage in STAGES), "evaluate", "approve")
+    outcome = night.prepare("searches", behind=behind, preference_optimize=None, **searching)
+    assert night.skipped == ["preference_optimize_plan", "approve"]
+    assert outcome["requests"]["supervised_fine_tune"]["hyperparam_search_config"] == SEARCH
+    with pytest.raises(AirflowFailException) as caught:
+        night.prepare("cannot-search", **searching)
+    assert str(caught.value).startswith(
+        "supervised_fine_tune.hyperparam_search_config: needs a search in the file of the DAG, too"
+    )
 
 
 def test_what_is_only_compared_on_is_held_out_and_not_trained(night: Night) -> None:
@@ -321,11 +350,14 @@ def conclude(
 def test_a_night_is_summed_up(night: Night) -> None:
     parent = night.prepare("summed")["mlflow_run_id"]
     client = night.stages.client
-    for seconds, tokens in ((2.5, 100), (1.5, None)):
+    for metrics in (
+        {"device_seconds": 2.5, "job_tokens": 100},
+        {"device_seconds": 1.5},  # an evaluation trains none
+        {"search_device_seconds": 8.0, "search_tokens": 400},  # a stage that takes a trial's checkpoint
+    ):
         child = client.create_run("0", tags={"mlflow.parentRunId": parent})
-        client.log_metric(child.info.run_id, "device_seconds", seconds)
-        if tokens is not None:  # an evaluation trains none
-            client.log_metric(child.info.run_id, "job_tokens", tokens)
+        for name, value in metrics.items():
+            client.log_metric(child.info.run_id, name, value)
     client.set_tag(parent, "post_training.decision", "promoted")
     client.set_tag(parent, "post_training.reason", "It is better.")
     outcome = conclude(night.stages, "summed", {"promote": "success"})
@@ -333,12 +365,12 @@ def test_a_night_is_summed_up(night: Night) -> None:
         "mlflow_run_id": parent,
         "decision": "promoted",
         "reason": "It is better.",
-        "device_seconds": 4.0,
-        "job_tokens": 100.0,
+        "device_seconds": 12.0,
+        "job_tokens": 500.0,
     }
     run = client.get_run(parent)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics == {"device_seconds": 4.0, "job_tokens": 100.0}
+    assert run.data.metrics == {"device_seconds": 12.0, "job_tokens": 500.0}
 
 
 def test_a_failure_is_the_reason(night: Night) -> None:
@@ -360,6 +392,30 @@ def test_a_failure_is_the_reason(night: Night) -> None:
         "supervised_fine_tune failed: Row 3 is bad.",
     )
     assert night.tags("broke")["status"] == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("states", "decision", "sentence"),
+    [
+        ({"quantize_plan": "failed", "promote": "upstream_failed"}, "failed", "quantize_plan failed: Bad."),
+        ({"quantize_trials_0": "failed", "promote": "success"}, "promoted", "It is better."),
+    ],
+)
+def test_a_plan_fails_a_night_and_a_worker_alone_does_not(
+    night: Night, states: dict[str, str], decision: str, sentence: str
+) -> None:
+    parent = night.prepare(f"planned-{decision}")["mlflow_run_id"]
+    job = {
+        "mlflow.parentRunId": parent,
+        "post_training.error": "Bad.",
+        "airflow.task_id": "quantize",
+    }
+    night.stages.client.create_run("0", tags=job)
+    if decision == "promoted":
+        night.stages.client.set_tag(parent, "post_training.decision", "promoted")
+        night.stages.client.set_tag(parent, "post_training.reason", "It is better.")
+    outcome = conclude(night.stages, f"planned-{decision}", states)
+    assert (outcome["decision"], outcome["reason"]) == (decision, sentence)
 
 
 def test_a_preparation_that_failed_is_the_reason_too(night: Night) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.providers.standard.operators.empty import EmptyOperator
+from airflow.sdk import DAG
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
+from post_training.operators.search import search_before
+from post_training.operators.training import SupervisedFineTuneOperator
 from post_training.record import new_run
 from post_training.schemas.requests import SupervisedFineTuneRequest
+from post_training.search import Search
 from tests.mlflow_server import MLflowServer
 from tests.operators.searches import DAG_ID, RANK, SearchWorkplace
+from tests.operators.workplace import attempt_id
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -58,6 +66,27 @@ def test_a_plan_that_is_refused_is_told_in_the_jobs_run(
         searches.plan(body)
     run = searches.job_run(body)
     assert (run.info.status, run.data.tags["post_training.error"]) == ("FAILED", str(caught.value))
+
+
+def test_a_job_that_may_search_and_is_not_asked_to_trains_once(searches: SearchWorkplace) -> None:
+    body = searches.body("plain-1", hyperparam_search_config={})
+    assert searches.plan(body, required=False) == [0]
+    assert searches.run_trials(body) == []
+    searches.trains("finish(metrics={'train_loss': 0.5})")
+    assert searches.train(body)["metrics"] == {"train_loss": 0.5}
+
+
+def test_a_job_is_below_the_run_that_it_is_part_of(searches: SearchWorkplace) -> None:
+    body = searches.body("below-1")
+    searches.plan(body, parent="a1" * 16)
+    assert searches.job_run(body).data.tags["mlflow.parentRunId"] == "a1" * 16
+
+
+def test_what_was_there_when_the_request_was_accepted_may_come_back(searches: SearchWorkplace) -> None:
+    body = searches.body("back-1", training_config__data_config__dataset_id="gone.jsonl")
+    with pytest.raises(AirflowException, match="no such file") as caught:
+        searches.plan(body, conf={"mlflow_run_id": "a1" * 16})
+    assert not isinstance(caught.value, AirflowFailException)
 
 
 def test_each_trial_is_a_run_below_the_jobs(searches: SearchWorkplace) -> None:
@@ -208,6 +237,115 @@ def test_a_task_that_is_stopped_leaves_its_trial_to_the_next_attempt(searches: S
     assert len(set(ranks)) == 3
 
 
+def test_a_trial_of_other_data_is_not_compared(searches: SearchWorkplace) -> None:
+    searches.trains(
+        "digest = 'changed' if rank == 4 else 'as it was'\n"
+        "write({'kind': 'dataset', 'context': 'training', 'digest': digest})\n"
+        "finish(metrics={'validation_loss': 1.0})"
+    )
+    body = searches.body("data-1", {"seed": 1})
+    searches.plan(body)
+    searches.run_trials(body)
+    trials = sorted(searches.study(body).trials(), key=lambda trial: trial.number)
+    first = trials[0].attributes["data"]
+    for trial in trials:
+        if trial.attributes["data"] == first:
+            assert trial.state == "COMPLETE"
+        else:
+            assert (trial.state, str(trial.error)[:44]) == (
+                "FAIL",
+                "Its data is not that of the trials before, w",
+            )
+    assert {trial.state for trial in trials} == {"COMPLETE", "FAIL"}
+
+
+def test_a_trial_that_a_newer_attempt_has_taken_over_is_left_to_it(searches: SearchWorkplace) -> None:
+    sign, go = searches.data / "sign", searches.data / "go"
+    searches.trains(
+        f"Path({str(sign)!r}).touch()\n"
+        "import time\n"
+        f"while not Path({str(go)!r}).exists(): time.sleep(0.05)\n"
+        "sys.exit(143)"
+    )
+    body = searches.body("newer-1", {"n_trials": 1})
+    searches.plan(body)
+
+    def take_over() -> None:
+        wait_until(sign.exists)
+        (run,) = searches.trial_runs(body)
+        searches.client.set_tag(run.info.run_id, "post_training.attempt_id", attempt_id(2))
+        go.touch()
+
+    newer = threading.Thread(target=take_over)
+    newer.start()
+    with pytest.raises(AirflowFailException, match="A newer attempt at this trial runs"):
+        searches.run_trials(body)
+    newer.join()
+    (run,), (trial,) = searches.trial_runs(body), searches.study(body).trials()
+    assert run.info.status == "RUNNING"
+    assert (trial.state, trial.attributes.get("attempts")) == ("RUNNING", None)
+    with pytest.raises(AirflowFailException, match="A newer attempt at this trial runs"):
+        searches.run_trials(body)
+
+
+@pytest.mark.parametrize(("ends", "state"), [("complete", "COMPLETE"), ("prune", "PRUNED"), ("fail", "FAIL")])
+def test_a_trial_whose_run_has_ended_is_not_trained_again(
+    searches: SearchWorkplace, monkeypatch: pytest.MonkeyPatch, ends: str, state: str
+) -> None:
+    searches.trains(
+        {
+            "complete": "finish(metrics={'validation_loss': 3.0})",
+            "prune": "finish(metrics={'validation_loss': 3.0})",
+            "fail": "finish(status='failed', error='Too large.', permanent=True)",
+        }[ends]
+    )
+    body = searches.body(f"killed-{ends}", {"n_trials": 1})
+    searches.plan(body)
+
+    def die(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "fail" if ends == "fail" else "complete", die)
+        with pytest.raises(KeyboardInterrupt):
+            searches.run_trials(body)
+    (run,) = searches.trial_runs(body)
+    assert run.info.status == ("FAILED" if ends == "fail" else "FINISHED")
+    searches.client.log_metric(run.info.run_id, "validation_loss", 3.0)
+    if ends == "prune":
+        searches.client.set_tag(run.info.run_id, "post_training.trial_state", "pruned")
+    searches.trains("sys.exit('it is trained again')")
+    assert searches.run_trials(body, attempt=2) == [0]
+    (trial,) = searches.study(body).trials()
+    assert (trial.state, trial.error) == (state, "Too large." if ends == "fail" else None)
+    assert trial.value == (3.0 if ends == "complete" else None)
+    (after,) = searches.trial_runs(body)
+    assert after.info.status == {"complete": "FINISHED", "prune": "KILLED", "fail": "FAILED"}[ends]
+
+
+def test_trials_that_nobody_ran_are_told_of(searches: SearchWorkplace) -> None:
+    sign = searches.data / "sign"
+    searches.trains(
+        f"sign = Path({str(sign)!r}); first = not sign.exists()\n"
+        "import time\n"
+        "if not first:\n"
+        "    Path(str(sign) + '2').touch()\n"
+        "    for _ in range(600): print('working'); time.sleep(0.1)\n"
+        "sign.touch(); finish(metrics={'validation_loss': 1.0})"
+    )
+    body = searches.body("fewer-1", {"use": "retrain"})
+    searches.plan(body)
+    operator = searches.trials(body)
+    killer = searches.stops(operator, Path(f"{sign}2"))
+    with pytest.raises(AirflowException, match="stopped"):
+        operator.execute(searches.at("trials", body, map_index=0))
+    killer.join()
+    searches.trains("finish(metrics={'train_loss': 0.5})")
+    searches.train(body)
+    warning = searches.job_run(body).data.tags["post_training.warning"]
+    assert warning.startswith("Only 2 of 3 trials were run: workers failed before the others")
+
+
 def test_the_best_trials_checkpoints_are_the_jobs(searches: SearchWorkplace) -> None:
     body = searches.body("best-1", {"max_parallel": 2})
     searches.plan(body)
@@ -216,6 +354,7 @@ def test_the_best_trials_checkpoints_are_the_jobs(searches: SearchWorkplace) -> 
     paths = {}
     for run in searches.trial_runs(body):
         searches.client.log_metric(run.info.run_id, "validation_loss", float(run.data.params[RANK]))
+        searches.client.log_metric(run.info.run_id, "device_seconds", 2.0)
         searches.client.set_tag(run.info.run_id, "post_training.resources", '{"seconds": 2, "tokens": 10}')
         paths[run.data.params[RANK]] = searches.upload(run, 0, float(run.data.params[RANK]))
     searches.trains("sys.exit('nothing is trained')")
@@ -233,6 +372,8 @@ def test_the_best_trials_checkpoints_are_the_jobs(searches: SearchWorkplace) -> 
     assert run.data.params[RANK] == "2"
     assert run.data.metrics["validation_loss"] == 2.0
     assert (run.data.metrics["search_device_seconds"], run.data.metrics["search_tokens"]) == (6.0, 30.0)
+    assert "device_seconds" not in run.data.metrics, "it has used nothing beside its trials"
+    assert "post_training.warning" not in run.data.tags
     assert json.loads(run.data.tags["post_training.resources"])["device_seconds"] == 6.0
     (best,) = [one for one in searches.trial_runs(body) if one.data.params[RANK] == "2"]
     assert run.data.tags["post_training.best_trial_run"] == best.info.run_id
@@ -344,14 +485,37 @@ def test_a_job_that_is_cleared_takes_the_best_again_in_a_run_of_its_own(searches
     first = searches.train(body)
     assert len(first["checkpoints"]) == 120
     before = searches.job_run(body)
-    assert searches.plan(body, attempt=2) == [0]
-    assert searches.client.get_run(before.info.run_id).info.status == "FINISHED"
-    assert searches.run_trials(body, attempt=2) == []
     second = searches.train(body, attempt=2)
     after = searches.job_run(body)
     assert after.info.run_id != before.info.run_id
     assert after.data.tags["post_training.supersedes"] == before.info.run_id
     assert [one["path"] for one in second["checkpoints"]] == [one["path"] for one in first["checkpoints"]]
+
+
+def test_a_search_that_is_cleared_begins_anew(searches: SearchWorkplace) -> None:
+    body = searches.body("anew-1", {"use": "retrain"})
+    searches.plan(body)
+    searches.run_trials(body)
+    searches.train(body)
+    before, tried = searches.job_run(body), searches.trial_runs(body)
+    searches.states = {"train": "success"}
+    with pytest.raises(AirflowSkipException, match="clear its task 'train', too"):
+        searches.plan(body, attempt=2)
+    searches.states = {}
+    assert searches.plan(body, attempt=2) == [0]
+    assert searches.client.get_run(before.info.run_id).info.status == "FINISHED"
+    planned = searches.job_run(body)
+    assert (planned.info.status, planned.data.tags["post_training.supersedes"]) == (
+        "RUNNING",
+        before.info.run_id,
+    )
+    assert searches.plan(body, attempt=3) == [0], "a retry goes on"
+    assert searches.job_run(body).info.run_id == planned.info.run_id
+    assert searches.run_trials(body, attempt=2) == [0, 1, 2]
+    searches.train(body, attempt=4)
+    after = searches.job_run(body)
+    assert (after.info.run_id, after.info.status) == (planned.info.run_id, "FINISHED")
+    assert {run.info.run_id for run in searches.trial_runs(body)}.isdisjoint(run.info.run_id for run in tried)
 
 
 def test_trials_whose_worker_is_gone_have_failed_and_the_others_count(searches: SearchWorkplace) -> None:
@@ -375,22 +539,54 @@ def test_a_task_without_a_search_in_front_refuses_one_and_names_the_dag(searches
     assert run.info.status == "FAILED"
 
 
-def test_a_search_in_front_of_another_dags_task_is_named_after_it() -> None:
-    from airflow.sdk import DAG
+def test_a_search_whose_storage_lacks_it_is_told_apart_from_one_that_nobody_makes(
+    searches: SearchWorkplace,
+) -> None:
+    body = searches.body("elsewhere-1")
+    with DAG("nightly", schedule=None):
+        train = searches.over_mlflow(SupervisedFineTuneOperator(task_id="train", request=body))
+        search_before(train)
+    with pytest.raises(AirflowFailException, match=r"\[post_training\] search_storage holds no search"):
+        train.execute(searches.at("train", body))
 
-    from post_training.operators.search import search_before
-    from post_training.operators.training import SupervisedFineTuneOperator
 
+def test_the_tasks_of_a_search_are_named_and_run_as_the_jobs_is() -> None:
     with DAG("nightly", schedule=None) as dag:
-        train = SupervisedFineTuneOperator(task_id="sft", model="org/model", pool="gpus")
-        search_before(train, retries=2)
-    assert set(dag.task_ids) == {"sft_plan", "sft_trials", "sft"}
+        train = SupervisedFineTuneOperator(
+            task_id="sft",
+            model="org/model",
+            pool="gpus",
+            pool_slots=2,
+            queue="large",
+            priority_weight=7,
+            retries=2,
+            parent_run_id="a1" * 16,
+            trigger_rule="none_failed",
+        )
+        EmptyOperator(task_id="extract") >> search_before(train)
+    assert set(dag.task_ids) == {"extract", "sft_plan", "sft_trials", "sft"}
     assert train.upstream_task_ids == {"sft_plan", "sft_trials"}
     plan, trials = dag.get_task("sft_plan"), dag.get_task("sft_trials")
-    assert (plan.fields, plan.job_task_id, plan.retries, plan.pool) == (
+    assert plan.upstream_task_ids == {"extract"}
+    assert (plan.fields, plan.job_task_id, plan.trigger_rule) == (
         {"model": "org/model"},
         "sft",
-        2,
-        "gpus",
+        "none_failed",
     )
-    assert trials.partial_kwargs["pool"] == "gpus"
+    for name, value in {
+        "pool": "gpus",
+        "pool_slots": 2,
+        "queue": "large",
+        "priority_weight": 7,
+        "retries": 2,
+        "parent_run_id": "a1" * 16,
+    }.items():
+        assert getattr(plan, name) == trials.partial_kwargs[name] == value
+
+
+def test_what_comes_before_a_job_comes_before_its_search() -> None:
+    with DAG("nightly", schedule=None):
+        train = SupervisedFineTuneOperator(task_id="sft", model="org/model")
+        EmptyOperator(task_id="extract") >> train
+        with pytest.raises(ValueError, match="extract must come before the plan"):
+            search_before(train)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from lightning_modules.record import SPOOL_FILE, LocalRecord
 from lightning_modules.spool import Spool
+from post_training.errors import RecordUnavailableError
 from post_training.operators.trial_progress import Pruning, TrialProgress
 
 
@@ -60,14 +60,27 @@ def test_a_line_that_is_being_written_is_read_when_it_is_whole(tmp_path: Path, r
     assert list(progress.new()) == [(1, 3.0)]
 
 
+def test_the_data_is_what_the_trainer_says(tmp_path: Path, record: Record) -> None:
+    progress = TrialProgress(tmp_path, "validation_loss", 3)
+    for context in ("training", "validation"):
+        record.record.log_dataset(
+            name="rows", digest=f"of {context}", source="rows.jsonl", rows=3, context=context
+        )
+    assert list(progress.new()) == []
+    assert progress.data == {"training": "of training", "validation": "of validation"}
+
+
 class Study:
     """Wants to stop a trial from an epoch on."""
 
     def __init__(self, behind_from: int) -> None:
         self.behind_from = behind_from
+        self.away = False
         self.reported: list[tuple[int, float]] = []
 
     def report(self, trial: Any, epoch: int, value: float) -> bool:
+        if self.away:
+            raise RecordUnavailableError("The search's storage does not answer")
         self.reported.append((epoch, value))
         return epoch >= self.behind_from
 
@@ -83,11 +96,8 @@ class Process:
 
 
 def watched(folder: Path, study: Study) -> Pruning:
-    def at_once(call: Callable[[], bool]) -> bool:
-        return call()
-
     progress = TrialProgress(folder, "validation_loss", 3)
-    return Pruning(study, None, progress, 3, at_once)  # type: ignore[arg-type]
+    return Pruning(study, None, progress, 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("behind_from", "stops"), [(1, 1), (2, 1), (3, 0), (9, 0)])
@@ -114,3 +124,20 @@ def test_it_is_not_looked_at_with_every_line(tmp_path: Path, record: Record) -> 
     assert study.reported == []
     pruning.report()
     assert study.reported == [(1, 1.0)]
+
+
+def test_a_storage_that_is_away_stops_no_trainer_and_loses_no_value(tmp_path: Path, record: Record) -> None:
+    study, process = Study(1), Process()
+    record.begin()
+    record.measure(2, 2.0)
+    record.measure(4, 4.0)
+    pruning = watched(tmp_path, study)
+    study.away = True
+    pruning(process)  # type: ignore[arg-type]
+    assert (process.stops, study.reported) == (0, [])
+    with pytest.raises(RecordUnavailableError):
+        pruning.report()
+    study.away = False
+    pruning.report()
+    assert study.reported == [(1, 2.0), (2, 4.0)]
+    assert pruning.wanted

@@ -125,13 +125,13 @@ def test_the_file_beside_the_dag_is_valid() -> None:
                     "training_config": TRAINING,
                     "algorithm_config": LORA,
                     "hyperparam_search_config": {
-                        "space": {"algorithm_config.rank": {"type": "int", "low": 2, "high": 8}},
+                        "space": {"algorithm_config.ranks": {"type": "int", "low": 2, "high": 8}},
                         "n_trials": 2,
                     },
                 }
             },
-            "supervised_fine_tune.hyperparam_search_config",
-            "must be left out: a stage of a retraining is trained once",
+            "supervised_fine_tune.hyperparam_search_config.space.algorithm_config.ranks",
+            "did you mean 'algorithm_config.rank'?",
         ),
         (
             {

@@ -72,21 +72,26 @@ class Nights:
         (parent,) = client.search_runs(
             experiments, f"tags.`airflow.run_id` = '{run_id}' AND tags.`airflow.task_id` = 'prepare'"
         )
-        below = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-        return parent, list(below)
+        return parent, self.below(parent)
+
+    def below(self, parent: Run) -> list[Run]:
+        """The MLflow runs that are shown below another."""
+        client = self.deployment.mlflow
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        return list(client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"))
 
     def aliases(self) -> dict[str, str]:
         """Which version is what."""
         return dict(self.deployment.mlflow.get_registered_model(NAME).aliases)
 
-    def kill_first(self, program: str, run_id: str) -> None:
-        """Kill the first process of a night that runs a program, without a word to anyone."""
+    def kill_first(self, program: str, place: str) -> None:
+        """Kill the first process that runs a program in a night's folder, without a word to anyone."""
 
         def processes() -> list[psutil.Process]:
             return [
                 process
                 for process in psutil.process_iter(["cmdline"])
-                if program in (line := process.info["cmdline"] or []) and any(run_id in part for part in line)
+                if program in (line := process.info["cmdline"] or []) and any(place in part for part in line)
             ]
 
         wait_until(processes)[0].kill()
@@ -104,7 +109,7 @@ def nights(deployment: Deployment) -> Iterator[Nights]:
 def first(nights: Nights) -> str:
     """The first night, which has nothing to be compared with but the base model."""
     nights.write("night.jsonl", range(30), "There are {i} apples.")
-    assert nights.run("night-1") == "success"
+    assert nights.run("night-1", quantize=None) == "success"
     return "night-1"
 
 
@@ -113,6 +118,8 @@ def test_the_first_night_promotes(nights: Nights, first: str) -> None:
         "prepare": "success",
         "supervised_fine_tune": "success",
         "preference_optimize": "skipped",
+        "quantize_plan": "skipped",
+        "quantize_trials": "skipped",
         "quantize": "skipped",
         "evaluate": "success",
         "gate": "success",
@@ -163,7 +170,7 @@ def test_stages_that_were_left_out_are_no_jobs(nights: Nights, first: str) -> No
 
 
 def test_a_night_without_new_data_is_skipped_with_a_reason(nights: Nights, first: str) -> None:
-    assert nights.run("night-same") == "success"
+    assert nights.run("night-same", quantize=None) == "success"
     assert nights.tasks("night-same")["supervised_fine_tune"] == "skipped"
     parent, below = nights.runs("night-same")
     assert (parent.info.status, parent.data.tags["post_training.decision"]) == ("FINISHED", "skipped")
@@ -173,7 +180,7 @@ def test_a_night_without_new_data_is_skipped_with_a_reason(nights: Nights, first
 
 def test_a_night_with_worse_data_changes_nothing(nights: Nights, first: str) -> None:
     nights.write("worse.jsonl", range(100, 130), "zq {i} xv zq!")
-    assert nights.run("night-worse", data__dataset_id="worse.jsonl") == "success"
+    assert nights.run("night-worse", data__dataset_id="worse.jsonl", quantize=None) == "success"
     states = nights.tasks("night-worse")
     assert (states["gate"], states["promote"]) == ("success", "skipped")
     assert nights.aliases() == {"champion": "1"}
@@ -182,14 +189,33 @@ def test_a_night_with_worse_data_changes_nothing(nights: Nights, first: str) -> 
     assert "the champion's" in parent.data.tags["post_training.reason"]
 
 
-def test_a_night_with_more_data_promotes_whatever_is_killed(nights: Nights, first: str) -> None:
+def test_a_night_with_more_data_searches_and_promotes_whatever_is_killed(nights: Nights, first: str) -> None:
     nights.write("more.jsonl", range(80), "There are {i} apples.")
     nights.start("night-more", data__dataset_id="more.jsonl", model__start_from="champion")
-    nights.kill_first("lightning_modules.train", "night-more")
+    nights.kill_first("lightning_modules.train", "night-more/supervised_fine_tune")
+    nights.kill_first("lightning_modules.train", "night-more/quantize_trials")
     nights.kill_first("lightning_modules.evaluate", "night-more")
     assert nights.wait("night-more") == "success"
     assert nights.aliases() == {"champion": "2", "previous": "1"}
     parent, below = nights.runs("night-more")
     assert parent.data.tags["post_training.decision"] == "promoted"
-    assert len(below) == 2
+    jobs = {run.data.tags["airflow.task_id"]: run for run in below}
+    assert set(jobs) == {"supervised_fine_tune", "quantize", "evaluate"}
+    assert len(below) == 3
     assert {run.info.status for run in below} == {"FINISHED"}
+
+    trials = nights.below(jobs["quantize"])
+    assert [trial.info.status for trial in trials] == ["FINISHED"] * 2
+    losses = {trial.info.run_id: trial.data.metrics["validation_loss"] for trial in trials}
+    best = min(losses, key=lambda run_id: losses[run_id])
+    assert jobs["quantize"].data.tags["post_training.best_trial_run"] == best
+    models = nights.deployment.mlflow.search_logged_models(
+        [parent.info.experiment_id], f"source_run_id = '{best}'"
+    )
+    version = nights.deployment.mlflow.get_model_version(NAME, "2")
+    assert version.source in {f"models:/{model.model_id}" for model in models} | {
+        model.artifact_location for model in models
+    }
+    searched = jobs["quantize"].data.metrics["search_device_seconds"]
+    trained = jobs["supervised_fine_tune"].data.metrics["device_seconds"]
+    assert parent.data.metrics["device_seconds"] >= searched + trained

@@ -102,3 +102,8 @@ def _parsed(whole: Mapping[str, Any] | str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequestError.of("request", f"must be an object, got {type(value).__name__}")
     return value
+
+
+def was_there(error: InvalidRequestError) -> bool:
+    """Whether all that is wrong is that something is not found, which was there when the job was accepted."""
+    return all(detail["type"] == "not_found" for detail in error.errors)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +16,7 @@ from airflow.sdk.bases.skipmixin import SkipMixin
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from post_training.errors import InvalidRequestError, ModelError
-from post_training.job_ids import TaskKey
+from post_training.job_ids import TaskKey, plan_task_id, trials_task_id
 from post_training.launch.local import PREPARE
 from post_training.model_registry import ModelRegistry, Version
 from post_training.night import PAIRS, ROWS, SOURCES, TAG_TRAINED, Night, trained_sources
@@ -80,6 +80,8 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
         :raises PostTrainingError: if something cannot be had.
         """
         config = read_config(self.config)
+        behind = context["task"].get_direct_relatives()
+        _check_searches(config, {task.task_id for task in behind})
         registry = ModelRegistry(self.tracking)
         promoted = self.persist(registry.promoted, config.model.name, run.run_id)
         if promoted is not None:  # what it was made from stays as it is
@@ -200,9 +202,11 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
         )
 
     def _skip_unwanted(self, night: Night, context: Context, outcome: dict[str, Any]) -> None:
-        """Skip the tasks behind that are not wanted."""
-        wanted = {*night.stages, *([APPROVE_TASK] if night.config.approval.required else [])}
-        unwanted = {*STAGES, APPROVE_TASK} - wanted
+        """Skip the tasks behind that are not wanted; what comes behind a search's plan is skipped with it."""
+        left_out = STAGES.keys() - night.stages
+        unwanted = {*left_out, *map(plan_task_id, left_out)}
+        if not night.config.approval.required:
+            unwanted.add(APPROVE_TASK)
         tasks = [task for task in context["task"].get_direct_relatives() if task.task_id in unwanted]
         if tasks:
             context["ti"].xcom_push(key="return_value", value=outcome)
@@ -220,6 +224,20 @@ def _trained_by(champion: Version | None) -> str | None:
             f"the tag {TAG_TRAINED} of {champion and champion.uri} must be of a retraining's own run"
         )
     return uri
+
+
+def _check_searches(config: RetrainingConfig, behind: Set[str]) -> None:
+    """Refuse a search for whose trials the DAG has no tasks.
+
+    :param behind: ids of the tasks directly behind the preparation.
+    :raises InvalidRequestError: naming the stage.
+    """
+    for stage in config.stages:
+        if config.searches(stage) and plan_task_id(stage) not in behind:
+            raise InvalidRequestError.of(
+                f"{stage}.hyperparam_search_config",
+                "needs a search in the file of the DAG, too: without one it has no tasks for trials",
+            )
 
 
 def _check_libraries(config: RetrainingConfig) -> None:
@@ -326,7 +344,10 @@ class ConcludeRetrainingOperator(RegistryOperator):
 
 def _decision(ti: Any, run: JobRun, states: Mapping[str, Any], children: Sequence[JobRun]) -> tuple[str, str]:
     """Return how the retraining ended and the sentence that says why."""
-    failed = sorted(task for task, state in states.items() if state == "failed")
+    trials = tuple(map(trials_task_id, STAGES))  # a worker may fail: the stage takes the best of the others
+    failed = sorted(
+        task for task, state in states.items() if state == "failed" and not task.startswith(trials)
+    )
     if failed:
         errors = (_error_of(task, run, children) for task in failed)
         return names.FAILED, f"{', '.join(failed)} failed: {next(filter(None, errors), 'see its log.')}"
@@ -343,18 +364,23 @@ def _decision(ti: Any, run: JobRun, states: Mapping[str, Any], children: Sequenc
 
 def _error_of(task: str, run: JobRun, children: Sequence[JobRun]) -> str | None:
     """Return why a task failed, as its own run says, or the night's for one that has none."""
+    job = next((stage for stage in STAGES if plan_task_id(stage) == task), task)
     own = [
         child
         for child in children
-        if child.tags.get(names.TAG_TASK_ID) == task
+        if child.tags.get(names.TAG_TASK_ID) == job
         and not child.tags.get(names.TAG_JOB_UUID, "").endswith(SUPERSEDED)
     ]
     return next((child.tags.get(names.TAG_ERROR) for child in own), run.tags.get(names.TAG_ERROR))
 
 
 def _cost(children: Sequence[JobRun]) -> dict[str, float]:
-    """Add up what the stages used: seconds on a device, and tokens that were trained."""
+    """Add up what the stages used, their trials too: seconds on a device, and tokens that were trained."""
+    own_and_trials = {
+        names.METRIC_DEVICE_SECONDS: (names.METRIC_DEVICE_SECONDS, names.METRIC_SEARCH_SECONDS),
+        names.METRIC_JOB_TOKENS: (names.METRIC_JOB_TOKENS, names.METRIC_SEARCH_TOKENS),
+    }
     return {
-        metric: sum(child.metrics.get(metric, 0.0) for child in children)
-        for metric in (names.METRIC_DEVICE_SECONDS, names.METRIC_JOB_TOKENS)
+        metric: sum(child.metrics.get(one, 0.0) for child in children for one in parts)
+        for metric, parts in own_and_trials.items()
     }

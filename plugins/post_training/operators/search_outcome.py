@@ -26,6 +26,9 @@ TABLE_FILE = f"{names.ARTIFACT_SEARCH}/trials.json"
 TAGS_AT_ONCE = 100
 GONE = "Its worker ended before it did."
 
+COSTS = frozenset({names.METRIC_DEVICE_SECONDS, names.METRIC_JOB_TOKENS})
+"""Metrics of a job that has trained itself; its trials' are added up under names of their own."""
+
 
 @dataclass(frozen=True)
 class Best:
@@ -56,12 +59,20 @@ class SearchOutcome:
     def conclude(self, job: JobRun) -> Best:
         """Write into the job's run what was tried, and what it takes of it.
 
+        A search of which workers failed before all was tried says so in a warning.
+
         An attempt before may have chosen: it is the same trial then.
 
         :raises PermanentFailureError: if no trial was finished.
         """
         self._end_left_trials()
         trials = self._search.trials()
+        if not self._search.spent():
+            warning = (
+                f"Only {len(trials)} of {self._search.config.n_trials} trials were run: workers failed before"
+                " the others; their log says why."
+            )
+            self._tracking.set_tags(job.run_id, {names.TAG_WARNING: warning})
         self._publish(job, trials)
         chosen = job.tags.get(names.TAG_BEST_TRIAL)
         trial = self._search.trial(int(chosen)) if chosen is not None else self._search.best()
@@ -97,9 +108,10 @@ class SearchOutcome:
             for checkpoint in checkpoints
         }
         self._set_tags(job, tags | {names.TAG_RESOURCES: json.dumps(resources)})
-        self._runs.log_metrics(job.run_id, best.run.metrics)
+        metrics = {name: value for name, value in best.run.metrics.items() if name not in COSTS}
+        self._runs.log_metrics(job.run_id, metrics)
         return TrainerResult(
-            status="completed", checkpoints=checkpoints, metrics=dict(best.run.metrics), resources=resources
+            status="completed", checkpoints=checkpoints, metrics=dict(metrics), resources=resources
         )
 
     def _set_tags(self, job: JobRun, tags: dict[str, str]) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from post_training.errors import InvalidRequestError, ModelError, PostTrainingError
-from post_training.job_ids import REQUEST_DAGS, TaskKey, job_uuid_of, request_dag
-from post_training.operators.request import build_request
+from post_training.errors import InvalidRequestError, ModelError, PostTrainingError, SupersededError
+from post_training.job_ids import SEARCH_OPERATORS, TaskKey, job_uuid_of, request_dag
+from post_training.operators.request import build_request, was_there
 from post_training.operators.worker import PermanentFailureError, WorkerOperator, bind_to_supervisor
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
@@ -20,12 +20,19 @@ from post_training.settings import load_settings
 from post_training.tracking import JobRun, Tracking, run_of_task
 
 if TYPE_CHECKING:
-    from airflow.sdk import Context
+    from airflow.sdk import BaseOperator, Context
 
 FIELD = "hyperparam_search_config"
 
-PERMANENT = (InvalidRequestError, ModelError, NoSearchError, PermanentFailureError, SearchUnavailableError)
-"""Errors that another attempt would meet again."""
+PERMANENT = (
+    InvalidRequestError,
+    ModelError,
+    NoSearchError,
+    PermanentFailureError,
+    SearchUnavailableError,
+    SupersededError,
+)
+"""Errors that another attempt would meet again, or that end this one alone."""
 
 
 class SearchOperator(WorkerOperator):
@@ -36,9 +43,10 @@ class SearchOperator(WorkerOperator):
     :param fields: single fields of it, given instead.
     :param job_task_id: the job's task, in the same DAG run.
     :param post_training_conn_id: connection with the defaults of ``runtime``; None is the setting.
+    :param parent_run_id: MLflow run below which the job's is shown.
     """
 
-    template_fields: Sequence[str] = ("request", "fields")
+    template_fields: Sequence[str] = ("request", "fields", "parent_run_id")
     template_fields_renderers: ClassVar[dict[str, str]] = {"request": "json", "fields": "json"}
     ui_color = "#f4f0e4"
 
@@ -50,6 +58,7 @@ class SearchOperator(WorkerOperator):
         fields: Mapping[str, Any] | None = None,
         job_task_id: str = names.REQUEST_TASK_ID,
         post_training_conn_id: str | None = None,
+        parent_run_id: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -58,6 +67,7 @@ class SearchOperator(WorkerOperator):
         self.fields = fields
         self.job_task_id = job_task_id
         self.post_training_conn_id = post_training_conn_id
+        self.parent_run_id = parent_run_id
 
     def execute(self, context: Context) -> Any:
         """Do the task's part of the search.
@@ -69,7 +79,7 @@ class SearchOperator(WorkerOperator):
         try:
             return self.work(context)
         except PostTrainingError as error:
-            permanent = isinstance(error, PERMANENT)
+            permanent = isinstance(error, PERMANENT) and not self._may_come_back(error, context)
             if permanent or context["ti"].try_number > context["ti"].max_tries:
                 self.ends(context, str(error))
             raise (AirflowFailException if permanent else AirflowException)(str(error)) from None
@@ -84,6 +94,11 @@ class SearchOperator(WorkerOperator):
     def ends(self, context: Context, error: str) -> None:
         """Do what is left when the task has failed for good."""
 
+    def _may_come_back(self, error: PostTrainingError, context: Context) -> bool:
+        """Whether something is away that was there when the request was accepted."""
+        accepted = names.CONF_MLFLOW_RUN in (context["dag_run"].conf or {})
+        return isinstance(error, InvalidRequestError) and was_there(error) and accepted
+
     def job_key(self, context: Context) -> TaskKey:
         """Return the job's place."""
         ti = context["ti"]
@@ -92,13 +107,9 @@ class SearchOperator(WorkerOperator):
     def build_request(self, key: TaskKey) -> AnyTrainingRequest:
         """Validate what was given into the job's request.
 
-        :raises InvalidRequestError: naming each field, rule and value; also where it asks for no search.
+        :raises InvalidRequestError: naming each field, rule and value.
         """
-        request = build_request(self.method, job_uuid_of(key), self.request, self.fields or {})
-        if request.search is None:
-            elsewhere = f"; the DAG {self.method!r} trains without one" if key.dag_id in REQUEST_DAGS else ""
-            raise InvalidRequestError.of(FIELD, f"must hold a search here, got {{}}{elsewhere}")
-        return request
+        return build_request(self.method, job_uuid_of(key), self.request, self.fields or {})
 
     def job_run(self, context: Context) -> JobRun | None:
         """Return the job's run, None before there is one."""
@@ -120,14 +131,17 @@ def search_of(request: AnyTrainingRequest) -> Search:
     return Search(settings.search_storage, study_name(request), config, longest(request, config))
 
 
-def search_that_ran(request: AnyTrainingRequest) -> Search:
+def search_that_ran(request: AnyTrainingRequest, task: BaseOperator) -> Search:
     """Return the study whose trials have come before a job's task.
 
-    :raises InvalidRequestError: if there is none: the task asks for a search that nobody makes.
+    :raises NoSearchError: if it is not to be found here.
+    :raises InvalidRequestError: if the task asks for a search that nobody makes.
     """
     try:
         return search_of(request).open()
     except NoSearchError:
+        if any(one.task_type in SEARCH_OPERATORS for one in task.upstream_list):
+            raise
         dag_id = request_dag(request.method, search=True)
         raise InvalidRequestError.of(
             FIELD,

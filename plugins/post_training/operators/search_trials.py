@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from post_training.datasets import PINNED
-from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError, TrainerError
+from post_training.errors import (
+    InvalidRequestError,
+    PostTrainingError,
+    RecordUnavailableError,
+    SupersededError,
+    TrainerError,
+)
 from post_training.job_lock import claim, locked, note_holder
 from post_training.launch.local import TRAIN
 from post_training.operators.hooks import PostTrainingHook
@@ -26,7 +32,7 @@ from post_training.schemas.requests import AnyTrainingRequest, error_details
 from post_training.schemas.rules import unsupported
 from post_training.schemas.search_rules import with_values
 from post_training.schemas.trainer import SPEC_FILE, TrainerResult, TrainerSpec
-from post_training.search import ATTEMPTS, RUN, Search, Trial
+from post_training.search import ATTEMPTS, DATA, RUN, Search, Trial
 from post_training.settings import load_settings
 from post_training.stage_runs import StageRuns
 from post_training.tracking import JobRun
@@ -37,6 +43,10 @@ if TYPE_CHECKING:
 
 MAX_ATTEMPTS = 3
 """How often a trial's trainer may end without a word before the trial has failed."""
+
+OTHER_DATA = (
+    "Its data is not that of the trials before, with which it cannot be compared: a new job searches anew."
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,8 @@ class SearchTrialsOperator(SearchOperator):
         :raises PostTrainingError: if the next attempt is to go on.
         """
         request = self.build_request(self.job_key(context))
+        if request.search is None:
+            return []
         search = self.persist(search_of(request).open)
         job = self.persist(lambda: self.job_run(context))
         if job is None:
@@ -95,16 +107,19 @@ class SearchTrialsOperator(SearchOperator):
 
         :raises PostTrainingError: if it is to go on in the next attempt.
         """
-        run = self.persist(lambda: self._open_run(search, trial, request, job, context))
-        self.persist(lambda: search.note(trial, **{RUN: run.run_id}))
         folder = work_dir_of(task_key(context)) / f"trial-{trial.number}"
         claim(folder, str(context["ti"].id))
+        run = self.persist(lambda: self._open_run(search, trial, request, job, context))
+        self.persist(lambda: search.note(trial, **{RUN: run.run_id}))
         begun = _Begun(search, trial, run, folder, context["ti"])
         try:
             with locked(folder, give_up=lambda: self._stopped) as lock:
-                state = self._train(begun, self._request_of(trial, request), lock)
+                state = self._ended_before(begun)
+                state = state or self._train(begun, self._request_of(trial, request), lock)
         except InvalidRequestError as error:
             state = self._failed(begun, str(error))
+        except SupersededError:
+            raise
         except PostTrainingError:
             self._leave(run)
             raise
@@ -114,14 +129,22 @@ class SearchTrialsOperator(SearchOperator):
     def _open_run(
         self, search: Search, trial: Trial, request: AnyTrainingRequest, job: JobRun, context: Context
     ) -> JobRun:
-        """Return the trial's run, the one of an attempt before or a new one, as it was before this one."""
+        """Return the trial's run, the one of an attempt before or a new one, as it was before this one.
+
+        :raises SupersededError: if a newer attempt has begun.
+        """
         name = request.logger_config.get("run_name") or request.job_uuid
+        key, part = task_key(context), f"{search.id}/{trial.number}"
+        before = StageRuns(self.tracking).find(key, part)
+        _check_newest(before, context["ti"])
+        if before is not None and before.tags.get(names.TAG_TRIAL_STATE, "running") != "running":
+            return before  # it has ended, which the study does not know yet
         run = StageRuns(self.tracking).open(
-            task_key(context),
+            key,
             experiment=request.logger_config.get("experiment_name"),
             parent=job.run_id,
             name=f"{name} trial {trial.number}",
-            part=f"{search.id}/{trial.number}",
+            part=part,
             further={
                 **request.logger_config.get("tags", {}),
                 **{tag: job.tags[tag] for tag in PINNED if tag in job.tags},
@@ -136,6 +159,18 @@ class SearchTrialsOperator(SearchOperator):
         }
         self.tracking.set_tags(run.run_id, tags)
         return run
+
+    def _ended_before(self, begun: _Begun) -> str | None:
+        """End a trial in the study whose run an attempt before has ended; return how, None for another."""
+        tags = begun.run.tags
+        state = tags.get(names.TAG_TRIAL_STATE, "running")
+        if state == "complete":
+            return self._completed(begun, begun.run.metrics.get(begun.search.config.metric))
+        if state == "pruned":
+            return self._pruned(begun)
+        if state == "failed":
+            return self._failed(begun, tags.get(names.TAG_ERROR, "The trainer failed without a reason."))
+        return None
 
     def _request_of(self, trial: Trial, request: AnyTrainingRequest) -> AnyTrainingRequest:
         """Return the request of a trial.
@@ -167,15 +202,19 @@ class SearchTrialsOperator(SearchOperator):
         search, trial, folder = begun.search, begun.trial, begun.folder
         n_epochs = request.training_config.n_epochs
         progress = TrialProgress(folder, search.config.metric, n_epochs)
-        pruning = Pruning(search, trial, progress, n_epochs, self.persist)
+        pruning = Pruning(search, trial, progress, n_epochs)
         if run_of(folder) != begun.run.run_id:  # what lies there is of another trial
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         while True:
             result, error = self._train_once(begun, request, lock, pruning)
-            pruning.report()
+            _check_newest(self.persist(self.tracking.get, begun.run.run_id), begun.ti)
+            self.persist(pruning.report)
+            self.persist(lambda: search.note(trial, **{DATA: progress.data}))
             if result is not None and result.status == "completed":
-                return self._completed(begun, result)
+                if self.persist(search.data) not in (None, progress.data):
+                    return self._failed(begun, OTHER_DATA)
+                return self._completed(begun, result.metrics.get(search.config.metric))
             if pruning.wanted:
                 return self._pruned(begun)
             attempts = int(trial.attributes.get(ATTEMPTS, 0)) + 1
@@ -225,11 +264,14 @@ class SearchTrialsOperator(SearchOperator):
         except InvalidRequestError as error:
             raise TrainerError(str(error)) from None
 
-    def _completed(self, begun: _Begun, result: TrainerResult) -> str:
-        """End the run first: a trial that has ended in the study is not looked at again."""
+    def _completed(self, begun: _Begun, value: float | None) -> str:
+        """End the run first: a trial that has ended in the study is not looked at again.
+
+        :param value: of the metric.
+        """
         search, trial = begun.search, begun.trial
         self._end_run(begun.run, "FINISHED", "complete")
-        if not self.persist(lambda: search.complete(trial, result.metrics.get(search.config.metric))):
+        if not self.persist(lambda: search.complete(trial, value)):
             self._end_run(begun.run, "FAILED", "failed", trial.error)
             return f"failed: {trial.error}"
         return "complete"
@@ -262,3 +304,13 @@ class SearchTrialsOperator(SearchOperator):
                 self.tracking.add_file(run.run_id, log_file, names.ARTIFACT_LOGS)
             except RecordUnavailableError as unavailable:
                 self.log.warning("The trial's log is not in MLflow: %s", unavailable)
+
+
+def _check_newest(run: JobRun | None, ti: Any) -> None:
+    """Refuse to go on with a trial that a newer attempt has taken over.
+
+    :param run: the trial's as it is now, None where it has none yet.
+    :raises SupersededError: if one has.
+    """
+    if run is not None and run.tags.get(names.TAG_ATTEMPT_ID, "") > str(ti.id):
+        raise SupersededError("A newer attempt at this trial runs.")

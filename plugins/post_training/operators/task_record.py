@@ -93,7 +93,7 @@ class TaskRecord:
         if self._before is None or self._before.run_id != run.run_id:
             self._before = run
         self._end_superseded_half(run)
-        if _is_another_training(run, request):
+        if is_another_training(run, request):
             reason = "The task was cleared, or asks for something else by now."
             run = self._supersede(run, self._new_run(request), reason)
         return self._begin(run)
@@ -101,6 +101,24 @@ class TaskRecord:
     def _new_run(self, request: AnyTrainingRequest, pins: Mapping[str, str] | None = None) -> dict[str, Any]:
         parent = {names.TAG_PARENT_RUN: self.parent_run_id} if self.parent_run_id is not None else {}
         return new_run(request, self.key, {**(pins or {}), **parent})
+
+    def plan(self, request: AnyTrainingRequest, pins: Mapping[str, str]) -> JobRun:
+        """Return the run in which the job's task will find what a task before it has done, RUNNING.
+
+        It is made anew if what it holds is another training.
+
+        :param pins: versions of registered data sets that a new one reads.
+        :raises RecordUnavailableError: if MLflow does not answer; it may then be called again.
+        """
+        run, new = self._existing(), self._new_run(request, pins)
+        if run is None:
+            run = self.tracking.create_run(**new)
+        elif is_another_training(run, request):
+            self._before = run
+            run = self._supersede(run, new, "The job begins anew, or asks for something else by now.")
+        self.run = run
+        self.tracking.set_status(run.run_id, "RUNNING")
+        return run
 
     def _begin(self, run: JobRun) -> Opened:
         """Make a run this attempt's.
@@ -346,7 +364,7 @@ class TaskRecord:
         logger.info("MLflow run %s: %s", self.run.run_id, self.url)
 
 
-def _is_another_training(run: JobRun, request: AnyTrainingRequest) -> bool:
+def is_another_training(run: JobRun, request: AnyTrainingRequest) -> bool:
     """Whether the task was cleared after its job had completed, or asks for something else by now.
 
     What such a run holds is the record of what was trained then; only an attempt at the same may go on.

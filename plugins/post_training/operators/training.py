@@ -14,7 +14,7 @@ from post_training.job_ids import TRAINING_OPERATORS, TaskKey, job_uuid_of
 from post_training.job_lock import claim, locked, newest_claim, note_holder
 from post_training.launch.local import TRAIN
 from post_training.operators.hooks import PostTrainingHook
-from post_training.operators.request import build_request, with_runtime_defaults
+from post_training.operators.request import build_request, was_there, with_runtime_defaults
 from post_training.operators.search_outcome import SearchOutcome
 from post_training.operators.search_task import search_that_ran
 from post_training.operators.spec import read_result, run_of, write_spec
@@ -30,13 +30,17 @@ from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest
 from post_training.schemas.trainer import BASE_FOLDER, SPEC_FILE, TrainerResult, TrainerSpec
-from post_training.search import Search
+from post_training.search import NoSearchError, Search
 from post_training.search_parts import SearchUnavailableError
 from post_training.settings import load_settings
 from post_training.tracking import JobRun
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
+
+
+PERMANENT = (SupersededError, PermanentFailureError, SearchUnavailableError, NoSearchError)
+"""Errors that another attempt would meet again, or that end this one alone; a request's apart."""
 
 
 class TrainingOperator(WorkerOperator):
@@ -125,13 +129,13 @@ class TrainingOperator(WorkerOperator):
         try:
             return self._run_job(key, record)
         except InvalidRequestError as error:
-            if _was_there(error) and record.submitted_run_id is not None:
+            if was_there(error) and record.submitted_run_id is not None:
                 record.fail(str(error))
                 raise AirflowException(str(error)) from None
             record.refuse(self.method, str(error))
             raise AirflowFailException(str(error)) from None
         except PostTrainingError as error:
-            permanent = isinstance(error, SupersededError | PermanentFailureError | SearchUnavailableError)
+            permanent = isinstance(error, PERMANENT)
             if not self._stopped:  # by whom and what for, Airflow knows: the record follows its state
                 permanent = permanent or record.is_cancelled()
                 record.fail(str(error), permanent=permanent)
@@ -145,7 +149,9 @@ class TrainingOperator(WorkerOperator):
     def _run_job(self, key: TaskKey, record: TaskRecord) -> dict[str, Any]:
         """Train the task's job, or find that it has been done."""
         request = self.build_request(key)
-        search = record.persist(lambda: search_that_ran(request)) if request.search is not None else None
+        search = None
+        if request.search is not None:
+            search = record.persist(lambda: search_that_ran(request, self))
         work_dir = work_dir_of(key)
         claim(work_dir, record.attempt_id)
         opened = record.open(request)
@@ -309,8 +315,3 @@ class PreferenceOptimizeOperator(TrainingOperator):
 
 def _reason(result: TrainerResult) -> str:
     return result.error or "The trainer failed without a reason."
-
-
-def _was_there(error: InvalidRequestError) -> bool:
-    """Whether all that is wrong is that something is not found, which was there when the job was accepted."""
-    return all(detail["type"] == "not_found" for detail in error.errors)

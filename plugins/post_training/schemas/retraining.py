@@ -160,6 +160,10 @@ class RetrainingConfig(StrictModel):
         """The stages that are trained, in their order."""
         return [stage for stage in STAGES if getattr(self, stage) is not None]
 
+    def searches(self, stage: str) -> bool:
+        """Whether a stage tries hyperparameters before it trains."""
+        return bool((getattr(self, stage) or {}).get("hyperparam_search_config"))
+
     def stage_request(
         self, stage: Stage, model: str | None, train: str, validation: str | None
     ) -> dict[str, Any]:
@@ -285,12 +289,6 @@ def _problems_of_stage(config: RetrainingConfig, stage: Stage) -> Iterator[InitE
             (stage, "logger_config", "log_model"),
             "must not be false: the next stage reads it from MLflow",
             False,
-        )
-    if request.hyperparam_search_config:
-        yield _problem(
-            (stage, "hyperparam_search_config"),
-            "must be left out: a stage of a retraining is trained once, without a search",
-            None,
         )
     algorithm = request.algorithm_config
     kind = getattr(algorithm, "type", None)

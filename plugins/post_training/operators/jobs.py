@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator
 
+from post_training.client import PostTrainingClient
 from post_training.operators.hooks import PostTrainingHook
 from post_training.settings import load_settings
 
@@ -30,13 +31,18 @@ class _ApiOperator(BaseOperator):
         """The API's hook."""
         return PostTrainingHook(self.post_training_conn_id or load_settings().post_training_conn_id)
 
+    @cached_property
+    def api(self) -> PostTrainingClient:
+        """The API, logged in."""
+        return self.hook.get_conn()
+
 
 class GetTrainingJobsOperator(_ApiOperator):
     """Return the ids of all jobs that the connection's user may see, newest first."""
 
     def execute(self, context: Context) -> list[str]:
         """Return the job ids."""
-        return [job.job_uuid for job in self.hook.list_jobs().data]
+        return [job.job_uuid for job in self.api.list_jobs().data]
 
 
 class _JobOperator(_ApiOperator):
@@ -60,7 +66,7 @@ class GetTrainingJobStatusOperator(_JobOperator):
 
         :raises JobNotFoundError: if there is no such job.
         """
-        return self.hook.job_status(self.job_uuid).model_dump(mode="json")
+        return self.api.job_status(self.job_uuid).model_dump(mode="json")
 
 
 class GetTrainingJobArtifactsOperator(_JobOperator):
@@ -71,7 +77,7 @@ class GetTrainingJobArtifactsOperator(_JobOperator):
 
         :raises JobNotFoundError: if there is no such job.
         """
-        artifacts = self.hook.job_artifacts(self.job_uuid)
+        artifacts = self.api.job_artifacts(self.job_uuid)
         return [checkpoint.model_dump(mode="json") for checkpoint in artifacts.checkpoints]
 
 
@@ -84,7 +90,7 @@ class CancelTrainingJobOperator(_JobOperator):
         :raises JobNotFoundError: if there is no such job.
         :raises JobConflictError: if it has ended.
         """
-        self.hook.cancel_job(self.job_uuid)
+        self.api.cancel_job(self.job_uuid)
 
 
 class ReconcileTrainingJobsOperator(_ApiOperator):
@@ -92,4 +98,4 @@ class ReconcileTrainingJobsOperator(_ApiOperator):
 
     def execute(self, context: Context) -> dict[str, int]:
         """Return how many runs were checked, mended, stopped and discarded."""
-        return self.hook.reconcile().model_dump()
+        return self.api.reconcile().model_dump()

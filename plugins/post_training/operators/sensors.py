@@ -71,7 +71,7 @@ class PostTrainingJobSensor(BaseSensorOperator):
         :raises AirflowFailException: if the job ended and did not complete.
         """
         try:
-            status = PostTrainingHook(self.conn_id).job_status(self.job_uuid)
+            status = PostTrainingHook(self.conn_id).get_conn().job_status(self.job_uuid)
         except RecordUnavailableError as error:
             self.log.warning("%s", error)
             return False

@@ -10,6 +10,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from post_training.errors import RecordUnavailableError
 from post_training.operators.hooks import PostTrainingHook
+from post_training.schemas.jobs import PostTrainingJobStatusResponse
 
 
 class PostTrainingJobTrigger(BaseTrigger):
@@ -39,10 +40,9 @@ class PostTrainingJobTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look until the job has ended; an API that does not answer is asked again."""
-        hook = PostTrainingHook(self.post_training_conn_id)
         while True:
             try:
-                status = await asyncio.to_thread(hook.job_status, self.job_uuid)
+                status = await asyncio.to_thread(self._status)
             except RecordUnavailableError as error:
                 self.log.warning("%s", error)
             except Exception as error:
@@ -53,3 +53,6 @@ class PostTrainingJobTrigger(BaseTrigger):
                     yield TriggerEvent({"status": status.status.value, "error": status.error})
                     return
             await asyncio.sleep(self.poll_interval)
+
+    def _status(self) -> PostTrainingJobStatusResponse:
+        return PostTrainingHook(self.post_training_conn_id).get_conn().job_status(self.job_uuid)

@@ -27,6 +27,15 @@ def test_tags_lead_back_to_the_task() -> None:
     }
 
 
+def test_a_job_without_a_task_has_its_own_id() -> None:
+    request = SupervisedFineTuneRequest.model_validate(sft_body())
+    assert run_tags(request, None) == {
+        "post_training.job_uuid": "job-1",
+        "post_training.payload_hash": request.payload_hash(),
+        "post_training.method": "supervised_fine_tune",
+    }
+
+
 def test_params_are_what_was_set() -> None:
     params = run_params(SupervisedFineTuneRequest.model_validate(sft_body(runtime={"seed": 3})))
     assert params["algorithm_config.rank"] == 4

@@ -139,6 +139,16 @@ def test_the_runs_of_another_airflow_are_left_alone(tracking: Tracking) -> None:
         assert other.run_id not in unsettled
 
 
+def test_a_run_without_an_airflow_is_nobodys(tracking: Tracking) -> None:
+    alone = Tracking(replace(tracking.server, deployment=names.NO_DEPLOYMENT))
+    tags = {names.TAG_JOB_UUID: "alone", names.TAG_METHOD: "a"}
+    made = alone.create_run(name="", experiment=None, tags=tags, params={}, request={})
+    for deployment in ("", "http://here"):
+        where = Tracking(replace(tracking.server, deployment=deployment))
+        assert where.find("alone") is None
+        assert made.run_id not in {run.run_id for run in where.unsettled_runs(datetime.now(UTC))}
+
+
 def test_a_run_that_supersedes_another_is_the_jobs_before_older_ones(tracking: Tracking) -> None:
     forgotten, first = create(tracking, "again"), create(tracking, "again")
     assert tracking.find("again") == forgotten

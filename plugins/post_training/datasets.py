@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from post_training.addresses import is_public
 from post_training.errors import InvalidRequestError
 from post_training.schemas import record as names
 from post_training.schemas.datasets import parse_reference
 from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTuneRequest
-from post_training.settings import Settings
 from post_training.uris import (
     DATA_SUFFIXES,
     HUB_ID,
@@ -48,6 +48,19 @@ PINNED_SCHEME = "runs:"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
+class Allowed(Protocol):
+    """What may be named; of a deployment ``settings.Settings`` has it."""
+
+    @property
+    def allowed_roots(self) -> tuple[Path, ...]: ...
+
+    @property
+    def default_model(self) -> str | None: ...
+
+    @property
+    def max_data_uri_bytes(self) -> int: ...
+
+
 class Resolver:
     """Turns the names in a request into absolute paths and URIs, or says why it will not.
 
@@ -59,7 +72,7 @@ class Resolver:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: Allowed,
         lookup: Callable[[str], Iterable[str]] | None = None,
         registered: Callable[[str, str | None], str | None] | None = None,
     ) -> None:

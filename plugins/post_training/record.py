@@ -13,10 +13,11 @@ from post_training.uris import without_secrets
 
 
 def new_run(
-    request: AnyTrainingRequest, key: TaskKey, further: Mapping[str, str] | None = None
+    request: AnyTrainingRequest, key: TaskKey | None, further: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Return the arguments with which ``Tracking.create_run`` makes the run of a task's job.
+    """Return the arguments with which ``Tracking.create_run`` makes the run of a job.
 
+    :param key: the job's task; None where no Airflow runs it.
     :param further: tags beside those of every job, as the versions of registered data sets that it reads.
     """
     return {
@@ -28,11 +29,11 @@ def new_run(
     }
 
 
-def run_tags(request: AnyTrainingRequest, key: TaskKey) -> dict[str, str]:
+def run_tags(request: AnyTrainingRequest, key: TaskKey | None) -> dict[str, str]:
     """Return the run's tags; the caller's own come first, so that they cannot replace ours."""
     return {
         **request.logger_config.get("tags", {}),
-        **identity_tags(key),
+        **({names.TAG_JOB_UUID: request.job_uuid} if key is None else identity_tags(key)),
         names.TAG_PAYLOAD_HASH: request.payload_hash(),
         names.TAG_METHOD: request.method,
     }

@@ -323,7 +323,7 @@ class Tracking:
     def _is_ours(self, run: JobRun) -> bool:
         """Whether a run is of this Airflow, as far as both are known: others may share the server."""
         ours, its = self.server.deployment, run.tags.get(names.TAG_DEPLOYMENT)
-        return not ours or not its or ours == its
+        return not its or ours == its or (not ours and its != names.NO_DEPLOYMENT)
 
     def _experiments(self) -> list[str]:
         """Return the ids of all experiments, of every page."""

@@ -87,6 +87,29 @@ def test_a_child_that_does_not_listen_is_killed_after_its_grace(tmp_path: Path) 
     assert process.exit_code() == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("own_group", [True, False])
+def test_a_child_in_a_group_of_its_own_is_spared_the_terminals_signals(
+    tmp_path: Path, own_group: bool
+) -> None:
+    argv = [sys.executable, "-c", "import os; print(os.getpgrp())"]
+    process = WorkerProcess(argv, dict(os.environ), tmp_path / "log", own_group=own_group)
+    (line,) = list(process.lines())
+    assert (int(line) == os.getpgrp()) is not own_group
+
+
+def test_who_asks_again_does_not_wait_for_the_grace(tmp_path: Path) -> None:
+    program = (
+        "import signal, threading\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('saving'))\n"
+        "print('ready')\n"
+        "while True: threading.Event().wait(1)\n"
+    )
+    process = child(tmp_path, program, grace_seconds=3600)
+    for line in process.lines():
+        process.stop(at_once=line == "saving")
+    assert process.exit_code() == -signal.SIGKILL
+
+
 def test_a_grandchild_that_holds_the_pipe_does_not_hold_us(tmp_path: Path) -> None:
     program = (
         "import subprocess, sys\n"

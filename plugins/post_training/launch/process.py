@@ -22,13 +22,15 @@ class WorkerProcess:
     """A child in the caller's process group, its output merged and read as lines.
 
     Airflow ends a task by SIGTERM to the whole process group and SIGKILL five seconds later, so the child
-    has ``grace_seconds`` to end by itself.
+    has ``grace_seconds`` to end by itself. A terminal sends Ctrl-C to the whole group: where the caller is to
+    decide what it means, the child has a group of its own.
 
     :param argv: the command.
     :param environment: all of its variables.
     :param log: file that receives a copy of the output.
     :param folder: its working folder; None is the caller's.
     :param pass_fds: file descriptors that it keeps open.
+    :param own_group: whether it has a process group of its own.
     :param grace_seconds: time between SIGTERM and SIGKILL.
     """
 
@@ -40,6 +42,7 @@ class WorkerProcess:
         *,
         folder: Path | None = None,
         pass_fds: Sequence[int] = (),
+        own_group: bool = False,
         grace_seconds: float = 3.0,
     ) -> None:
         self._log = log
@@ -56,6 +59,7 @@ class WorkerProcess:
             text=True,
             errors="replace",
             pass_fds=pass_fds,
+            process_group=0 if own_group else None,
             preexec_fn=die_with(os.getpid()),
         )
         self._reader = threading.Thread(target=self._read, name="trainer-output", daemon=True)
@@ -94,8 +98,13 @@ class WorkerProcess:
         """Return the exit code once ``lines`` is exhausted; negative is the signal that ended it."""
         return self._process.wait()
 
-    def stop(self) -> None:
-        """Ask the child to end. Safe inside a signal handler: it sends a signal and waits for nothing."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ask the child to end. Safe inside a signal handler: it sends a signal and waits for nothing.
+
+        :param at_once: whether its grace is over.
+        """
+        if at_once:
+            self._grace_seconds = 0.0
         if self._stopped_at is None:
             self._stopped_at = time.monotonic()
             self._process.terminate()

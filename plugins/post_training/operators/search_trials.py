@@ -21,10 +21,11 @@ from post_training.errors import (
 )
 from post_training.job_lock import claim, locked, note_holder
 from post_training.launch.local import TRAIN
+from post_training.launch.results import read_result
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.request import with_runtime_defaults
 from post_training.operators.search_task import SearchOperator, search_of
-from post_training.operators.spec import read_result, run_of, write_spec
+from post_training.operators.spec import run_of, write_spec
 from post_training.operators.trial_progress import Pruning, TrialProgress
 from post_training.operators.worker import PermanentFailureError, task_key, work_dir_of
 from post_training.schemas import record as names

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from post_training.dataset_records import DatasetRecords
 from post_training.datasets import Resolver
-from post_training.operators.worker import no_result
 from post_training.record import run_params
 from post_training.schemas.record import TAG_ATTEMPT, TAG_SUPERSEDES, TAG_TRAIN_DATA, TAG_VALIDATION_DATA
 from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTuneRequest
@@ -18,7 +17,6 @@ from post_training.schemas.trainer import (
     RESULT_FILE,
     SPEC_FILE,
     TrackingTarget,
-    TrainerResult,
     TrainerSpec,
 )
 from post_training.settings import load_settings
@@ -88,16 +86,3 @@ def _pins(resolver: Resolver, request: AnyTrainingRequest, run: JobRun, tracking
     if current:
         tracking.set_tags(run.run_id, current)
     return current
-
-
-def read_result(spec: TrainerSpec, code: int) -> TrainerResult:
-    """Return the trainer's result.
-
-    :raises TrainerError: if it left none.
-    """
-    path = spec.work_dir / RESULT_FILE
-    if path.exists():
-        result = TrainerResult.model_validate_json(path.read_text(encoding="utf-8"))
-        if result.attempt_id == spec.attempt_id:
-            return result
-    raise no_result(code)

@@ -27,12 +27,12 @@ from post_training.errors import (
     TrainerError,
 )
 from post_training.job_ids import TaskKey
+from post_training.launch.results import no_result
 from post_training.operators.links import MLflowRunLink
 from post_training.operators.worker import (
     PermanentFailureError,
     WorkerOperator,
     bind_to_supervisor,
-    no_result,
     task_key,
 )
 from post_training.schemas import record as names

@@ -13,11 +13,12 @@ from post_training.errors import InvalidRequestError, PostTrainingError, Superse
 from post_training.job_ids import TRAINING_OPERATORS, TaskKey, job_uuid_of
 from post_training.job_lock import claim, locked, newest_claim, note_holder
 from post_training.launch.local import TRAIN
+from post_training.launch.results import read_result
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.request import build_request, was_there, with_runtime_defaults
 from post_training.operators.search_outcome import SearchOutcome
 from post_training.operators.search_task import search_that_ran
-from post_training.operators.spec import read_result, run_of, write_spec
+from post_training.operators.spec import run_of, write_spec
 from post_training.operators.task_record import TaskRecord
 from post_training.operators.worker import (
     PermanentFailureError,

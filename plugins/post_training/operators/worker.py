@@ -128,10 +128,3 @@ def work_dir_of(key: TaskKey) -> Path:
     """Return the folder of a task's work, shared by its attempts."""
     mapped = "" if key.map_index < 0 else f".{key.map_index}"
     return load_settings().home / "jobs" / key.dag_id / key.run_id / f"{key.task_id}{mapped}"
-
-
-def no_result(code: int) -> TrainerError:
-    """Return the error of a process that left no result."""
-    if code < 0:
-        return TrainerError(f"The trainer was killed by signal {-code}; out of memory is a usual cause.")
-    return TrainerError(f"The trainer ended with exit code {code} and no result.")

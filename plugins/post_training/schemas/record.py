@@ -44,6 +44,9 @@ TAG_VALIDATION_DATA: Final = "post_training.validation_data"
 TAG_DEPLOYMENT: Final = "post_training.deployment"
 """Which Airflow the job is of: others may write to the same MLflow."""
 
+NO_DEPLOYMENT: Final = "none"
+"""The value of that tag where no Airflow runs the job: none may take its run for one of its own."""
+
 TAG_AIRFLOW_URL: Final = "airflow.url"
 TAG_PARENT_RUN: Final = "mlflow.parentRunId"
 """MLflow shows a run below the one that this tag names."""

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from lightning_modules.checkpoint import RESUME_FILE, readable_step
 from lightning_modules.trained import write_whole
-from post_training.schemas.trainer import TrainerSpec
+from post_training.schemas.trainer import RESUME_FOLDER, TrainerSpec
 
 if TYPE_CHECKING:
     from lightning_modules.record import JobRecord
 
 log = logging.getLogger(__name__)
 
-INPUTS_FILE = Path("resume", "inputs.json")
+INPUTS_FILE = Path(RESUME_FOLDER, "inputs.json")
 
 
 @dataclass(frozen=True)

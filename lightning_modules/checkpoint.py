@@ -26,6 +26,7 @@ from lightning_modules.module import NLL, STATE_KEY, PostTraining, StopRequested
 from lightning_modules.trained import rename_whole
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
+from post_training.schemas.trainer import RESUME_FOLDER
 from post_training.schemas.training import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPORTS = "checkpoints"
-RESUME_FILE = Path("resume", "last.ckpt")
+RESUME_FILE = Path(RESUME_FOLDER, "last.ckpt")
 
 SAVE_INTERVAL_SECONDS = 60.0
 SAVE_SHARE = 0.02

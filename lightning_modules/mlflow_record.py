@@ -31,7 +31,7 @@ from post_training.schemas.record import (
     METRIC_VALIDATION_LOSS,
     TAG_INPUTS,
 )
-from post_training.schemas.trainer import TrainerSpec
+from post_training.schemas.trainer import RESUME_FOLDER, TrainerSpec
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -49,7 +49,7 @@ in any case."""
 
 TABLES_SPOOL_FILE = "tables.jsonl"
 UPLOADS_SPOOL_FILE = "uploads.jsonl"
-STATES = Path("resume", "waiting")
+STATES = Path(RESUME_FOLDER, "waiting")
 """Folder of the state that waits for its upload."""
 
 METRIC_EPOCH_TRAIN_LOSS = f"{METRIC_TRAIN_LOSS}_epoch"

@@ -16,6 +16,9 @@ SPEC_FILE = "spec.json"
 METRICS_FILE = "metrics.jsonl"
 """Below the job's folder: what the trainer records, one event a line (``lightning_modules.spool``)."""
 
+RESUME_FOLDER = "resume"
+"""Below the job's folder: the state that a retry goes on from."""
+
 BASE_FOLDER = "base"
 """Below the job's folder: the base model, where it comes from MLflow."""
 

@@ -100,6 +100,15 @@ def test_installed_the_dags_come_with_it(libraries: Path, installed: Path) -> No
     assert json.loads(python(program, installed, libraries)) == [SHIPPED_DAGS, {}]
 
 
+def test_installed_the_command_line_comes_with_it(libraries: Path, installed: Path) -> None:
+    (entry_points,) = installed.glob("airflow_provider_post_training-*.dist-info/entry_points.txt")
+    assert "post-training = post_training.cli.app:app" in entry_points.read_text()
+    program = "from post_training.cli.app import app; app(['--version'])"
+    assert python(program, installed, libraries) == "0.1.0"
+    program = "from post_training.cli.servers import dags_folder; print(dags_folder())"
+    assert python(program, installed, libraries) == str(installed / "post_training" / "dags")
+
+
 def test_as_folders_it_needs_no_installation(libraries: Path) -> None:
     plugins = ROOT / "plugins"
     (source,) = json.loads(python(PLUGINS, libraries, plugins_folder=plugins))

@@ -34,7 +34,7 @@ class ApiServer:
     def __init__(self) -> None:
         self.runs, self.tracking = FakeRuns(), FakeTracking()
         self.service = JobService(self.runs, lambda: self.tracking, Accepting())  # type: ignore[arg-type, return-value]
-        root = FastAPI()
+        self.root = root = FastAPI()
 
         @root.post("/auth/token", status_code=201)
         def login(username: str = Body(), password: str = Body()) -> dict[str, str]:

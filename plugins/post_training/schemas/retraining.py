@@ -117,9 +117,16 @@ class RetrainingEvaluationConfig(EvaluationConfig):
 class ApprovalConfig(StrictModel):
     """Whether a person is asked before a promotion."""
 
-    required: bool = Field(default=False, description="Whether a person has to approve in Airflow.")
+    required: bool = Field(
+        default=False,
+        description="Whether a person has to approve in Airflow. Until they have answered, or the time is"
+        " over, no other run begins.",
+    )
     timeout_hours: int = Field(
-        default=72, ge=1, le=24 * 90, description="After so many hours without an answer nothing is promoted."
+        default=72,
+        ge=1,
+        le=24 * 90,
+        description="After so many hours without an answer nothing is promoted, and the next run may begin.",
     )
 
     @property

@@ -1,6 +1,7 @@
 """Keeps MLflow's record true: a job that died, or was stopped in Airflow, has ended there as well.
 
-Every read of a job does the same for that job; this DAG does it for jobs that nobody asks for.
+Every read of a job does the same for that job; this DAG does it for jobs that nobody asks for. It also ends
+the runs of nights, evaluations and trials that nobody else will.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from post_training.airflow_runs import JobTask, RunExistsError
+from post_training.airflow_runs import JobTask, Progress, RunExistsError
 from post_training.dataset_records import DatasetFile, DatasetVersion, NewVersion
 from post_training.errors import RecordUnavailableError
 from post_training.job_ids import TaskKey, job_uuid_of
@@ -47,6 +47,8 @@ class FakeRuns:
     appears_during_trigger: JobTask | None = None
     triggered: list[str] = field(default_factory=list)
     stopped: list[tuple[str, str]] = field(default_factory=list)
+    of_tasks: dict[TaskKey, Progress] = field(default_factory=dict)
+    of_runs: dict[tuple[str, str], Progress] = field(default_factory=dict)
     cancel_error: Exception | None = None
     logs: dict[str, list[list[str]]] = field(default_factory=dict)
     young_lines: int = 0
@@ -72,6 +74,9 @@ class FakeRuns:
     def find_task(self, key: TaskKey) -> JobTask | None:
         found = self.find(job_uuid_of(key))
         return found if found is not None and found.key == key else None
+
+    def progress(self, key: TaskKey, *, of_run: bool = False) -> Progress | None:
+        return self.of_runs.get((key.dag_id, key.run_id)) if of_run else self.of_tasks.get(key)
 
     def job_uuids(self, dag_ids: Collection[str]) -> list[str]:
         return [job_uuid_of(t.key) for t in reversed(self.tasks.values()) if t.key.dag_id in dag_ids]

@@ -154,6 +154,32 @@ def test_a_task_of_a_users_subclass_is_a_job_too(runs: Any, name: str, map_index
     assert job_uuid in runs.job_uuids({"team.nightly"})
 
 
+def test_how_far_a_task_and_its_run_have_come_be_it_a_job_or_not(runs: Any) -> None:
+    from airflow.models.dagrun import DagRun
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.utils.session import create_session
+
+    from post_training.airflow_runs import Progress
+
+    key = TaskKey("team.nightly", "progress", "after")
+    assert (runs.progress(key), runs.progress(key, of_run=True)) == (None, None)
+    runs.trigger("team.nightly", "progress", {}, None)
+    assert runs.progress(key) == Progress(None, None)
+    assert runs.progress(key, of_run=True) == Progress("queued", None)
+    at = datetime(2026, 11, 28, tzinfo=UTC)
+    with create_session() as session:
+        rows = session.query(TaskInstance).filter_by(run_id="progress")
+        rows.filter_by(task_id="after").update({"state": "failed", "end_date": at})
+        rows.filter_by(task_id="many", map_index=1).update({"state": "skipped"})
+        session.query(DagRun).filter_by(run_id="progress").update({"state": "success", "end_date": at})
+    assert runs.progress(key) == Progress("failed", at)
+    assert runs.progress(key, of_run=True) == Progress("success", at)
+    assert runs.progress(TaskKey("team.nightly", "progress", "many", 1)) == Progress("skipped", None)
+    with create_session() as session:
+        session.delete(session.query(DagRun).filter_by(run_id="progress").one())
+    assert (runs.progress(key), runs.progress(key, of_run=True)) == (None, None)
+
+
 def test_the_list_is_newest_first_and_of_these_dags_alone(runs: Any) -> None:
     for name in ("list-1", "list-2"):
         runs.trigger("supervised_fine_tune", name, CONF, None)

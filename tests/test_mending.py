@@ -7,11 +7,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from post_training.airflow_runs import Progress
 from post_training.errors import RecordUnavailableError
 from post_training.job_ids import TaskKey
 from post_training.mending import SUBMIT_TIME, Mender
 from post_training.record import identity_tags
 from post_training.schemas.jobs import JobStatus, ReconcileJobsResponse
+from post_training.tracking import JobRun
 from tests.fakes import NOW, FakeRuns, FakeTracking, task
 
 KEY = TaskKey("supervised_fine_tune", "job-1", "train")
@@ -229,3 +231,107 @@ def test_the_record_of_a_run_that_was_deleted_does_not_get_the_end_of_its_succes
     job.runs.add(task(KEY, "success", {"mlflow_run_id": "run-2"}))
     assert job.reconcile() == ReconcileJobsResponse(checked=2, mended=2)
     assert (job.status, job.tracking.runs["run-2"].status) == ("FAILED", "FINISHED")
+
+
+EVALUATE = TaskKey("nightly", "night-1", "evaluate")
+GONE = "The DAG run was deleted from Airflow before it had ended."
+
+
+class Stage:
+    """The open run of a task that is no job, which has come as far as ``state`` says."""
+
+    def __init__(self, state: str | None, *, run_state: str = "running", **tags: str) -> None:
+        self.runs, self.tracking = FakeRuns(), FakeTracking()
+        if state != "deleted":
+            self.runs.of_tasks[EVALUATE] = Progress(state, NOW)
+            self.runs.of_runs["nightly", "night-1"] = Progress(run_state, NOW)
+        place = {name: value for name, value in identity_tags(EVALUATE).items() if "airflow" in name}
+        tags = {"post_training.stage": "digest", **place, **tags}
+        self.tracking.create_run(name="", experiment=None, tags=tags, params={}, request={})
+        self.tracking.set_status("run-1", "RUNNING")
+        self.mender = Mender(self.runs, lambda: self.tracking)  # type: ignore[arg-type, return-value]
+
+    def reconcile(self) -> tuple[int, str, str | None]:
+        """Mend it; return how many were, its status, and the reason."""
+        counts = self.mender.reconcile_all(lambda dag_id: dag_id == "nightly")
+        assert (counts.checked, counts.failed, counts.discarded) == (1, 0, 0)
+        run = self.tracking.runs["run-1"]
+        return counts.mended, run.status, run.tags.get("post_training.error")
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("running", (0, "RUNNING", None)),
+        ("up_for_retry", (0, "RUNNING", None)),
+        (None, (0, "RUNNING", None)),
+        ("success", (1, "FINISHED", None)),
+        ("failed", (1, "FAILED", FAILURE)),
+        ("deleted", (1, "FAILED", GONE)),
+    ],
+)
+def test_the_run_of_a_task_that_is_no_job_ends_as_the_task(
+    state: str | None, expected: tuple[int, str, str | None]
+) -> None:
+    assert Stage(state).reconcile() == expected
+
+
+@pytest.mark.parametrize(
+    ("run_state", "expected"),
+    [
+        ("running", (0, "RUNNING", None)),
+        ("queued", (0, "RUNNING", None)),
+        ("success", (1, "FINISHED", None)),
+        ("failed", (1, "FAILED", FAILURE)),
+    ],
+)
+def test_the_run_of_a_night_is_open_until_its_dag_run_has_ended(
+    run_state: str, expected: tuple[int, str, str | None]
+) -> None:
+    night = {"post_training.night": "digest"}
+    assert Stage("success", run_state=run_state, **night).reconcile() == expected
+
+
+def test_a_night_that_was_deleted_before_it_was_summed_up_has_failed() -> None:
+    assert Stage("deleted", **{"post_training.night": "digest"}).reconcile() == (1, "FAILED", GONE)
+
+
+def test_the_reason_that_a_stage_has_left_is_kept() -> None:
+    stage = Stage("failed", **{"post_training.error": "No memory."})
+    assert stage.reconcile() == (1, "FAILED", "No memory.")
+
+
+@pytest.mark.parametrize("state", ["failed", "success", "deleted"])
+def test_a_trial_that_was_left_open_has_failed_however_its_worker_ended(state: str) -> None:
+    trial = {"post_training.trial": "3", "post_training.trial_state": "running"}
+    stage = Stage(state, **trial)
+    assert stage.reconcile()[:2] == (1, "FAILED")
+    state_of_trial = stage.tracking.runs["run-1"].tags["post_training.trial_state"]
+    assert state_of_trial == "running", "a task that is cleared goes on with it"
+
+
+def test_a_stage_that_airflow_has_just_failed_may_still_be_ending() -> None:
+    stage = Stage("failed")
+    stage.runs.of_tasks[EVALUATE] = Progress("failed", datetime.now(UTC))
+    assert stage.reconcile() == (0, "RUNNING", None)
+
+
+@pytest.mark.parametrize("change", ["cleared", "ended", "deleted"])
+def test_a_stage_that_has_changed_since_it_was_read_is_left_alone(change: str) -> None:
+    stage = Stage("failed")
+    read = stage.tracking.get
+
+    def get(run_id: str) -> JobRun | None:
+        if change == "cleared":
+            stage.runs.of_tasks[EVALUATE] = Progress(None, None)
+        elif change == "ended":
+            stage.tracking.set_status("run-1", "FINISHED")
+        return None if change == "deleted" else read(run_id)
+
+    stage.tracking.get = get  # type: ignore[method-assign]
+    assert stage.reconcile()[0] == 0
+    assert stage.tracking.runs["run-1"].status == ("FINISHED" if change == "ended" else "RUNNING")
+
+
+def test_a_stage_whose_place_cannot_be_read_has_nobody_to_end_it() -> None:
+    assert Stage("running", **{"airflow.map_index": "many"}).reconcile() == (1, "FAILED", GONE)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from airflow.utils.state import TaskInstanceState
+from airflow.utils.state import DagRunState, TaskInstanceState
 
-from post_training.reconcile import OF_MLFLOW, Evidence, Verdict, reconcile
+from post_training.reconcile import OF_MLFLOW, Evidence, Verdict, reconcile, stage_status
 from post_training.schemas.jobs import JobStatus
 
 WAITING = (None, "scheduled", "queued")
@@ -114,3 +114,14 @@ def test_mending_settles_it() -> None:
         if first.mend is not None:
             again = reconcile(Evidence(first.mend, state, cancelled=cancelled))
             assert again == Verdict(first.status, None, first.stop), evidence
+
+
+@pytest.mark.parametrize("state", [None, *map(str, TaskInstanceState), *map(str, DagRunState)])
+def test_the_run_of_a_task_that_is_no_job_ends_with_what_it_is_of(state: str | None) -> None:
+    ends = dict.fromkeys(("success", "skipped"), "FINISHED")
+    ends |= dict.fromkeys(("failed", "upstream_failed", "removed"), "FAILED")
+    assert stage_status(state, is_there=True) == ends.get(str(state))
+
+
+def test_what_is_gone_has_failed() -> None:
+    assert stage_status(None, is_there=False) == "FAILED"

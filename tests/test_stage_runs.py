@@ -151,10 +151,21 @@ def test_children_are_listed_oldest_first(runs: StageRuns, key: TaskKey) -> None
 
 
 def test_it_is_no_job(runs: StageRuns, tracking: Tracking, key: TaskKey) -> None:
-    """Nobody who looks for jobs that are still open ends it."""
-    run = runs.open(key)
-    assert run.run_id not in [one.run_id for one in tracking.unsettled_runs(datetime.fromtimestamp(0, UTC))]
+    runs.open(key)
     assert tracking.find(f"nightly.{key.run_id}.evaluate") is None
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FINISHED", "FAILED", "KILLED"])
+def test_one_that_is_left_open_is_found_with_the_jobs(
+    runs: StageRuns, tracking: Tracking, key: TaskKey, status: str
+) -> None:
+    run = runs.open(key)
+    tracking.set_status(run.run_id, status)
+    there = Tracking(replace(tracking.server, deployment="http://there"))
+    long_ago = datetime.fromtimestamp(0, UTC)
+    found, others = ([one.run_id for one in where.unsettled_runs(long_ago)] for where in (tracking, there))
+    assert (run.run_id in found) is (status == "RUNNING")
+    assert run.run_id not in others
 
 
 def test_mlflow_reads_a_table_as_its_own(

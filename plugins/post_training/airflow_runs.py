@@ -104,6 +104,17 @@ class JobTask:
         return job_uuid_of(self.key)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a task of any kind, or a DAG run, has come. Times are UTC.
+
+    :param state: Airflow's; None is a task that was not scheduled yet.
+    """
+
+    state: str | None
+    ended_at: datetime | None
+
+
 class AirflowRuns:
     """Starts, finds, lists and stops the DAG runs of jobs."""
 
@@ -145,6 +156,21 @@ class AirflowRuns:
     def find_task(self, key: TaskKey) -> JobTask | None:
         """Return the task of this place, None where Airflow has none there that is a job."""
         return self._find(_is(TaskInstance, key))
+
+    def progress(self, key: TaskKey, *, of_run: bool = False) -> Progress | None:
+        """Return how far a task has come, be it a job or not; None where Airflow has none there.
+
+        :param of_run: of the DAG run instead.
+        """
+        table: Any = DagRun if of_run else TaskInstance
+        wanted = and_(DagRun.dag_id == key.dag_id, DagRun.run_id == key.run_id)
+        query = select(table.state, table.end_date).where(wanted if of_run else _is(TaskInstance, key))
+        with _database(), create_session() as session:
+            row = session.execute(query).first()
+        if row is None:
+            return None
+        state, ended_at = row
+        return Progress(str(state) if state is not None else None, ended_at)
 
     def _find(self, condition: ColumnElement[bool]) -> JobTask | None:
         query = (

@@ -1,4 +1,7 @@
-"""Lets MLflow and Airflow say the same of each job: on every read, and for all open runs at once."""
+"""Lets MLflow and Airflow say the same of each job: on every read, and for all open runs at once.
+
+Of tasks that are no jobs it ends the runs that nobody else will.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
-from post_training.airflow_runs import JobTask
+from post_training.airflow_runs import JobTask, Progress
 from post_training.job_ids import TaskKey
-from post_training.reconcile import OF_MLFLOW, WORKING, Evidence, Verdict, reconcile
+from post_training.reconcile import OF_MLFLOW, WORKING, Evidence, Verdict, reconcile, stage_status
 from post_training.record import identity_tags, task_key
 from post_training.schemas import record as names
 from post_training.schemas.jobs import JobStatus, ReconcileJobsResponse
@@ -27,6 +30,9 @@ KILLED_TIME = timedelta(hours=1)
 END_TIME = timedelta(seconds=30)
 """Airflow fails a task before its process knows; the process has up to two heartbeats to end."""
 
+NO_RESULT = "The Airflow task ended without a result; its log says more."
+DELETED = "The DAG run was deleted from Airflow before it had ended."
+
 
 class Tasks(Protocol):
     """The jobs' tasks in Airflow, as ``airflow_runs.AirflowRuns`` has them."""
@@ -34,6 +40,8 @@ class Tasks(Protocol):
     def find(self, job_uuid: str) -> JobTask | None: ...
 
     def find_task(self, key: TaskKey) -> JobTask | None: ...
+
+    def progress(self, key: TaskKey, *, of_run: bool = False) -> Progress | None: ...
 
     def was_stopped(self, task: JobTask) -> bool: ...
 
@@ -106,7 +114,7 @@ class Mender:
         return replace(evidence, cancelled=self._tasks.was_stopped(task))
 
     def reconcile_all(self, may_mend: Callable[[str], bool]) -> ReconcileJobsResponse:
-        """Mend every open run, and delete those that no job came to use.
+        """Mend every open run, also of tasks that are no jobs, and delete those that no job came to use.
 
         :param may_mend: whether the caller may change runs of a DAG.
         :raises RecordUnavailableError: if MLflow or Airflow does not answer.
@@ -123,6 +131,9 @@ class Mender:
         return counts
 
     def _reconcile(self, run: JobRun, counts: ReconcileJobsResponse) -> None:
+        if names.TAG_STAGE in run.tags:
+            counts.mended += self._end_stage(run)
+            return
         task = self._task_of(run)
         if is_unused(run, task):
             if not _is_young(run):
@@ -134,6 +145,30 @@ class Mender:
         counts.stopped += verdict.stop
         if verdict.mend is not None:
             logger.info("MLflow run %s was %s and is %s", run.run_id, run.status, verdict.mend)
+
+    def _end_stage(self, run: JobRun) -> bool:
+        """End the run of a task that is no job, where the task cannot do so any more; return whether it was.
+
+        A trial that its task has left open was cut off, however the task ended; a cleared task goes on.
+        """
+        progress = self._progress(run)
+        status = stage_status(progress.state if progress is not None else None, is_there=progress is not None)
+        if status is None or (progress is not None and _ended_just_now(progress)):
+            return False
+        now = self._tracking().get(run.run_id)
+        if now is None or now.status not in OPEN or self._progress(run) != progress:
+            return False
+        if names.TAG_TRIAL in run.tags:
+            status = "FAILED"
+        reason = now.tags.get(names.TAG_ERROR, NO_RESULT if progress is not None else DELETED)
+        self._tracking().set_status(run.run_id, status, error=reason if status == "FAILED" else None)
+        logger.info("MLflow run %s was left %s and is %s", run.run_id, now.status, status)
+        return True
+
+    def _progress(self, run: JobRun) -> Progress | None:
+        """Return how far that has come which ends the run: its task, or for a retraining's the DAG run."""
+        key = task_key(run.tags)
+        return self._tasks.progress(key, of_run=names.TAG_NIGHT in run.tags) if key is not None else None
 
     def _task_of(self, run: JobRun) -> JobTask | None:
         """Return the task whose record this run is, None where it has another one or is gone."""
@@ -160,7 +195,7 @@ def failure(verdict: Verdict, run: JobRun | None) -> str | None:
     if verdict.status is not JobStatus.failed:
         return None
     recorded = run.tags.get(names.TAG_ERROR) if run is not None else None
-    return recorded or "The Airflow task ended without a result; its log says more."
+    return recorded or NO_RESULT
 
 
 def is_unused(run: JobRun, task: JobTask | None) -> bool:
@@ -190,6 +225,6 @@ def _is_young(run: JobRun) -> bool:
     return datetime.now(UTC) - run.created_at < SUBMIT_TIME
 
 
-def _ended_just_now(task: JobTask) -> bool:
+def _ended_just_now(task: JobTask | Progress) -> bool:
     """Whether the task's process may still be ending, and about to write how into the record."""
     return task.ended_at is not None and datetime.now(UTC) - task.ended_at < END_TIME

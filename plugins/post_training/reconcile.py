@@ -95,6 +95,19 @@ def reconcile(evidence: Evidence) -> Verdict:
     return Verdict(status, mend, stop)
 
 
+def stage_status(state: str | None, *, is_there: bool) -> str | None:
+    """Decide how the run of a task that is no job ends in MLflow; None where the task may yet end it itself.
+
+    :param state: Airflow's state of the task; of the DAG run, where the run is open as long as that.
+    :param is_there: False where Airflow has it no more.
+    """
+    if not is_there:
+        return "FAILED"
+    if state not in _ENDED:
+        return None
+    return "FINISHED" if state in ("success", "skipped") else "FAILED"
+
+
 def _status(evidence: Evidence) -> JobStatus:
     recorded = OF_MLFLOW[evidence.mlflow_status] if evidence.mlflow_status is not None else None
     has_ended = recorded is not None and recorded.ended

@@ -275,14 +275,15 @@ class Tracking:
     def unsettled_runs(self, killed_since: datetime) -> list[JobRun]:
         """Return every run of a job, or of one that was to be, that has not ended, or was killed since then.
 
-        The task of a killed one may still be there to be stopped.
+        The task of a killed one may still be there to be stopped. Beside them, every run of a task that is no
+        job (``StageRuns``) that has not ended.
         """
         killed = f"status = 'KILLED' AND attributes.end_time >= {int(killed_since.timestamp() * 1000)}"
         filters = [*(f"status = '{status}'" for status in OPEN), killed]
         with answers():
             experiments = self._experiments()
             runs = [_job_run(run) for wanted in filters for run in self._runs(experiments, wanted)]
-        return [run for run in runs if names.TAG_METHOD in run.tags and self._is_ours(run)]
+        return [run for run in runs if _is_unsettled(run) and self._is_ours(run)]
 
     def find(self, job_uuid: str) -> JobRun | None:
         """Return the job's run, or None.
@@ -446,6 +447,11 @@ def answers(field: str | None = None) -> Iterator[None]:
             raise InvalidRequestError.of(field, f"MLflow refuses it: {first_line}") from error
         logger.warning("MLflow does not answer: %s", first_line)
         raise RecordUnavailableError("MLflow does not answer") from error
+
+
+def _is_unsettled(run: JobRun) -> bool:
+    """Whether a run is a job's; or, if it is open, a stage's."""
+    return names.TAG_METHOD in run.tags or (names.TAG_STAGE in run.tags and run.status in OPEN)
 
 
 def _job_run(run: Run) -> JobRun:

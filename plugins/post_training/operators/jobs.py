@@ -94,7 +94,10 @@ class CancelTrainingJobOperator(_JobOperator):
 
 
 class ReconcileTrainingJobsOperator(_ApiOperator):
-    """Bring MLflow's open runs and Airflow's tasks to agree; runs of cut-off submits are deleted."""
+    """Bring MLflow's open runs and Airflow's tasks to agree; runs of cut-off submits are deleted.
+
+    Also of tasks that are no jobs: retrainings, evaluations, trials.
+    """
 
     def execute(self, context: Context) -> dict[str, int]:
         """Return how many runs were checked, mended, stopped and discarded."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
@@ -25,6 +26,7 @@ from post_training.errors import DataError
 from post_training.schemas.preparation import (
     DATA_FOLDER,
     DIGESTS_FILE,
+    HeldOutSource,
     Part,
     PreparationSource,
     PreparationSpec,
@@ -38,7 +40,7 @@ log = logging.getLogger(__name__)
 PARTS: tuple[Part, ...] = get_args(Part)
 
 DIGEST_BYTES = 16
-"""Of a row's identity that are kept: two of a billion rows share them once in 10²⁰ times."""
+"""Of an identity or a question's hash that are kept: two of a billion share them once in 10²⁰ times."""
 
 QUESTION_DOMAIN = b"post_training.split/1\0"
 """Stands before a question in the hash that decides its part, which no other hash shall repeat."""
@@ -71,28 +73,37 @@ class Prepared(NamedTuple):
 class PreparedData(NamedTuple):
     """What all data sets have become, by the spec's names.
 
-    :param held_out: digests of the data that models are compared on.
+    :param held_out: the data of the user's own that models are compared on.
     """
 
     sources: dict[str, PreparedSource]
-    held_out: dict[str, str]
+    held_out: dict[str, HeldOutSource]
 
 
 @dataclass
 class _Written:
     """What one part of a data set has so far.
 
+    :param rows: that were written into its file.
     :param digests: of its usable rows, also of those that were not written.
     """
 
+    file: Path
     rows: int = 0
     digests: bytearray = field(default_factory=bytearray)
+
+    def append(self, rows: Sequence[Prepared]) -> None:
+        """Write rows."""
+        self.rows += len(rows)
+        if rows:
+            with self.file.open("ab") as lines:
+                lines.writelines(row.line for row in rows)
 
 
 def prepare(spec: PreparationSpec) -> PreparedData:
     """Write the parts of each data set, and the digests of all that is trained on by now.
 
-    Beside 16 bytes a row (more for one that is held out), only a block of rows is in memory.
+    Beside 48 bytes a row (more for one that is held out), only a block of rows is in memory.
 
     :raises DataError: if a data set or the digests cannot be read, or more rows are bad than may be.
     """
@@ -105,15 +116,20 @@ def prepare(spec: PreparationSpec) -> PreparedData:
     questions: set[bytes] = set()
     for name, source in spec.held_out.items():
         dataset = read_dataset(source.source, _tracking_uri(spec), spec.model_roots, limits)
-        asked, held_out[name] = _held_out(dataset, source, spec.split)
+        asked, held_out[name] = _held_out(dataset, source, spec.split, before)
         questions |= asked
     for name, source in spec.sources.items():
         dataset = read_dataset(source.source, _tracking_uri(spec), spec.model_roots, limits)
-        reading = _Reading(source, spec.split, before, questions)
+        reading = _Reading(source, spec, before, questions)
         prepared[name], digests = _prepare(dataset, reading, folder / name)
         log.info("%s: %s", name, prepared[name].model_dump_json())
+        for part, count in prepared[name].kept.items():
+            log.warning(
+                "%s: %d rows stay out of the %s part: their questions were trained on", name, count, part
+            )
         trained += digests if source.trained else b""
-    (folder / DIGESTS_FILE).write_bytes(_as_digests(trained).tobytes())
+    digests = _as_digests(trained).tobytes()
+    (folder / DIGESTS_FILE).write_bytes(digests)
     return PreparedData(prepared, held_out)
 
 
@@ -126,23 +142,48 @@ class _Reading:
     """
 
     source: PreparationSource
-    split: SplitConfig
+    spec: PreparationSpec
     before: Digests
     questions: set[bytes]
 
+    @property
+    def untrained(self) -> tuple[Part, ...]:
+        """The parts whose questions must not have been trained on."""
+        return ("evaluation", "validation") if self.spec.starts_from_trained else ("evaluation",)
 
-def _held_out(dataset: RawDataset, source: PreparationSource, split: SplitConfig) -> tuple[set[bytes], str]:
-    """Return the questions of data that models are compared on, and a digest of its rows.
+
+def _held_out(
+    dataset: RawDataset, source: PreparationSource, split: SplitConfig, before: Digests
+) -> tuple[set[bytes], HeldOutSource]:
+    """Return the questions of data that models are compared on, and what it holds.
 
     What cannot be read is told by the evaluation, as its own configuration says.
+
+    :param before: what was trained on.
     """
     questions: set[bytes] = set()
     digests = bytearray()
+    trained = 0
     for block in blocks(dataset):
         usable, _ = read_rows(block, source, split)
         questions.update(row.question for row in usable)
         digests += b"".join(row.digest for row in usable)
-    return questions, _digest_of({"evaluation": digests})
+        trained += sum(_asked_before(usable, before))
+    found = HeldOutSource(
+        rows=len(digests) // DIGEST_BYTES, trained=trained, digest=_digest_of({"evaluation": digests})
+    )
+    if trained:
+        log.warning("%d of %d rows of %s ask what was trained on before", trained, found.rows, dataset.source)
+    return questions, found
+
+
+def _asked_before(rows: Sequence[Prepared], before: Digests) -> list[bool]:
+    """Say of each row whether its question was trained on, with whatever answer."""
+    return [not new for new in _not_among(before, _question_digests(rows))]
+
+
+def _question_digests(rows: Iterable[Prepared]) -> bytes:
+    return b"".join(row.question[:DIGEST_BYTES] for row in rows)
 
 
 def identity_of(conversations: Conversations, tools: Tools) -> bytes:
@@ -177,8 +218,8 @@ def part_of(question: bytes, split: SplitConfig) -> Part:
     It is a hash of the question that decides: neither chance nor the row's place,
     nor its answer. So a question that was held back stays held back, whatever night, order, kind of file or
     data set it comes from, and a model is never compared on what it, or one before it, was trained to answer,
-    in whatever words. A changed fraction moves only the questions at the border that it moves: one that grows
-    takes in some that were trained on before.
+    in whatever words. A changed fraction moves only the questions at the border that it moves; those of them
+    that were trained on before stay in the training part, see :func:`_stay_trained`.
 
     :param question: its hash.
     """
@@ -230,17 +271,20 @@ def _prepare(dataset: RawDataset, reading: _Reading, stem: Path) -> tuple[Prepar
     """Write one data set's parts.
 
     :param stem: the path of its files, up to the part.
-    :returns: what it has become, and the digests of the training part.
+    :returns: what it has become, and the digests of what the training part teaches.
     """
-    split = reading.split
-    written = {part: _Written() for part in PARTS}
-    files = {part: stem.with_name(f"{stem.name}.{part}.jsonl") for part in PARTS}
+    split = reading.spec.split
+    written = {part: _Written(stem.with_name(f"{stem.name}.{part}.jsonl")) for part in PARTS}
     bad: dict[int, str] = {}
+    kept: Counter[Part] = Counter()
+    taught = bytearray()
     new_rows = held_out = 0
     for block in blocks(dataset):
         usable, bad_of_block = read_rows(block, reading.source, split)
         bad |= bad_of_block
         notice = check_bad_rows(dataset, bad, split.max_bad_row_fraction, "data.max_bad_row_fraction")
+        usable, kept_of_block = _stay_trained(usable, reading)
+        kept.update(kept_of_block)
         allowed = [row for row in usable if row.part == "evaluation" or row.question not in reading.questions]
         held_out += len(usable) - len(allowed)
         for part in PARTS:
@@ -248,28 +292,38 @@ def _prepare(dataset: RawDataset, reading: _Reading, stem: Path) -> tuple[Prepar
             digests = b"".join(row.digest for row in rows)
             written[part].digests += digests
             if part == "train":
+                taught += digests + _question_digests(rows)
                 new = _not_among(reading.before, digests)
                 new_rows += sum(new)
                 rows = list(compress(rows, new)) if split.rows == "new" else rows
-            written[part].rows += len(rows)
-            _append(files[part], rows)
+            written[part].append(rows)
     if notice is not None:
         log.warning(notice)
     result = PreparedSource(
         rows={part: of_part.rows for part, of_part in written.items()},
-        files={part: files[part].name if of_part.rows else None for part, of_part in written.items()},
+        files={part: of_part.file.name if of_part.rows else None for part, of_part in written.items()},
         new_rows=new_rows,
         skipped=len(bad),
         held_out=held_out,
+        kept=dict(kept),
         digest=_digest_of({part: of_part.digests for part, of_part in written.items()}),
     )
-    return result, bytes(written["train"].digests)
+    return result, bytes(taught)
 
 
-def _append(file: Path, rows: Sequence[Prepared]) -> None:
-    if rows:
-        with file.open("ab") as lines:
-            lines.writelines(row.line for row in rows)
+def _stay_trained(rows: Sequence[Prepared], reading: _Reading) -> tuple[list[Prepared], list[Part]]:
+    """Leave what was trained on in the training part, where a changed fraction puts it into another.
+
+    Else a model would be compared on what it, or the one that it starts from, was trained to answer.
+
+    :returns: the rows; and the parts from which some of them were kept.
+    """
+    stays = [
+        asked and row.part in reading.untrained
+        for row, asked in zip(rows, _asked_before(rows, reading.before), strict=True)
+    ]
+    settled = [row._replace(part="train") if stay else row for row, stay in zip(rows, stays, strict=True)]
+    return settled, [row.part for row in compress(rows, stays)]
 
 
 def _digest_of(parts: Mapping[Part, bytearray]) -> str:

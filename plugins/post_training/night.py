@@ -15,7 +15,12 @@ SOURCES = {SupervisedFineTuneRequest.method: ROWS, PreferenceOptimizeRequest.met
 """Training method -> which of the prepared data it reads."""
 
 TAG_TRAINED = "post_training.trained"
-"""Of a promoted version: URI of the digests of all rows that it and those before it were trained on."""
+"""Of a promoted version: URI of the digests of all rows, and of their questions, that it and those before it
+were trained on."""
+
+HELD_BACK: tuple[Part, ...] = ("validation", "evaluation")
+COUNTS = ("new_rows", "skipped", "held_out")
+"""Of a ``PreparedSource``: what of its rows is no part."""
 
 
 def trained_sources(config: RetrainingConfig) -> set[str]:
@@ -59,7 +64,19 @@ class Night:
     def digest(self) -> str:
         """Return a SHA-256 of all that decides what comes of the night."""
         digests = {name: source.digest for name, source in self.prepared.sources.items()}
-        return self.config.digest(digests, self.prepared.held_out, self.base, self.champion)
+        held_out = {name: source.digest for name, source in self.prepared.held_out.items()}
+        return self.config.digest(digests, held_out, self.base, self.champion)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what became of the rows, as metrics of the night's run."""
+        counts: dict[str, int] = {}
+        for name, source in self.prepared.sources.items():
+            counts |= {f"{name}/{part}": rows for part, rows in source.rows.items()}
+            counts |= {f"{name}/kept_out_of_{part}": source.kept.get(part, 0) for part in HELD_BACK}
+            counts |= {f"{name}/{field}": getattr(source, field) for field in COUNTS}
+        for name, own in self.prepared.held_out.items():
+            counts |= {f"own_{name}/rows": own.rows, f"own_{name}/trained_on": own.trained}
+        return {name: float(count) for name, count in counts.items()}
 
     def nothing_new(self) -> str | None:
         """Return why there is nothing to learn, None where there is something."""
@@ -100,10 +117,7 @@ class Night:
         source = SOURCES[STAGES[stage]]
         validation = self._uri(source, "validation")
         if validation is None and self.config.checkpoint == "best":
-            raise DataError(
-                f"the validation part of the {source} is empty: data.validation_fraction"
-                f" {self.config.data.validation_fraction} of so few is none, and checkpoint 'best' needs one"
-            )
+            raise DataError(f"{self._emptiness(source, 'validation')}, and checkpoint 'best' needs one")
         train = self._train(stage)
         assert train is not None, "only such stages are left"  # noqa: S101
         return self.config.stage_request(stage, None, train, validation)
@@ -118,13 +132,33 @@ class Night:
             needs[PAIRS] = pairs
         for source, uri in needs.items():
             if uri is None:
-                raise DataError(
-                    f"the evaluation part of the {source} is empty: data.evaluation_fraction"
-                    f" {self.config.data.evaluation_fraction} of so few is none"
-                )
+                raise DataError(self._emptiness(source, "evaluation"))
+        self._check_own()
         data_format = (own if own.dataset_id else self.config.data).data_format.value
         filled = {"dataset_id": rows, "data_format": data_format, "preference_dataset_id": pairs}
         return {**own.model_dump(mode="json"), **filled}
+
+    def _emptiness(self, source: str, part: Part) -> str:
+        """Say why a part of the data that is held back is empty."""
+        fraction = f"data.{part}_fraction {getattr(self.config.data, f'{part}_fraction')}"
+        kept = self.prepared.sources[source].kept.get(part, 0)
+        reason = f"{fraction} of so few is none"
+        if kept:
+            reason = f"{self.champion} was trained on all {kept} that {fraction} puts there"
+        return f"the {part} part of the {source} is empty: {reason}"
+
+    def _check_own(self) -> None:
+        """Refuse data of the user's own on which the champion only repeats what it has learnt.
+
+        :raises DataError: naming its field.
+        """
+        fields = {ROWS: "dataset_id", PAIRS: "preference_dataset_id"}
+        for name, own in self.prepared.held_out.items():
+            if own.trained and own.trained == own.rows:
+                raise DataError(
+                    f"evaluation.{fields[name]} must have questions that {self.champion} was not trained on:"
+                    f" it was on those of all {own.rows} rows"
+                )
 
     def _lineage(self) -> dict[str, str]:
         """Return the tags of a version that comes of this."""

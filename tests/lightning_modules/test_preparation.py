@@ -74,6 +74,11 @@ class Night:
             split=SplitConfig(**split), sources={}, trained=trained and str(trained), work_dir=folder
         )
 
+    def from_champion(self) -> Night:
+        """Start training from what was trained before."""
+        self.spec.starts_from_trained = True
+        return self
+
     def add(
         self,
         rows: Rows,
@@ -130,6 +135,11 @@ def identity(question: str, answer: str) -> bytes:
     return sha256(f'{{"conversations":[{content}],"tools":null}}'.encode()).digest()
 
 
+def asked(question: str) -> bytes:
+    """The documented hash of a question."""
+    return sha256(b"post_training.split/1\0" + question.encode()).digest()
+
+
 def place(question: bytes) -> float:
     """The documented place of a question between 0 and 1."""
     return int(sha256(b"post_training.split/1\0" + question).hexdigest()[:16], 16) / 2**64
@@ -171,7 +181,8 @@ def test_an_identity_is_of_what_is_trained_on(tmp_path: Path) -> None:
         for answer in ("So.", "No.")
     )
     of_pair = sha256(f'{{"conversations":[[{both}]],"tools":null}}'.encode()).digest()
-    assert night.digests.read_bytes() == b"".join(sorted([identity("Why?", "So.")[:16], of_pair[:16]]))
+    taught = [identity("Why?", "So.")[:16], of_pair[:16], asked("Why?")[:16]]
+    assert night.digests.read_bytes() == b"".join(sorted(taught))
 
 
 def test_tools_are_trained_on_too(tmp_path: Path) -> None:
@@ -179,7 +190,7 @@ def test_tools_are_trained_on_too(tmp_path: Path) -> None:
     tools = [None, "[]", [{"name": "look"}], '[{"name": "look"}]', [{"name": "see"}]]
     rows = [{"messages": dialog, "tools": some} for some in tools]
     night = Night(tmp_path, **NOTHING_HELD_BACK).add(rows, data_format="dialog").prepare()
-    assert len(night.digests.read_bytes()) == 3 * 16
+    assert len(night.digests.read_bytes()) == (3 + 1) * 16  # three rows that ask the same
     assert identity("Why?", "So.")[:16] in night.digests.read_bytes()
 
 
@@ -262,6 +273,7 @@ def test_digests_grow_from_night_to_night_and_new_rows_are_told_apart(tmp_path: 
     first = Night(tmp_path / "first", rows="new").add(rows[:2000]).prepare()
     trained = first.lines("train")
     expected = {identity(row["question"], row["answer"])[:16] for row in trained}
+    expected |= {asked(row["question"])[:16] for row in trained}
     assert any(digest.endswith(b"\0") for digest in expected)  # which numpy would cut
     assert first.digests.read_bytes() == b"".join(sorted(expected))
     assert first.found["rows"].new_rows == first.found["rows"].rows["train"] == len(trained)
@@ -280,13 +292,84 @@ def test_digests_grow_from_night_to_night_and_new_rows_are_told_apart(tmp_path: 
     assert new.found["rows"].digest == every.found["rows"].digest
     assert new.digests.read_bytes() == every.digests.read_bytes()
     digests = new.digests.read_bytes()
-    assert len(digests) == 16 * (len(trained) + len(added) + len(new.lines("train", "pairs")))
+    assert len(digests) == 16 * (2 * len(trained) + 2 * len(added) + len(new.lines("train", "pairs")))
     assert expected < {digests[at : at + 16] for at in range(0, len(digests), 16)}
+
+
+def test_a_share_that_grows_takes_in_only_questions_that_no_training_has_seen(tmp_path: Path) -> None:
+    rows = questions(1000)
+    first = Night(tmp_path / "first").add(rows[:600]).prepare()
+    assert first.found["rows"].kept == {}
+    larger = {"evaluation_fraction": 0.5}
+    same = Night(tmp_path / "same", first.digests, **larger).add(rows[:600]).prepare()
+    assert same.asked("evaluation") == first.asked("evaluation")
+    assert same.asked("train") == first.asked("train")
+    moved = Night(tmp_path / "moved", **larger).add(rows[:600]).prepare()
+    moved_rows = moved.found["rows"].rows["evaluation"] - first.found["rows"].rows["evaluation"]
+    assert same.found["rows"].kept == {"evaluation": moved_rows}
+    assert moved_rows > 0
+    more = Night(tmp_path / "more", same.digests, **larger).add(rows).prepare()
+    fresh = Night(tmp_path / "fresh", **larger).add(rows[600:]).prepare()
+    assert more.asked("evaluation") == first.asked("evaluation") | fresh.asked("evaluation")
+    assert not more.asked("evaluation") & first.asked("train")
+    assert more.found["rows"].kept == same.found["rows"].kept
+
+
+def test_another_answer_or_a_pair_asks_what_was_trained_on_too(tmp_path: Path) -> None:
+    first = Night(tmp_path / "first", **NOTHING_HELD_BACK).add(questions(200)).prepare()
+    split = {"evaluation_fraction": 0.5, "validation_fraction": 0.0, "rows": "new"}
+    night = Night(tmp_path / "second", first.digests, **split)
+    night.add([row | {"answer": "Other."} for row in questions(300)])
+    night.add(pairs(300), "pairs", trained=False).prepare()
+    old, new = ({row["question"] for row in some} for some in (questions(200), questions(300)[200:]))
+    for name, column in (("rows", "question"), ("pairs", "prompt")):
+        assert night.asked("evaluation", name, column) < new
+        assert night.asked("evaluation", name, column)
+        assert old < night.asked("train", name, column)
+        assert night.found[name].kept["evaluation"] > 0
+
+
+@pytest.mark.parametrize("from_champion", [True, False])
+def test_what_the_start_was_trained_on_is_not_validated_on(tmp_path: Path, from_champion: bool) -> None:
+    rows = questions(300)
+    first = Night(tmp_path / "first").add(rows).prepare()
+    night = Night(tmp_path / "second", first.digests, validation_fraction=0.4).add(rows)
+    if from_champion:
+        night.from_champion()
+    found = night.prepare().found["rows"]
+    assert (night.asked("validation") == first.asked("validation")) is from_champion
+    assert (found.kept.get("validation", 0) > 0) is from_champion
+    assert sum(found.rows.values()) == 300
+
+
+def test_what_the_champions_before_were_trained_on_is_remembered(tmp_path: Path) -> None:
+    rows = questions(300)
+    digests = None
+    for number in range(3):  # each night has rows of its own, and loses those of the nights before
+        night = Night(tmp_path / str(number), digests, **NOTHING_HELD_BACK)
+        digests = night.add(rows[100 * number : 100 * (number + 1)]).prepare().digests
+    last = Night(tmp_path / "last", digests, evaluation_fraction=0.9).add(rows).prepare()
+    assert last.found["rows"].rows["evaluation"] == 0
+    assert last.found["rows"].files["evaluation"] is None
+    unknown = Night(tmp_path / "unknown", evaluation_fraction=0.9).add(rows).prepare()
+    assert last.found["rows"].kept == {"evaluation": unknown.found["rows"].rows["evaluation"]}
+
+
+def test_own_data_that_asks_what_was_trained_on_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Night(tmp_path / "first", **NOTHING_HELD_BACK).add(questions(30)).prepare()
+    night = Night(tmp_path / "second", first.digests, evaluation_fraction=0.0).add(questions(100))
+    own = [row | {"answer": "Other."} for row in questions(40)]
+    held_out = night.hold_out(own).prepare().held_out["rows"]
+    assert (held_out.rows, held_out.trained) == (40, 30)
+    assert f"30 of 40 rows of {tmp_path}/second/own-rows.jsonl ask what was trained on before" in caplog.text
+    assert not night.asked("train") & {row["question"] for row in own}
 
 
 def test_what_no_stage_trains_on_is_not_recorded_as_trained(tmp_path: Path) -> None:
     night = Night(tmp_path).add(questions(300)).add(pairs(300), "pairs", trained=False).prepare()
-    assert len(night.digests.read_bytes()) == 16 * night.found["rows"].rows["train"]
+    assert len(night.digests.read_bytes()) == 2 * 16 * night.found["rows"].rows["train"]
     assert night.found["pairs"].rows["train"] > 0
 
 
@@ -301,7 +384,8 @@ def test_what_models_are_compared_on_is_not_trained_on(tmp_path: Path, name: str
         found = night.found[source]
         assert night.asked("train", source, column) | night.asked("validation", source, column) == kept
         assert (found.held_out, found.rows["train"] + found.rows["validation"]) == (40, 60)
-    assert len(night.digests.read_bytes()) == 16 * sum(night.found[one].rows["train"] for one in night.found)
+    taught = [*night.lines("train"), *night.lines("train", "pairs"), *night.asked("train")]
+    assert len(night.digests.read_bytes()) == 16 * len(taught)
     other = Night(tmp_path / "other", evaluation_fraction=0.0).add(questions(100)).hold_out(own[:39], name)
     assert other.prepare().held_out.keys() == night.held_out.keys() == {name}
     assert other.held_out != night.held_out
@@ -325,7 +409,7 @@ def test_duplicates_stay_and_are_new_together(tmp_path: Path) -> None:
     )
     assert night.lines("train") == [rows[0], rows[1], rows[0]]
     assert night.found["rows"].new_rows == 3
-    assert len(night.digests.read_bytes()) == 2 * 16
+    assert len(night.digests.read_bytes()) == 2 * 2 * 16
 
 
 def test_an_attempt_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
@@ -476,7 +560,7 @@ def test_digests_may_lie_under_the_roots_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="under no folder of allowed_roots"):
         night.prepare()
     night.spec.model_roots = (tmp_path,)
-    assert len(night.prepare().digests.read_bytes()) == 16 * (1 + night.found["rows"].rows["train"])
+    assert len(night.prepare().digests.read_bytes()) == 16 * (1 + 2 * night.found["rows"].rows["train"])
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:

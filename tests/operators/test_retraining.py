@@ -13,6 +13,7 @@ from airflow.sdk.exceptions import (
     AirflowSkipException,
     DownstreamTasksSkipped,
 )
+from mlflow.entities import Run
 
 from post_training.operators.promotion import PromoteOperator
 from post_training.operators.retraining import (
@@ -27,6 +28,7 @@ from tests.operators.stages import StageWorkplace
 from tests.requests_of import LORA
 from tests.schemas.test_retraining import TRAINING, config
 
+SOURCES = ("rows", "pairs")
 TRAINED = f"runs:/{'a1' * 16}/data/trained.digests"
 ALL = (*STAGES, "evaluate", "approve")
 
@@ -44,7 +46,7 @@ def prepared(new_rows: int = 3, **files: str | None) -> dict[str, Any]:
                 "skipped": 0,
                 "digest": f"digest of the {name}",
             }
-            for name in ("rows", "pairs")
+            for name in SOURCES
         },
     }
 
@@ -90,11 +92,20 @@ class Night:
 
     def tags(self, run_id: str) -> dict[str, str]:
         """The tags of the night's MLflow run."""
+        run = self.run(run_id)
+        return dict(run.data.tags) | {"status": run.info.status}
+
+    def metrics(self, run_id: str) -> dict[str, float]:
+        """The metrics of the night's MLflow run."""
+        return dict(self.run(run_id).data.metrics)
+
+    def run(self, run_id: str) -> Run:
+        """The night's MLflow run."""
         (run,) = self.stages.client.search_runs(
             [self.stages.tracking.experiment("post-training").experiment_id],
             f"tags.`airflow.run_id` = '{run_id}'",
         )
-        return dict(run.data.tags) | {"status": run.info.status}
+        return run
 
 
 @pytest.fixture
@@ -125,7 +136,7 @@ def test_each_stage_is_told_what_to_do(night: Night) -> None:
     assert outcome["lineage"]["post_training.trained"] == f"runs:/{run_id}/data/trained.digests"
     sources = {name: source["source"] for name, source in night.spec["sources"].items()}
     assert sources == {name: str(night.stages.data / f"{name}.jsonl") for name in ("rows", "pairs")}
-    assert night.spec["trained"] is None
+    assert (night.spec["trained"], night.spec["starts_from_trained"]) == (None, False)
 
 
 def test_stages_and_an_approval_that_are_not_wanted_are_skipped(night: Night) -> None:
@@ -217,6 +228,7 @@ def test_what_was_trained_on_and_where_to_start_is_the_champions(night: Night) -
     assert night.spec["trained"] == TRAINED
     assert (outcome["start"], outcome["base"]) == ("models:/champ/1", "org/model")
     assert outcome["lineage"]["post_training.replaces"] == "models:/champ/1"
+    assert night.spec["starts_from_trained"] is True
 
 
 def test_dotted_keys_are_a_configuration_too(night: Night) -> None:
@@ -266,6 +278,62 @@ def test_what_was_rejected_before_is_not_trained_again(night: Night) -> None:
 def test_an_empty_part_fails_for_good(night: Night, files: dict[str, Any], sentence: str) -> None:
     with pytest.raises(AirflowFailException, match=sentence):
         night.prepare(f"empty-{next(iter(files))}", prepared(**files))
+
+
+@pytest.mark.parametrize("part", ["evaluation", "validation"])
+def test_a_part_that_is_empty_since_all_of_it_was_trained_on_says_so(night: Night, part: str) -> None:
+    name = f"known-{part}"
+    night.stages.register(name, {"champion": 1}, **{"post_training.trained": TRAINED})
+    result = prepared(**{part: None})
+    result["sources"]["rows"]["kept"] = {part: 7}
+    data = {**config()["data"], f"{part}_fraction": 0.3}
+    with pytest.raises(
+        AirflowFailException,
+        match=rf"the {part} part of the rows is empty: models:/{name}/1 was trained on all 7 that"
+        rf" data\.{part}_fraction 0\.3 puts there",
+    ):
+        night.prepare(name, result, data=data)
+
+
+@pytest.mark.parametrize(("trained", "refused"), [(4, False), (5, True)])
+def test_own_data_must_not_all_be_trained_on(night: Night, trained: int, refused: bool) -> None:
+    name = f"own-{trained}"
+    night.stages.register(name, {"champion": 1})
+    night.stages.file("own.jsonl")
+    result = {**prepared(), "held_out": {"rows": {"rows": 5, "trained": trained, "digest": "d"}}}
+    sections = {
+        "data": {**config()["data"], "evaluation_fraction": 0.0},
+        "evaluation": {"dataset_id": "own.jsonl"},
+    }
+    if not refused:
+        night.prepare(name, result, **sections)
+        assert night.metrics(name)["own_rows/trained_on"] == trained
+        return
+    with pytest.raises(
+        AirflowFailException,
+        match=r"evaluation\.dataset_id must have questions that models:/own-5/1 was not trained on: it was on"
+        " those of all 5 rows",
+    ):
+        night.prepare(name, result, **sections)
+
+
+def test_what_became_of_the_rows_is_in_mlflow(night: Night) -> None:
+    result = prepared()
+    result["sources"]["rows"] |= {"kept": {"evaluation": 2}, "skipped": 1, "held_out": 4}
+    night.prepare("counted", result)
+    assert (
+        night.metrics("counted").items()
+        >= {
+            "rows/train": 5,
+            "rows/evaluation": 5,
+            "rows/kept_out_of_evaluation": 2,
+            "rows/kept_out_of_validation": 0,
+            "rows/new_rows": 3,
+            "rows/skipped": 1,
+            "rows/held_out": 4,
+            "pairs/kept_out_of_evaluation": 0,
+        }.items()
+    )
 
 
 def test_a_champion_that_was_deleted_is_an_error(night: Night) -> None:
@@ -370,7 +438,7 @@ def test_a_night_is_summed_up(night: Night) -> None:
     }
     run = client.get_run(parent)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics == {"device_seconds": 12.0, "job_tokens": 500.0}
+    assert run.data.metrics.items() >= {"device_seconds": 12.0, "job_tokens": 500.0}.items()
 
 
 def test_a_failure_is_the_reason(night: Night) -> None:

@@ -98,6 +98,7 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
         self.persist(self.tracking.set_tags, run.run_id, tags)
         prepared = self._prepare(config, key, run, champion)
         night = Night(config, run.run_id, prepared, base, champion.uri if champion is not None else None)
+        self.persist(self.runs.log_metrics, run.run_id, night.metrics())
         self._skip_unless_new(night)
         outcome = night.outcome()
         self._skip_unwanted(night, context, outcome)
@@ -124,6 +125,7 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
             sources=self._sources(config),
             held_out=self._held_out(config),
             trained=_trained_by(champion),
+            starts_from_trained=config.model.start_from == "champion",
             model_roots=resolver.model_roots(),
             work_dir=work_dir,
             max_data_bytes=settings.max_data_bytes,

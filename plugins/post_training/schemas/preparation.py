@@ -18,7 +18,8 @@ DATA_FOLDER = "data"
 """Below the process's folder, and below the run's artifacts: the files of the parts, and ``DIGESTS_FILE``."""
 
 DIGESTS_FILE = "trained.digests"
-"""The first 16 bytes of the identity of each row that was trained on, ascending, none twice."""
+"""The first 16 bytes of the identity of each row that was trained on, and of its question's hash: ascending,
+none twice."""
 
 Part = Literal["train", "validation", "evaluation"]
 
@@ -32,10 +33,18 @@ class SplitConfig(StrictModel):
         " trained on. The other parts always have all of their rows.",
     )
     validation_fraction: float = Field(
-        default=0.05, ge=0, lt=1, description="Share of the questions that a training validates on."
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="Share of the questions that a training validates on. Where it starts from the champion,"
+        " a larger share takes in only questions that the champion was not trained on.",
     )
     evaluation_fraction: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of the questions that models are compared on."
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of the questions that models are compared on. A larger share takes in only"
+        " questions that the champion was not trained on.",
     )
     max_bad_row_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="Share of unreadable rows that is skipped instead of refused."
@@ -81,6 +90,11 @@ class PreparationSpec(LenientModel):
         description="DIGESTS_FILE of the last promoted run: an absolute path or a URI; null is that nothing"
         " was trained on before.",
     )
+    starts_from_trained: bool = Field(
+        default=False,
+        description="Whether training starts from the model that was trained on that: then none of it is"
+        " validated on either.",
+    )
     model_roots: tuple[Path, ...] = ()
     work_dir: Path
     max_data_bytes: int = 2**32
@@ -97,16 +111,26 @@ class PreparedSource(LenientModel):
     new_rows: int = Field(description="Rows of the training part that were not trained on before.")
     skipped: int = Field(description="Rows that could not be read and were left out.")
     held_out: int = Field(default=0, description="Rows that were left out for a question that is held out.")
+    kept: dict[Part, int] = Field(
+        default_factory=dict,
+        description="Rows that the fractions put into a part, and that stay in the training part since their"
+        " question was trained on before.",
+    )
     digest: str = Field(
         description="SHA-256 of all rows that could be read and of their parts, in whatever order they stand."
     )
+
+
+class HeldOutSource(LenientModel):
+    """One data set of the user's own that models are compared on."""
+
+    rows: int = Field(description="Rows that could be read.")
+    trained: int = Field(description="Of them, those whose question was trained on before.")
+    digest: str = Field(description="SHA-256 of the rows, in whatever order they stand.")
 
 
 class PreparationResult(ProcessResult):
     """What the data has become."""
 
     sources: dict[str, PreparedSource] = Field(default_factory=dict, description="By the spec's names.")
-    held_out: dict[str, str] = Field(
-        default_factory=dict,
-        description="Digest of the rows of each that could be read, by the spec's names.",
-    )
+    held_out: dict[str, HeldOutSource] = Field(default_factory=dict, description="By the spec's names.")

@@ -92,12 +92,16 @@ class _Written:
     rows: int = 0
     digests: bytearray = field(default_factory=bytearray)
 
-    def append(self, rows: Sequence[Prepared]) -> None:
-        """Write rows."""
+    def append(self, rows: Sequence[Prepared], max_bytes: int) -> None:
+        """Write rows.
+
+        :raises DataError: if the file is then larger than the stages may read.
+        """
         self.rows += len(rows)
         if rows:
             with self.file.open("ab") as lines:
                 lines.writelines(row.line for row in rows)
+                _check_size(self.file.name, lines.tell(), max_bytes)
 
 
 def prepare(spec: PreparationSpec) -> PreparedData:
@@ -105,7 +109,8 @@ def prepare(spec: PreparationSpec) -> PreparedData:
 
     Beside 48 bytes a row (more for one that is held out), only a block of rows is in memory.
 
-    :raises DataError: if a data set or the digests cannot be read, or more rows are bad than may be.
+    :raises DataError: if a data set or the digests cannot be read, more rows are bad than may be, or a file
+        would be larger than the stages, or the next night, may read.
     """
     folder = spec.work_dir / DATA_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
@@ -129,8 +134,21 @@ def prepare(spec: PreparationSpec) -> PreparedData:
             )
         trained += digests if source.trained else b""
     digests = _as_digests(trained).tobytes()
+    _check_size(DIGESTS_FILE, len(digests), spec.max_data_bytes)
     (folder / DIGESTS_FILE).write_bytes(digests)
     return PreparedData(prepared, held_out)
+
+
+def _check_size(file: str, size: int, max_bytes: int) -> None:
+    """Refuse what could be written and not be read again.
+
+    :raises DataError: naming the setting.
+    """
+    if size > max_bytes:
+        raise DataError(
+            f"the prepared file {file} would have more than the {max_bytes} bytes of [post_training]"
+            " max_data_bytes, under which it is read from MLflow"
+        )
 
 
 @dataclass(frozen=True)
@@ -296,7 +314,7 @@ def _prepare(dataset: RawDataset, reading: _Reading, stem: Path) -> tuple[Prepar
                 new = _not_among(reading.before, digests)
                 new_rows += sum(new)
                 rows = list(compress(rows, new)) if split.rows == "new" else rows
-            written[part].append(rows)
+            written[part].append(rows, reading.spec.max_data_bytes)
     if notice is not None:
         log.warning(notice)
     result = PreparedSource(

@@ -48,7 +48,8 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
     "max_data_bytes": (
         "integer",
         "4294967296",
-        "Largest file in bytes that a trainer fetches from elsewhere.",
+        "Largest file in bytes that a trainer fetches from elsewhere, or a retraining prepares for its"
+        " stages.",
     ),
     "max_cache_bytes": (
         "integer",

@@ -367,6 +367,31 @@ def test_own_data_that_asks_what_was_trained_on_is_counted(
     assert not night.asked("train") & {row["question"] for row in own}
 
 
+def test_a_part_that_the_stages_could_not_read_is_refused(tmp_path: Path) -> None:
+    """A file on this machine has no limit, and parquet unpacks: what is prepared may be larger."""
+    rows = questions(40)
+    night = Night(tmp_path, **NOTHING_HELD_BACK).add(rows, kind="parquet").prepare()
+    size = (tmp_path / "data" / "rows.train.jsonl").stat().st_size
+    night.spec.max_data_bytes = size
+    assert night.prepare().lines("train") == rows
+    night.spec.max_data_bytes = size - 1
+    with pytest.raises(
+        DataError, match=rf"rows\.train\.jsonl would have more than the {size - 1} bytes of .* max_data_bytes"
+    ):
+        night.prepare()
+
+
+def test_digests_that_the_next_night_could_not_read_are_refused(tmp_path: Path) -> None:
+    before = tmp_path / "digests"
+    before.write_bytes(b"".join(number.to_bytes(16, "big") for number in range(100)))
+    night = Night(tmp_path / "night", before, **NOTHING_HELD_BACK).add(questions(1))
+    night.spec.max_data_bytes = 102 * 16
+    assert len(night.prepare().digests.read_bytes()) == 102 * 16
+    night.spec.max_data_bytes -= 1
+    with pytest.raises(DataError, match=r"trained\.digests would have more than the 1631 bytes"):
+        night.prepare()
+
+
 def test_what_no_stage_trains_on_is_not_recorded_as_trained(tmp_path: Path) -> None:
     night = Night(tmp_path).add(questions(300)).add(pairs(300), "pairs", trained=False).prepare()
     assert len(night.digests.read_bytes()) == 2 * 16 * night.found["rows"].rows["train"]

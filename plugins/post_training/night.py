@@ -53,10 +53,10 @@ class Night:
     def stages(self) -> list[Stage]:
         """The stages that are trained: where only new rows are, those for which there are some.
 
-        :raises DataError: if there is nothing to train on though all rows may be.
+        :raises DataError: if there is nothing to train on though all rows may be, or none of them is left.
         """
         empty = [stage for stage in self.config.stages if self._train(stage) is None]
-        if empty and self.config.data.rows == "all":
+        if empty and (self.config.data.rows == "all" or empty == self.config.stages):
             source = SOURCES[STAGES[empty[0]]]
             raise DataError(f"the training part of the {source} is empty: {empty[0]} cannot train")
         return [stage for stage in self.config.stages if stage not in empty]
@@ -79,11 +79,14 @@ class Night:
         return {name: float(count) for name, count in counts.items()}
 
     def nothing_new(self) -> str | None:
-        """Return why there is nothing to learn, None where there is something."""
+        """Return why there is nothing to learn, None where there is something.
+
+        :raises DataError: as ``stages``.
+        """
         data = self.config.data
         trained = trained_sources(self.config)
         new = sum(self.prepared.sources[name].new_rows for name in trained)
-        if new == 0 and (data.skip_unchanged or data.rows == "new"):
+        if new == 0 and self.champion is not None and (data.skip_unchanged or data.rows == "new"):
             return (
                 f"No row of the data is new since the last promotion of {self.config.model.name}:"
                 " there is nothing to learn."

@@ -248,6 +248,7 @@ def test_dotted_keys_are_a_configuration_too(night: Night) -> None:
 
 
 def test_a_night_without_a_new_row_is_skipped(night: Night) -> None:
+    night.stages.register("empty", {"champion": 1})
     with pytest.raises(AirflowSkipException, match="No row of the data is new since the last promotion"):
         night.prepare("empty", prepared(new_rows=0))
     tags = night.tags("empty")
@@ -278,6 +279,17 @@ def test_what_was_rejected_before_is_not_trained_again(night: Night) -> None:
 def test_an_empty_part_fails_for_good(night: Night, files: dict[str, Any], sentence: str) -> None:
     with pytest.raises(AirflowFailException, match=sentence):
         night.prepare(f"empty-{next(iter(files))}", prepared(**files))
+
+
+@pytest.mark.parametrize("rows", ["all", "new"])
+def test_a_first_night_without_a_row_to_train_on_does_not_speak_of_a_promotion(
+    night: Night, rows: str
+) -> None:
+    training = {**TRAINING, "max_steps_per_epoch": 0}
+    stages = {name: {**config()[name], "training_config": training} for name in STAGES}
+    data = {**config()["data"], "rows": rows}
+    with pytest.raises(AirflowFailException, match="the training part of the rows is empty"):
+        night.prepare(f"first-{rows}", prepared(new_rows=0, train=None), data=data, **stages)
 
 
 @pytest.mark.parametrize("part", ["evaluation", "validation"])

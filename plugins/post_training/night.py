@@ -50,6 +50,12 @@ class Night:
         return str(self.champion) if from_champion else self.base
 
     @property
+    def files(self) -> list[str]:
+        """The parts of the data, among the artifacts of the night's run."""
+        names = (file for source in self.prepared.sources.values() for file in source.files.values())
+        return [f"{DATA_FOLDER}/{name}" for name in names if name is not None]
+
+    @property
     def stages(self) -> list[Stage]:
         """The stages that are trained: where only new rows are, those for which there are some.
 

@@ -257,6 +257,13 @@ class Tracking:
         with answers():
             self.client.log_artifact(run_id, str(path), folder)
 
+    def delete_files(self, run_id: str, files: Collection[str]) -> None:
+        """Delete files among the run's artifacts, if their store can."""
+        with answers(), suppress(NotImplementedError):
+            artifacts = self._artifacts(self.client.get_run(run_id))
+            for file in files:
+                artifacts.delete_artifacts(file)  # type: ignore[no-untyped-call]
+
     def discard(self, run_id: str) -> None:
         """Delete a run that no job came to use."""
         with answers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from airflow.sdk.exceptions import (
 )
 from mlflow.entities import Run
 
+from post_training.errors import RecordUnavailableError
 from post_training.operators.promotion import PromoteOperator
 from post_training.operators.retraining import (
     ConcludeRetrainingOperator,
@@ -254,6 +256,30 @@ def test_a_night_without_a_new_row_is_skipped(night: Night) -> None:
     tags = night.tags("empty")
     assert (tags["status"], tags["post_training.decision"]) == ("RUNNING", "skipped")
     assert tags["post_training.reason"].startswith("No row of the data is new")
+
+
+def test_a_skipped_night_keeps_no_copy_of_the_data(night: Night) -> None:
+    client = night.stages.client
+    night.stages.register("skips", {"champion": 1})
+    run_id = night.prepare("skips")["mlflow_run_id"]
+    for part, name in product(("train", "validation", "evaluation"), SOURCES):
+        client.log_text(run_id, "", f"data/{name}.{part}.jsonl")
+    client.log_text(run_id, "", "data/trained.digests")
+    with pytest.raises(AirflowSkipException):
+        night.prepare("skips", prepared(new_rows=0))
+    assert [file.path for file in client.list_artifacts(run_id, "data")] == ["data/trained.digests"]
+
+
+def test_data_that_cannot_be_deleted_does_not_keep_a_night_from_being_skipped(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run_id: str, files: list[str]) -> None:
+        raise RecordUnavailableError("MLflow does not answer")
+
+    monkeypatch.setattr(night.stages.tracking, "delete_files", refuse)
+    night.stages.register("stays", {"champion": 1})
+    with pytest.raises(AirflowSkipException, match="No row of the data is new"):
+        night.prepare("stays", prepared(new_rows=0))
 
 
 def test_what_was_rejected_before_is_not_trained_again(night: Night) -> None:

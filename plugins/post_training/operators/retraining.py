@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.bases.skipmixin import SkipMixin
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from post_training.errors import InvalidRequestError, ModelError
+from post_training.errors import InvalidRequestError, ModelError, RecordUnavailableError
 from post_training.job_ids import TaskKey, plan_task_id, trials_task_id
 from post_training.launch.local import PREPARE
 from post_training.model_registry import ModelRegistry, Version
@@ -189,7 +189,15 @@ class PrepareRetrainingOperator(StageOperator, SkipMixin):
             tags |= {names.TAG_DECISION: names.SKIPPED, names.TAG_REASON: reason}
         self.persist(self.tracking.set_tags, night.run_id, tags)
         if reason is not None:
+            self._forget_parts(night)
             raise AirflowSkipException(reason)
+
+    def _forget_parts(self, night: Night) -> None:
+        """Delete what no stage will read: the same data every night, where little of it is new."""
+        try:
+            self.tracking.delete_files(night.run_id, night.files)
+        except RecordUnavailableError as unavailable:  # only its space is lost
+            self.log.warning("The data stays in MLflow run %s: %s", night.run_id, unavailable)
 
     def _decided(self, run_id: str, digest: str) -> JobRun | None:
         """Return the run in which the same was decided on before, None where there is none."""

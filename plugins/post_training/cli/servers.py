@@ -66,8 +66,8 @@ def _until_interrupted(servers: Standalone, *, detach: bool, as_json: bool) -> N
     try:
         _print_places(servers, as_json=as_json)
         if not detach:
-            print("They run until Ctrl-C.", file=sys.stderr)
             with suppress(KeyboardInterrupt):
+                print("They run until Ctrl-C.", file=sys.stderr, flush=True)
                 Event().wait()
     finally:
         if not detach:

@@ -80,6 +80,12 @@ def test_a_wrong_login_and_an_unhealthy_scheduler_are_told_with_their_remedy(air
     ]
 
 
+def test_an_option_that_breaks_a_rule_is_no_missing_server() -> None:
+    (check,) = doctor.api(Options("nonsense"))
+    assert (check.state, check.remedy) == ("failure", None)
+    assert "--url: must have the form" in check.found
+
+
 def test_an_mlflow_that_is_away_is_a_failure() -> None:
     assert doctor.mlflow("http://127.0.0.1:9").state == "failure"
     assert doctor.mlflow("sqlite:///x.db") == Check("MLflow", "ok", "sqlite:///x.db: a store, no server")

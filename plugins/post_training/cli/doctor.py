@@ -24,7 +24,7 @@ from post_training.cli.deployment import Options, connect, find_servers
 from post_training.cli.exits import ExitCode
 from post_training.cli.output import print_json, print_table, size
 from post_training.client import MOUNT, PostTrainingClient
-from post_training.errors import ForbiddenError, PostTrainingError
+from post_training.errors import ForbiddenError, PostTrainingError, RecordUnavailableError
 from post_training.launch.local import tcmalloc
 from post_training.standalone import Standalone
 
@@ -234,7 +234,8 @@ def api(options: Options) -> Iterator[Check]:
     try:
         client = connect(options)
     except PostTrainingError as error:
-        yield Check("API", "warning" if options == Options() else "failure", str(error), "post-training up")
+        remedy = "post-training up" if isinstance(error, RecordUnavailableError) else None
+        yield Check("API", "warning" if options == Options() else "failure", str(error), remedy)
         return
     yield _jobs_of(client)
     yield from _airflow(client.url.removesuffix(MOUNT))

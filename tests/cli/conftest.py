@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from post_training.cli.app import app
 from post_training.processes import SessionRecord
 from post_training.standalone import SERVERS_FILE
+from tests.lightning_modules.tiny import ROWS
 from tests.operators.conftest import ApiServer
+from tests.requests_of import sft_body
 
 if TYPE_CHECKING:
     from typer.testing import Result
@@ -67,6 +69,21 @@ def cli() -> Cli:
         return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
     return call
+
+
+@pytest.fixture
+def data(folder: Path) -> Path:
+    """A data set and the folder of a model, by relative names."""
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    return folder
+
+
+@pytest.fixture
+def request_file(data: Path) -> Path:
+    """A valid request without an id of its own."""
+    return write_request(data / "lora.yaml", sft_body(model="./model", job_uuid=...))
 
 
 def write_home(home: Path, port: int, pid: int | None = None) -> Path:

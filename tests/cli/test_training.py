@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,14 @@ from mlflow import MlflowClient
 from post_training.cli import trainer as trainer_module
 from post_training.cli import training
 from post_training.job_lock import locked
-from post_training.schemas.trainer import CACHE_FOLDER, RESULT_FILE, RESUME_FOLDER, SPEC_FILE, TrainerSpec
+from post_training.schemas.trainer import CACHE_FOLDER, RESUME_FOLDER, SPEC_FILE, TrainerSpec
 from tests.cli.conftest import Cli, write_request
-from tests.lightning_modules.tiny import ROWS
+from tests.cli.terminal import finished, paused_at, start, wait_for
 from tests.mlflow_server import MLflowServer
 from tests.requests_of import LORA, dpo_body, sft_body
 from tests.tiny_model import write_tiny_model
 from tests.waiting import wait_until
 
-ROOT = Path(__file__).parents[2]
-SECONDS = 300
 STAND_IN = """
 import json, os, sys
 from pathlib import Path
@@ -39,20 +35,6 @@ if result is not None:
     Path(spec["work_dir"], "result.json").write_text(json.dumps(result))
 sys.exit(int(sys.argv[3]))
 """
-
-
-@pytest.fixture
-def data(folder: Path) -> Path:
-    """A data set and the folder of a model, by relative names."""
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text("{}")
-    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
-    return folder
-
-
-@pytest.fixture
-def request_file(data: Path) -> Path:
-    return write_request(data / "lora.yaml", sft_body(model="./model", job_uuid=...))
 
 
 @pytest.fixture
@@ -264,46 +246,6 @@ def real_request(data: Path, tiny_model: Path) -> Path:
     return write_request(data / "real.yaml", body)
 
 
-def start(*arguments: object, trainer: str = "") -> subprocess.Popen[str]:
-    """Start the command line in a process of its own.
-
-    :param trainer: Python's list of the arguments with which another trainer reads the ``spec``.
-    """
-    lines = ["from post_training.cli import app, trainer"]
-    if trainer:
-        lines.append(f"trainer.worker_argv = lambda python, program, spec: [python, *{trainer}]")
-    lines.append("app.app(prog_name='post-training')")
-    return subprocess.Popen(
-        [sys.executable, "-c", "\n".join(lines), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'plugins'}:{ROOT}", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def paused_at(step: int) -> str:
-    """Return the arguments of the real trainer that waits at a step."""
-    options = json.dumps({"pause_at": step})
-    return f"['-m', 'tests.lightning_modules.paused_trainer', str(spec), {options!r}]"
-
-
-def finished(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
-    """Wait for the end; return what was printed."""
-    out, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == code, err
-    return out, err
-
-
-def wait_for(process: subprocess.Popen[str], condition: Callable[[], Any]) -> None:
-    def holds() -> bool:
-        assert process.poll() is None, process.communicate()
-        return bool(condition())
-
-    wait_until(holds)
-
-
 def steps_of(work_dir: Path) -> list[int]:
     """The steps whose loss is in the folder's record."""
     events = map(json.loads, (work_dir / "metrics.jsonl").read_text().splitlines())
@@ -356,20 +298,3 @@ def test_ctrl_c_saves_the_state_and_the_next_call_goes_on_in_the_same_mlflow_run
     assert all(checkpoint["path"].startswith("models:/m-") for checkpoint in found["checkpoints"])
     logs = [file.path for file in client.list_artifacts(tracking.run_id, "logs")]
     assert logs == ["logs/train-1.log", "logs/train-2.log"]
-
-
-def test_ctrl_c_twice_ends_at_once(request_file: Path, data: Path) -> None:
-    stubborn = (
-        "import signal, time; signal.signal(signal.SIGTERM, lambda *_: print('saving', flush=True));"
-        " print('ready', flush=True); [time.sleep(0.1) for _ in range(3000)]"
-    )
-    process = start("run", request_file, trainer=f"['-c', {stubborn!r}]")
-    log = data / "post_training_runs" / "lora" / "train-1.log"
-    wait_for(process, lambda: log.exists() and "ready" in log.read_text())
-    (trainer,) = psutil.Process(process.pid).children()
-    process.send_signal(signal.SIGINT)
-    wait_for(process, lambda: "saving" in log.read_text())
-    process.send_signal(signal.SIGINT)
-    finished(process, 130)
-    assert not trainer.is_running()
-    assert not (log.parent / RESULT_FILE).exists()

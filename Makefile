@@ -42,7 +42,7 @@ stop: $(VENV)/.demo
 	$(BIN)/python -m demo --stop
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.dev
 	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.speed --data $(DATA)

@@ -1,4 +1,4 @@
-"""What several suites share: one real MLflow server."""
+"""What several suites share: one real MLflow server, and which worker runs what."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.mlflow_server import MLflowServer
 
@@ -27,17 +29,30 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(AIRFLOW_HOME, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what ``make test`` must leave to one of its workers: a file, and all that use the same servers.
+OWN_SERVERS = ("test_chaos.py", "test_outages.py")
+"""Of the system tests those whose servers no other test can use."""
 
-    The system tests come first: they take the longest.
+
+class Together(LoadScopeScheduling):
+    """Leaves to one of the workers of ``make test`` a whole file, and all files that use the same servers.
+
+    pytest-xdist has groups for that, which pytest 9.2 does not notice (pytest-xdist's issue 1386).
     """
-    for item in items:
-        system = item.get_closest_marker("system") is not None
-        shared = system and "deployment" in getattr(item, "fixturenames", ())
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("system" if shared else file))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        shared = file.startswith("tests/system/") and not file.endswith(OWN_SERVERS)
+        return "tests/system" if shared else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    """Let ``Together`` distribute the tests."""
+    return Together(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the system tests come first: they take the longest."""
     items.sort(key=lambda item: item.get_closest_marker("system") is None)
 
 

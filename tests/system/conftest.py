@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -142,7 +143,9 @@ def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment
 
 @pytest.fixture(scope="session")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Airflow and MLflow, running."""
+    """Airflow and MLflow, running: once, for all workers of ``make test`` together."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        (tmp_path_factory.getbasetemp().parent / "deployment").mkdir()
     deployment = deploy(tmp_path_factory.mktemp("servers"))
     with deployment.servers:
         yield deployment

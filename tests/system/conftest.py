@@ -24,6 +24,13 @@ from tests.waiting import wait_until
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ENDED = ("completed", "failed", "cancelled")
+# What is tested is that a task is tried again, not how long it waits for that: half a minute in our DAGs.
+TASK_POLICY = """
+from datetime import timedelta
+
+def task_policy(task):
+    task.retry_delay = timedelta(seconds=1)
+"""
 
 
 @dataclass
@@ -126,6 +133,9 @@ def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment
     (data / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
     (data / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"question": "?"}) + "\n")
     model = write_tiny_model(data / "tiny-llama")
+    policy = home / "airflow" / "config" / "airflow_local_settings.py"
+    policy.parent.mkdir(parents=True)
+    policy.write_text(TASK_POLICY)
     (home / "retraining.yaml").write_text((HERE / "retraining.yaml.txt").read_text().format(model=model))
     servers = Standalone(
         home,
@@ -135,6 +145,8 @@ def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment
         users="admin:admin,viewer:viewer,user:user",
         extra_env={
             "AIRFLOW__POST_TRAINING__RETRAINING_CONFIG": str(home / "retraining.yaml"),
+            "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "3600",  # the DAGs stay as they are
+            "OMP_NUM_THREADS": "1",  # more threads only wait for each other on a model of this size
             **(extra_env or {}),
         },
     )

@@ -18,11 +18,47 @@ pytestmark = pytest.mark.system
 PROMPTS = ["How many are 3 apples?"]
 
 
+def long_form(deployment: Deployment) -> dict[str, Any]:
+    """The request of a preference job in llama-stack's long form."""
+    return {
+        "job_uuid": "rlhf-1",
+        "finetuned_model": {"uri": str(deployment.model)},
+        "dataset_id": "pairs.jsonl",
+        "validation_dataset_id": "pairs.jsonl",
+        "algorithm": "dpo",
+        "algorithm_config": {"reward_scale": 1.0, "reward_clip": 5.0, "epsilon": 0.1, "gamma": 0.9},
+        "optimizer_config": {
+            "optimizer_type": "sgd",
+            "lr": 0.1,
+            "weight_decay": 0.0,
+            "num_warmup_steps": 0,
+        },
+        "training_config": {"n_epochs": 1, "max_steps_per_epoch": 2},
+        "hyperparam_search_config": {},
+        "logger_config": {},
+    }
+
+
 @pytest.fixture(scope="module")
-def fine_tuned(deployment: Deployment) -> str:
+def started(deployment: Deployment) -> None:
+    """Ask for three jobs that train at the same time, for they need nothing of each other."""
+    client = deployment.client()
+    samples = {"logger_config": {"sample_prompts": PROMPTS, "run_name": "first"}}
+    client.post_training.supervised_fine_tune(**deployment.body("sft-1") | samples)
+    algorithm = {"type": "QAT", "quantizer_name": "8da4w-qat", "group_size": 32}
+    body = deployment.body("qat-1", n_epochs=1) | {"algorithm_config": algorithm}
+    client.post_training.supervised_fine_tune(**body)
+    with deployment.http() as http:
+        for _ in range(2):  # a client's retry
+            answer = http.post(
+                "/post-training/v1alpha/post-training/preference-optimize", json=long_form(deployment)
+            )
+            assert (answer.status_code, answer.json()) == (200, {"job_uuid": "rlhf-1"})
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(deployment: Deployment, started: None) -> str:
     """The path of a LoRA job's last checkpoint; the job answered a prompt at each validation."""
-    body = deployment.body("sft-1") | {"logger_config": {"sample_prompts": PROMPTS, "run_name": "first"}}
-    deployment.client().post_training.supervised_fine_tune(**body)
     status = deployment.wait("sft-1")
     assert status.status == "completed", status
     return str(status.checkpoints[-1]["path"])
@@ -87,28 +123,7 @@ def test_a_preference_job_learns_and_leaves_one_merged_model(
     assert answer(folder)[0] == "Parameter"
 
 
-def test_the_long_form_starts_the_same_kind_of_job(deployment: Deployment) -> None:
-    body = {
-        "job_uuid": "rlhf-1",
-        "finetuned_model": {"uri": str(deployment.model)},
-        "dataset_id": "pairs.jsonl",
-        "validation_dataset_id": "pairs.jsonl",
-        "algorithm": "dpo",
-        "algorithm_config": {"reward_scale": 1.0, "reward_clip": 5.0, "epsilon": 0.1, "gamma": 0.9},
-        "optimizer_config": {
-            "optimizer_type": "sgd",
-            "lr": 0.1,
-            "weight_decay": 0.0,
-            "num_warmup_steps": 0,
-        },
-        "training_config": {"n_epochs": 1, "max_steps_per_epoch": 2},
-        "hyperparam_search_config": {},
-        "logger_config": {},
-    }
-    with deployment.http() as http:
-        for _ in range(2):  # a client's retry
-            started = http.post("/post-training/v1alpha/post-training/preference-optimize", json=body)
-            assert (started.status_code, started.json()) == (200, {"job_uuid": "rlhf-1"})
+def test_the_long_form_starts_the_same_kind_of_job(deployment: Deployment, started: None) -> None:
     status = deployment.wait("rlhf-1")
     assert status.status == "completed", status
     (run,) = deployment.runs_of("rlhf-1")
@@ -118,11 +133,8 @@ def test_the_long_form_starts_the_same_kind_of_job(deployment: Deployment) -> No
 
 
 def test_a_qat_job_leaves_a_quantized_model_that_answers(
-    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+    deployment: Deployment, started: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    algorithm = {"type": "QAT", "quantizer_name": "8da4w-qat", "group_size": 32}
-    body = deployment.body("qat-1", n_epochs=1) | {"algorithm_config": algorithm}
-    deployment.client().post_training.supervised_fine_tune(**body)
     status = deployment.wait("qat-1")
     assert status.status == "completed", status
     monkeypatch.setenv("MLFLOW_TRACKING_URI", deployment.servers.mlflow_url)

@@ -106,7 +106,7 @@ def test_a_job_that_waits_is_cancelled_and_never_starts(deployment: Deployment, 
 
 
 def test_a_cancelled_job_that_is_cleared_goes_on_in_the_same_run(deployment: Deployment) -> None:
-    body = deployment.body("resumed", n_epochs=3, max_steps_per_epoch=0, max_validation_steps=0)
+    body = deployment.body("resumed", n_epochs=1, max_validation_steps=0)
     client = deployment.client()
     with deployment.http() as http:
         http.patch(DAG, json={"is_paused": True}).raise_for_status()

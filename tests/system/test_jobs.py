@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,46 @@ from tests.system.conftest import Deployment
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.system
+
+
+@dataclass(frozen=True)
+class Started:
+    """What was answered to those who asked for jobs.
+
+    :param bad_rows: the job's id, as often as it was asked for.
+    :param form: the id that the trigger form's job got.
+    """
+
+    bad_rows: list[str]
+    form: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started(deployment: Deployment) -> Started:
+    """Ask for jobs that train while others are looked at."""
+    data = deployment.body("x")["training_config"]["data_config"]
+    body = deployment.body("bad-rows", data_config={**data, "dataset_id": str(deployment.data / "bad.jsonl")})
+    client = deployment.client()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.post_training.supervised_fine_tune(**body), range(16)))
+    stage = {"model": str(deployment.model), "data": str(deployment.data / "train.jsonl"), "epochs": 1}
+    with deployment.http() as http:
+        run = {"dag_run_id": "r1", "conf": stage, "logical_date": None}
+        http.post("/api/v2/dags/stage/dagRuns", json=run).raise_for_status()
+        form = {"conf": form_of(deployment), "logical_date": None}
+        answer = http.post("/api/v2/dags/supervised_fine_tune/dagRuns", json=form).raise_for_status()
+    return Started([each.job_uuid for each in answers], str(answer.json()["dag_run_id"]))
+
+
+def form_of(deployment: Deployment) -> dict[str, Any]:
+    """What Airflow's trigger form sends."""
+    return {
+        "model": str(deployment.model),
+        "training_config.data_config.dataset_id": str(deployment.data / "train.jsonl"),
+        "training_config.dtype": "fp32",
+        "training_config.max_steps_per_epoch": 1,
+        "algorithm_config.type": None,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -160,20 +201,12 @@ def test_the_same_request_again_is_the_same_job(deployment: Deployment, lora_job
     assert len(deployment.runs_of("lora-1")) == 1
 
 
-def test_many_submits_of_one_job_make_one(deployment: Deployment) -> None:
-    body = deployment.body("many", n_epochs=1, max_steps_per_epoch=1, max_validation_steps=0)
-    client = deployment.client()
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: client.post_training.supervised_fine_tune(**body), range(16)))
-    assert {answer.job_uuid for answer in answers} == {"many"}
-    assert len(deployment.runs_of("many")) == 1
-    assert deployment.wait("many").status == "completed"
+def test_many_submits_of_one_job_make_one(deployment: Deployment, started: Started) -> None:
+    assert started.bad_rows == ["bad-rows"] * 16
+    assert len(deployment.runs_of("bad-rows")) == 1
 
 
 def test_bad_rows_fail_the_job_with_a_sentence_and_no_retry(deployment: Deployment) -> None:
-    data = deployment.body("x")["training_config"]["data_config"]
-    body = deployment.body("bad-rows", data_config={**data, "dataset_id": str(deployment.data / "bad.jsonl")})
-    deployment.client().post_training.supervised_fine_tune(**body)
     status = deployment.wait("bad-rows")
     assert status.status == "failed"
     assert "row 2" in status.error
@@ -184,35 +217,22 @@ def test_bad_rows_fail_the_job_with_a_sentence_and_no_retry(deployment: Deployme
         assert http.get(path).json()["try_number"] == 1
 
 
-def test_the_form_starts_a_job_whose_id_is_the_runs(deployment: Deployment) -> None:
-    conf = {
-        "model": str(deployment.model),
-        "training_config.data_config.dataset_id": str(deployment.data / "train.jsonl"),
-        "training_config.dtype": "fp32",
-        "training_config.max_steps_per_epoch": 1,
-        "algorithm_config.type": None,
-    }
+def test_the_form_starts_a_job_whose_id_is_the_runs(deployment: Deployment, started: Started) -> None:
+    conf = form_of(deployment) | {"training_config.n_epochs": 0}
     with deployment.http() as http:
-        body = {"conf": conf, "logical_date": None}
-        run = http.post("/api/v2/dags/supervised_fine_tune/dagRuns", json=body).raise_for_status().json()
-        job_uuid = run["dag_run_id"]
         refused = http.post(
-            "/api/v2/dags/supervised_fine_tune/dagRuns",
-            json={"conf": {**conf, "training_config.n_epochs": 0}, "logical_date": None},
+            "/api/v2/dags/supervised_fine_tune/dagRuns", json={"conf": conf, "logical_date": None}
         )
     assert refused.status_code == 400
     assert "training_config.n_epochs" in refused.text
-    status = deployment.wait(job_uuid)
+    status = deployment.wait(started.form)
     assert status.status == "completed", status
-    (mlflow_run,) = deployment.runs_of(job_uuid)
+    (mlflow_run,) = deployment.runs_of(started.form)
     assert mlflow_run.data.params["trainable_parameters"] == mlflow_run.data.params["total_parameters"]
 
 
 def test_a_stage_of_a_users_dag_is_a_job_and_the_job_operators_see_it(deployment: Deployment) -> None:
-    conf = {"model": str(deployment.model), "data": str(deployment.data / "train.jsonl"), "epochs": 1}
     with deployment.http() as http:
-        body = {"dag_run_id": "r1", "conf": conf, "logical_date": None}
-        http.post("/api/v2/dags/stage/dagRuns", json=body).raise_for_status()
 
         def ended() -> str | None:
             state: str = http.get("/api/v2/dags/stage/dagRuns/r1").json()["state"]

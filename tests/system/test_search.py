@@ -23,6 +23,7 @@ RATES = [1e-5, 1e-3, 1e-2]
 def body_of(deployment: Deployment, job_uuid: str, **search: Any) -> dict[str, Any]:
     """A request whose trials differ in their learning rate."""
     body = deployment.body(job_uuid, optimizer_config=OPTIMIZER)
+    body["training_config"]["data_config"]["dataset_id"] = "searched.jsonl"
     body["hyperparam_search_config"] = {
         "space": {LR: {"type": "categorical", "choices": RATES}},
         "sampler": "grid",
@@ -57,11 +58,41 @@ def tasks_of(http: httpx.Client, job_uuid: str) -> dict[tuple[str, int], dict[st
     return {(task["task_id"], task["map_index"]): task for task in answer.json()["task_instances"]}
 
 
-def test_the_best_of_three_trials_is_the_job(deployment: Deployment) -> None:
-    client, kept = deployment.client(), deployment.servers.layout.home / "jobs" / "cache" / "tokenized"
-    before = len(list(kept.glob("*")))
+def tokenized(deployment: Deployment) -> int:
+    """How many data sets have been tokenized for jobs to come."""
+    return len(list((deployment.servers.layout.home / "jobs" / "cache" / "tokenized").glob("*")))
+
+
+@pytest.fixture(scope="module")
+def started(deployment: Deployment) -> int:
+    """Ask for two searches, which go on beside each other; return what was tokenized before."""
+    before = tokenized(deployment)
+    for file, own in (("train.jsonl", "searched.jsonl"), ("pairs.jsonl", "searched-pairs.jsonl")):
+        rows = (deployment.data / file).read_text().replace("apples", "plums")
+        (deployment.data / own).write_text(rows)
     body = body_of(deployment, "search-1")
-    assert client.post_training.supervised_fine_tune(**body).job_uuid == "search-1"
+    answer = deployment.client().post_training.supervised_fine_tune(**body)
+    assert answer.job_uuid == "search-1"
+    with deployment.http() as http:
+        http.post(
+            "/post-training/v1/post-training/preference-optimize", json=body_of_pairs(deployment)
+        ).raise_for_status()
+    return before
+
+
+def body_of_pairs(deployment: Deployment) -> dict[str, Any]:
+    """A search over preference jobs that trains the best one anew."""
+    body = body_of(deployment, "search-pairs", n_trials=2, max_parallel=1, use="retrain")
+    body["finetuned_model"] = body.pop("model")
+    body["runtime"] = {"adapter": body.pop("algorithm_config")}
+    body["algorithm_config"] = {"beta": 0.1, "loss_type": "sigmoid"}
+    body["training_config"]["data_config"]["dataset_id"] = "searched-pairs.jsonl"
+    body["training_config"]["max_steps_per_epoch"] = 0
+    return body
+
+
+def test_the_best_of_three_trials_is_the_job(deployment: Deployment, started: int) -> None:
+    client = deployment.client()
     seen = set()
     wait_until(
         lambda: (
@@ -74,7 +105,6 @@ def test_the_best_of_three_trials_is_the_job(deployment: Deployment) -> None:
     status = deployment.wait("search-1")
     assert status.status == "completed", status
 
-    assert 1 <= len(list(kept.glob("*"))) <= before + 1, "the trials share the tokenized data"
     job, trials = trials_of(deployment, "search-1")
     assert sorted(float(trial.data.params[LR]) for trial in trials) == RATES
     assert {trial.info.status for trial in trials} == {"FINISHED"}
@@ -106,16 +136,8 @@ def test_the_best_of_three_trials_is_the_job(deployment: Deployment) -> None:
 
 
 def test_trials_of_pairs_share_the_references_and_the_best_values_are_trained_anew(
-    deployment: Deployment,
+    deployment: Deployment, started: int
 ) -> None:
-    body = body_of(deployment, "search-pairs", n_trials=2, max_parallel=1, use="retrain")
-    body["finetuned_model"] = body.pop("model")
-    body["runtime"] = {"adapter": body.pop("algorithm_config")}
-    body["algorithm_config"] = {"beta": 0.1, "loss_type": "sigmoid"}
-    body["training_config"]["data_config"]["dataset_id"] = str(deployment.data / "pairs.jsonl")
-    body["training_config"]["max_steps_per_epoch"] = 0
-    with deployment.http() as http:
-        http.post("/post-training/v1/post-training/preference-optimize", json=body).raise_for_status()
     status = deployment.wait("search-pairs")
     assert status.status == "completed", status
     job, trials = trials_of(deployment, "search-pairs")
@@ -138,6 +160,12 @@ def test_trials_of_pairs_share_the_references_and_the_best_values_are_trained_an
         f"models:/{model.model_id}" for model in own
     }
     assert len(own) == 2
+
+
+def test_trials_share_the_tokenized_data(deployment: Deployment, started: int) -> None:
+    for job_uuid in ("search-1", "search-pairs"):
+        assert deployment.wait(job_uuid).status == "completed"
+    assert tokenized(deployment) == started + 2
 
 
 def test_a_search_that_is_cancelled_ends_with_its_trials(deployment: Deployment) -> None:

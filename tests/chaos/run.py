@@ -45,6 +45,7 @@ class Options:
     :param cancelled: share of the jobs that are cancelled at some moment.
     :param steps: optimizer steps of an epoch.
     :param job_timeout: seconds in which each job must end.
+    :param missed_after: seconds without a heartbeat after which Airflow starts a task again.
     :param only: which strikes there may be.
     """
 
@@ -56,6 +57,7 @@ class Options:
     cancelled: float = 0.1
     steps: int = 40
     job_timeout: float = 1800.0
+    missed_after: int = 60
     only: tuple[str, ...] = tuple(STRIKES)
 
     @property
@@ -145,7 +147,12 @@ def servers_of(home: Path, workload: Workload, options: Options) -> Iterator[Sta
     policy = home / "airflow" / "config" / "airflow_local_settings.py"
     policy.parent.mkdir(parents=True)
     policy.write_text(TASK_POLICY)
-    environment = {"OMP_NUM_THREADS": "1", "AIRFLOW__CORE__PARALLELISM": str(options.parallel)}
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "AIRFLOW__CORE__PARALLELISM": str(options.parallel),
+        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": str(options.missed_after),
+        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "3600",  # the DAGs stay as they are
+    }
     servers = Standalone(
         home, dags_folder=ROOT / "dags", allowed_roots=[workload.folder], extra_env=environment
     )

@@ -17,7 +17,15 @@ STRIKES = ("trainer", "scheduler", "mlflow", "airflow")
 
 def test_jobs_outlive_the_death_of_everything_around_them(tmp_path: Path) -> None:
     options = Options(
-        jobs=4, kills=len(STRIKES), seed=8, parallel=2, every=6.0, cancelled=0.25, steps=40, only=STRIKES
+        jobs=4,
+        kills=len(STRIKES),
+        seed=8,
+        parallel=2,
+        every=6.0,
+        cancelled=0.25,
+        steps=24,
+        missed_after=30,
+        only=STRIKES,
     )
     found = figures(run(options, tmp_path / "home", Console()))
     show(found, Console(width=160))

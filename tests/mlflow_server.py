@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import psutil
 
 from tests.waiting import wait_until
 
@@ -24,6 +25,15 @@ class MLflowServer:
             self.port: int = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        self._command += ["--port", str(self.port), "--workers", "1", "--serve-artifacts"]
+        self._command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db"]
+        self._command += ["--artifacts-destination", str(home / "artifacts")]
+        self._environment = {
+            **os.environ,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
 
     @property
     def running(self) -> bool:
@@ -32,19 +42,14 @@ class MLflowServer:
 
     def start(self, timeout: float = 60.0) -> None:
         """Start it and wait until it answers; the port and the data are those of the last start."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.home}/mlflow.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self.home / "artifacts"), "--serve-artifacts"]
         with (self.home / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env=os.environ
-                | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                self._command, stdout=log, stderr=log, start_new_session=True, env=self._environment
             )
         wait_until(self._answers, timeout)
+        for server in psutil.Process(self._process.pid).children():
+            # What the command itself has started, and waits for: another start needs half the time.
+            self._command, self._environment = server.cmdline(), server.environ()
 
     def stop(self) -> None:
         """Kill it, and everything that it started."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,10 @@ class Deployment:
             return caller
 
         self.current_access = current_access
-        self.app: FastAPI = create_app(
-            self.service,
-            self.datasets,
-            self.logs,
-            current_access,
-            max_body_bytes=LIMIT,
-        )
+
+    @cached_property
+    def app(self) -> FastAPI:
+        return create_app(self.service, self.datasets, self.logs, self.current_access, max_body_bytes=LIMIT)
 
     def client(self, caller: str = "admin") -> TestClient:
         return TestClient(

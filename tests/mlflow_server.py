@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import httpx
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from tests.waiting import wait_until
 

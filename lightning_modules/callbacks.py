@@ -251,6 +251,11 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes but for macOS
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most memory of a device that this process has held at once; on a CPU, of the machine's."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_modules.callbacks import peak_bytes
 from lightning_modules.data.batches import Batch
 from lightning_modules.means import Means, perplexity
 from lightning_modules.objective import Objective, Outcome, language_model
@@ -176,6 +177,7 @@ class PostTraining(pl.LightningModule):
                 names.METRIC_LEARNING_RATE: self.schedule.rate(self.optimizer_steps),
                 names.METRIC_GRADIENT_NORM: norm,
                 names.METRIC_TOKENS_PER_SECOND: self._window_tokens / self._window_seconds,
+                names.METRIC_PEAK_MEMORY_BYTES: float(peak_bytes(self.device)),
                 names.METRIC_TOKENS_SEEN: float(self.tokens_seen),
                 names.METRIC_EPOCH: self.optimizer_steps / self.steps_per_epoch,
                 names.METRIC_PROGRESS: self.optimizer_steps / self.steps_total,

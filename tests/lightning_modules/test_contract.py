@@ -56,6 +56,7 @@ METRICS = {
     "learning_rate",
     "gradient_norm",
     "tokens_per_second",
+    "peak_memory_bytes",
     "tokens_seen",
     "progress",
     "seconds_left",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from post_training.airflow_runs import JobTask, Progress, RunExistsError
+from post_training.airflow_runs import JobFilter, JobTask, Progress, RunExistsError
 from post_training.dataset_records import DatasetFile, DatasetVersion, NewVersion
 from post_training.errors import RecordUnavailableError
 from post_training.job_ids import TaskKey, job_uuid_of
+from post_training.run_reader import Curve
 from post_training.schemas.jobs import Checkpoint
 from post_training.tracking import JobRun, TrackingServer, precedence
 
@@ -39,6 +40,9 @@ class FakeAccess:
     def may_cancel(self, dag_id: str) -> bool:
         return self.cancel
 
+    def may_retry(self, dag_id: str) -> bool:
+        return self.cancel
+
 
 @dataclass
 class FakeRuns:
@@ -53,6 +57,7 @@ class FakeRuns:
     logs: dict[str, list[list[str]]] = field(default_factory=dict)
     young_lines: int = 0
     down: bool = False
+    asked_for: JobFilter | None = None
 
     def trigger(self, dag_id: str, run_id: str, conf: dict[str, Any], user_name: str | None) -> None:
         if self.appears_during_trigger is not None:
@@ -80,6 +85,19 @@ class FakeRuns:
 
     def job_uuids(self, dag_ids: Collection[str]) -> list[str]:
         return [job_uuid_of(t.key) for t in reversed(self.tasks.values()) if t.key.dag_id in dag_ids]
+
+    def page(self, wanted: JobFilter, offset: int, limit: int) -> tuple[list[JobTask], int]:
+        if self.down:
+            raise RecordUnavailableError("Airflow's database is busy")
+        self.asked_for = wanted
+        fitting = [
+            t
+            for t in reversed(self.tasks.values())
+            if t.key.dag_id in wanted.dag_ids
+            and wanted.run_id in (None, t.key.run_id)
+            and wanted.text in t.job_uuid
+        ]
+        return fitting[offset : offset + limit], len(fitting)
 
     def dag_ids(self, *, prefix_of: str | None = None) -> set[str]:
         return {"supervised_fine_tune", "preference_optimize", *(t.key.dag_id for t in self.tasks.values())}
@@ -112,6 +130,9 @@ class FakeTracking:
     down: bool = False
     asked: bool = False
     server: TrackingServer = field(default_factory=lambda: TrackingServer("http://mlflow"))
+    requests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
 
     def create_run(
         self,
@@ -125,8 +146,10 @@ class FakeTracking:
         self._answer()
         self.created += 1
         made = NOW + timedelta(seconds=self.created)
-        run = JobRun(f"run-{self.created}", "1", "SCHEDULED", made, None, dict(tags), {})
+        written = {key: str(value) for key, value in params.items()}
+        run = JobRun(f"run-{self.created}", "1", "SCHEDULED", made, None, dict(tags), {}, written)
         self.runs[run.run_id] = run
+        self.requests[run.run_id] = request
         return run
 
     def discard(self, run_id: str) -> None:
@@ -186,6 +209,38 @@ class FakeTracking:
         self.asked = True
         if self.down:
             raise RecordUnavailableError("MLflow does not answer")
+
+
+@dataclass
+class FakeReader:
+    """Of a FakeTracking's runs; its calls are noted there."""
+
+    tracking: FakeTracking
+
+    def by_id(self, run_ids: Collection[str]) -> list[JobRun]:
+        self._called("by_id")
+        return [self.tracking.runs[run_id] for run_id in run_ids if run_id in self.tracking.runs]
+
+    def of_dag(self, dag_id: str, since: datetime, until: datetime) -> list[JobRun]:
+        self._called(f"of_dag {dag_id}")
+        return [
+            run
+            for run in self.tracking.runs.values()
+            if run.tags.get("airflow.dag_id") == dag_id and since <= run.created_at <= until
+        ]
+
+    def curves(self, run_ids: Sequence[str], metric: str, points: int) -> dict[str, Curve]:
+        self._called(f"curves {metric}")
+        curves = self.tracking.curves
+        return {run_id: curves[run_id, metric] for run_id in run_ids if (run_id, metric) in curves}
+
+    def request(self, run: JobRun) -> dict[str, Any]:
+        self._called("request")
+        return self.tracking.requests[run.run_id]
+
+    def _called(self, what: str) -> None:
+        self.tracking._answer()
+        self.tracking.calls.append(what)
 
 
 @dataclass

@@ -188,6 +188,82 @@ def test_the_list_is_newest_first_and_of_these_dags_alone(runs: Any) -> None:
     assert runs.job_uuids({"preference_optimize"}) == []
 
 
+def page_of(
+    runs: Any, *dag_ids: str, offset: int = 0, limit: int = 100, **wanted: Any
+) -> tuple[list[str], int]:
+    from post_training.airflow_runs import JobFilter
+
+    tasks, total = runs.page(JobFilter(set(dag_ids), **wanted), offset, limit)
+    return [task.job_uuid for task in tasks], total
+
+
+def test_a_page_is_some_of_the_list_and_says_how_many_there_are(runs: Any) -> None:
+    dag_id = "supervised_fine_tune_search"
+    for number in range(5):
+        runs.trigger(dag_id, f"paged-{number}", CONF, None)
+    everything, total = page_of(runs, dag_id, text="paged-")
+    assert everything == [f"paged-{number}" for number in (4, 3, 2, 1, 0)]
+    assert total == 5
+    assert page_of(runs, dag_id, text="paged-", offset=1, limit=2) == (["paged-3", "paged-2"], 5)
+    assert page_of(runs, dag_id, text="paged-", offset=5) == ([], 5)
+    assert page_of(runs, "unknown") == ([], 0)
+
+
+def test_a_page_is_of_one_dag_run(runs: Any) -> None:
+    runs.trigger("team.nightly", "tab", {}, None)
+    found, total = page_of(runs, "team.nightly", run_id="tab")
+    assert sorted(found) == [f"team.nightly.tab.{name}" for name in ("many.0", "many.1", "own", "sft")]
+    assert total == 4
+
+
+@pytest.mark.parametrize(
+    "text", ["NEEDLE-1", "needle-1", "supervised_fine_tune.needle-1", "org/Größe", 'a "quoted" 100%_']
+)
+def test_a_text_is_found_in_id_and_conf(runs: Any, text: str) -> None:
+    if runs.find("needle-1") is None:
+        conf = {**CONF, "model": "org/Größe", "checkpoint_dir": 'a "quoted" 100%_'}
+        runs.trigger("supervised_fine_tune", "needle-1", conf, None)
+        runs.trigger("supervised_fine_tune", "hay", {**CONF, "checkpoint_dir": 'a "quoted" 1000'}, None)
+    assert page_of(runs, "supervised_fine_tune", text=text) == (["needle-1"], 1)
+
+
+def test_jobs_are_found_by_their_state(runs: Any) -> None:
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.utils.session import create_session
+
+    from post_training.schemas.jobs import JobStatus
+
+    states = {
+        "new": None,
+        "queued": "queued",
+        "running": "running",
+        "between": "up_for_retry",
+        "done": "success",
+        "broken": "failed",
+        "stopped": "failed",
+        "left-out": "skipped",
+    }
+    for name in states:
+        runs.trigger("supervised_fine_tune_search", f"state-{name}", CONF, None)
+    runs.note_stop(runs.find("state-stopped").key, runs.find("state-stopped").attempt_id)
+    runs.note_stop(runs.find("state-broken").key, "an-attempt-before")
+    with create_session() as session:
+        for name, state in states.items():
+            query = session.query(TaskInstance).filter_by(run_id=f"state-{name}", task_id="train")
+            query.one().state = state
+    found = {
+        status: set(page_of(runs, "supervised_fine_tune_search", status=status, text="state-")[0])
+        for status in JobStatus
+    }
+    assert found == {
+        JobStatus.scheduled: {"state-new", "state-queued"},
+        JobStatus.in_progress: {"state-running", "state-between"},
+        JobStatus.completed: {"state-done"},
+        JobStatus.failed: {"state-broken"},
+        JobStatus.cancelled: {"state-stopped", "state-left-out"},
+    }
+
+
 def test_a_cancelled_job_has_failed_in_airflow(runs: Any) -> None:
     runs.trigger("supervised_fine_tune", "stop-me", CONF, None)
     runs.cancel(runs.find("stop-me").key, "somebody")

@@ -32,7 +32,7 @@ from airflow.utils.log.log_reader import TaskLogReader
 from airflow.utils.session import create_session
 from airflow.utils.state import State, TaskInstanceState
 from airflow.utils.types import DagRunTriggeredByType
-from sqlalchemy import ColumnElement, and_, or_, select, tuple_
+from sqlalchemy import ColumnElement, String, Text, and_, cast, exists, func, or_, select, tuple_
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, joinedload
@@ -54,6 +54,8 @@ from post_training.job_ids import (
     plan_task_id,
     trials_task_id,
 )
+from post_training.reconcile import WAITING
+from post_training.schemas.jobs import JobStatus
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,15 @@ _IS_A_JOB = and_(
         TaskInstance.state != TaskInstanceState.SKIPPED,
         TaskInstance.try_number > 0,
     ),
+)
+
+
+_OF_ITS_RUN = and_(DagRun.dag_id == TaskInstance.dag_id, DagRun.run_id == TaskInstance.run_id)
+_NEWEST_FIRST = (
+    DagRun.run_after.desc(),
+    DagRun.id.desc(),
+    TaskInstance.task_id,
+    TaskInstance.map_index,
 )
 
 
@@ -113,6 +124,22 @@ class Progress:
 
     state: str | None
     ended_at: datetime | None
+
+
+@dataclass(frozen=True)
+class JobFilter:
+    """Which jobs a list shows.
+
+    :param dag_ids: the DAGs whose jobs may be shown.
+    :param status: as Airflow knows it; where a record says more, a job may be shown with another one.
+    :param text: stands in the job's id or its DAG run's conf, whatever the case of letters; empty is any.
+    :param run_id: of one DAG run; None is any.
+    """
+
+    dag_ids: Collection[str]
+    status: JobStatus | None = None
+    text: str = ""
+    run_id: str | None = None
 
 
 class AirflowRuns:
@@ -175,7 +202,7 @@ class AirflowRuns:
     def _find(self, condition: ColumnElement[bool]) -> JobTask | None:
         query = (
             select(TaskInstance, DagRun)
-            .join(DagRun, and_(DagRun.dag_id == TaskInstance.dag_id, DagRun.run_id == TaskInstance.run_id))
+            .join(DagRun, _OF_ITS_RUN)
             .where(_IS_A_JOB, condition)
             .order_by(DagRun.id)  # both request DAGs may have a run of this id: the first is the job of it
             .limit(1)
@@ -189,12 +216,25 @@ class AirflowRuns:
         columns = (TaskInstance.dag_id, TaskInstance.run_id, TaskInstance.task_id, TaskInstance.map_index)
         query = (
             select(*columns)
-            .join(DagRun, and_(DagRun.dag_id == TaskInstance.dag_id, DagRun.run_id == TaskInstance.run_id))
+            .join(DagRun, _OF_ITS_RUN)
             .where(_IS_A_JOB, TaskInstance.dag_id.in_(dag_ids))
-            .order_by(DagRun.run_after.desc(), DagRun.id.desc(), TaskInstance.task_id, TaskInstance.map_index)
+            .order_by(*_NEWEST_FIRST)
         )
         with _database(), create_session() as session:
             return [job_uuid_of(TaskKey(*row)) for row in session.execute(query)]
+
+    def page(self, wanted: JobFilter, offset: int, limit: int) -> tuple[list[JobTask], int]:
+        """Return some of the jobs that a filter lets through, newest first, and their number in all."""
+        conditions = (_IS_A_JOB, *_conditions(wanted))
+        count = select(func.count()).select_from(TaskInstance).join(DagRun, _OF_ITS_RUN).where(*conditions)
+        # Ids first: a database that sorts whole rows carries all of their confs along.
+        ids = select(TaskInstance.id).join(DagRun, _OF_ITS_RUN).where(*conditions).order_by(*_NEWEST_FIRST)
+        rows = select(TaskInstance, DagRun).join(DagRun, _OF_ITS_RUN).order_by(*_NEWEST_FIRST)
+        with _database(), create_session() as session:
+            total = session.scalar(count) or 0
+            shown = session.scalars(ids.offset(offset).limit(limit)).all()
+            found = session.execute(rows.where(TaskInstance.id.in_(shown)))
+            return [_job_task(*row) for row in found], total
 
     def dag_ids(self, *, prefix_of: str | None = None) -> set[str]:
         """Return the DAGs that have training tasks or take requests.
@@ -326,8 +366,11 @@ def _dag_run(session: Session, key: TaskKey) -> DagRun:
     return run
 
 
-def _is(table: Any, key: TaskKey) -> ColumnElement[bool]:
-    """Match the rows of one task."""
+def _is(table: Any, key: Any) -> ColumnElement[bool]:
+    """Match the rows of one task.
+
+    :param key: a ``TaskKey``, or another table with its four columns.
+    """
     return and_(
         table.dag_id == key.dag_id,
         table.run_id == key.run_id,
@@ -350,6 +393,49 @@ def _unfinished(session: Session, key: TaskKey) -> Sequence[tuple[str, int]]:
         .where(or_(TaskInstance.state.is_(None), TaskInstance.state.not_in(State.finished)))
     )
     return [(task_id, map_index) for task_id, map_index in session.execute(query)]
+
+
+def _conditions(wanted: JobFilter) -> Iterator[ColumnElement[bool]]:
+    yield TaskInstance.dag_id.in_(wanted.dag_ids)
+    if wanted.run_id is not None:
+        yield TaskInstance.run_id == wanted.run_id
+    if wanted.status is not None:
+        yield _has_status(wanted.status)
+    if wanted.text:
+        yield _mentions(wanted.text)
+
+
+def _has_status(status: JobStatus) -> ColumnElement[bool]:
+    state = TaskInstance.state
+    failed = state.in_((TaskInstanceState.FAILED, TaskInstanceState.UPSTREAM_FAILED))
+    waiting = or_(state.is_(None), state.in_([name for name in WAITING if name is not None]))
+    conditions: dict[JobStatus, ColumnElement[bool]] = {
+        JobStatus.scheduled: waiting,
+        JobStatus.in_progress: and_(state.not_in(State.finished), ~waiting),
+        JobStatus.completed: state == TaskInstanceState.SUCCESS,
+        JobStatus.failed: and_(failed, ~_was_stopped()),
+        JobStatus.cancelled: or_(
+            state.in_((TaskInstanceState.SKIPPED, TaskInstanceState.REMOVED)), and_(failed, _was_stopped())
+        ),
+    }
+    return conditions[status]
+
+
+def _was_stopped() -> ColumnElement[bool]:
+    """Match tasks whose newest attempt somebody ended: the audit log names it in JSON, with dashes."""
+    attempt = func.replace(cast(TaskInstance.id, String), "-", "")
+    of_the_task = _is(Log, TaskInstance)
+    return exists().where(
+        Log.event == STOP_EVENT, of_the_task, func.replace(Log.extra, "-", "").contains(attempt)
+    )
+
+
+def _mentions(text: str) -> ColumnElement[bool]:
+    """Match jobs whose id or conf holds a text; databases keep JSON with or without escaped letters."""
+    job_uuid = TaskInstance.dag_id + "." + TaskInstance.run_id + "." + TaskInstance.task_id
+    conf = cast(DagRun.conf, Text)
+    in_conf = (conf.icontains(part, autoescape=True) for part in {text, json.dumps(text)[1:-1]})
+    return or_(job_uuid.icontains(text, autoescape=True), *in_conf)
 
 
 def _stop_entry(key: TaskKey, attempt_id: str, user_name: str) -> Log:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from datetime import datetime
 from typing import Any, Protocol
 
-from post_training.airflow_runs import JobTask, RunExistsError
+from post_training.airflow_runs import JobFilter, JobTask, RunExistsError
 from post_training.datasets import Resolver
 from post_training.errors import (
     ForbiddenError,
@@ -52,6 +52,8 @@ class Access(Protocol):
 
     def may_cancel(self, dag_id: str) -> bool: ...
 
+    def may_retry(self, dag_id: str) -> bool: ...
+
 
 class Runs(Tasks, Protocol):
     """The jobs' tasks in Airflow; ``airflow_runs.AirflowRuns`` says what each method does."""
@@ -59,6 +61,8 @@ class Runs(Tasks, Protocol):
     def trigger(self, dag_id: str, run_id: str, conf: dict[str, Any], user_name: str | None) -> None: ...
 
     def job_uuids(self, dag_ids: Collection[str]) -> list[str]: ...
+
+    def page(self, wanted: JobFilter, offset: int, limit: int) -> tuple[list[JobTask], int]: ...
 
     def dag_ids(self, *, prefix_of: str | None = None) -> set[str]: ...
 

@@ -15,7 +15,7 @@ OF_MLFLOW: dict[str, JobStatus] = {
 }
 TO_MLFLOW = {status: name for name, status in OF_MLFLOW.items()}
 
-_WAITING = frozenset({None, "scheduled", "queued"})
+WAITING = frozenset({None, "scheduled", "queued"})
 WORKING = frozenset({"running", "deferred", "awaiting_input"})
 _ENDED = {
     "success": JobStatus.completed,
@@ -126,7 +126,7 @@ def _status_of_the_living(evidence: Evidence, recorded: JobStatus | None) -> Job
         return recorded
     if evidence.cancelled:
         return JobStatus.cancelled
-    if evidence.task_state in _WAITING:
+    if evidence.task_state in WAITING:
         return JobStatus.in_progress if recorded is JobStatus.in_progress else JobStatus.scheduled
     if recorded is not None and recorded.ended and evidence.same_attempt and evidence.task_state in WORKING:
         return recorded

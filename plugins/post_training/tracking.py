@@ -86,8 +86,15 @@ class TrackingServer:
 
     def run_url(self, experiment_id: str, run_id: str) -> str:
         """Return the address of a run's page."""
-        base = (self.public_url or self.uri).rstrip("/")
-        return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+        return f"{self._base}/#/experiments/{experiment_id}/runs/{run_id}"
+
+    def model_url(self, experiment_id: str, model_id: str) -> str:
+        """Return the address of a logged model's files."""
+        return f"{self._base}/#/experiments/{experiment_id}/models/{model_id}/artifacts"
+
+    @property
+    def _base(self) -> str:
+        return (self.public_url or self.uri).rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ class JobRun:
     ended_at: datetime | None
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
+    params: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def completed(self) -> bool:
@@ -167,8 +175,9 @@ class Tracking:
             with suppress(RecordUnavailableError):
                 self.discard(run_id)
             raise
-        made = _job_run(run)
-        return replace(made, status="SCHEDULED", tags={**made.tags, **tags})
+        made = job_run(run)
+        written = {key: _param(value) for key, value in params.items()}
+        return replace(made, status="SCHEDULED", tags={**made.tags, **tags}, params=written)
 
     def _log_request(self, run: Run, request: dict[str, Any]) -> None:
         """Upload the request; by the client's own method it would cost one more call for the run."""
@@ -239,7 +248,7 @@ class Tracking:
         """Write params, and the tags with the last of them."""
         from mlflow.entities import Param, RunTag
 
-        entries = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
+        entries = [Param(key, _param(value)) for key, value in params.items()]
         pages = [entries[start : start + 100] for start in range(0, len(entries), 100)] or [[]]
         for page in pages[:-1]:
             self.client.log_batch(run_id, params=page)
@@ -288,8 +297,8 @@ class Tracking:
         killed = f"status = 'KILLED' AND attributes.end_time >= {int(killed_since.timestamp() * 1000)}"
         filters = [*(f"status = '{status}'" for status in OPEN), killed]
         with answers():
-            experiments = self._experiments()
-            runs = [_job_run(run) for wanted in filters for run in self._runs(experiments, wanted)]
+            experiments = self.experiment_ids()
+            runs = [job_run(run) for wanted in filters for run in self._runs(experiments, wanted)]
         return [run for run in runs if _is_unsettled(run) and self._is_ours(run)]
 
     def find(self, job_uuid: str) -> JobRun | None:
@@ -303,7 +312,7 @@ class Tracking:
         with answers():
             of_this_id = f"tags.`{names.TAG_JOB_UUID}` = '{job_uuid}'"
             oldest_first = ["attributes.start_time ASC"]
-            runs = map(_job_run, self._runs(self._experiments(), of_this_id, oldest_first))
+            runs = map(job_run, self._runs(self.experiment_ids(), of_this_id, oldest_first))
             return max(filter(self._is_ours, runs), key=precedence, default=None)
 
     def successor(self, run_id: str) -> JobRun | None:
@@ -317,23 +326,23 @@ class Tracking:
         """
         with answers():
             newest_first = ["attributes.start_time DESC"]
-            runs = map(_job_run, self._runs(self._experiments(), f"tags.`{tag}` = '{value}'", newest_first))
+            runs = map(job_run, self._runs(self.experiment_ids(), f"tags.`{tag}` = '{value}'", newest_first))
             yield from filter(self._is_ours, runs)
 
     def get(self, run_id: str) -> JobRun | None:
         """Return a run by its id, None where it does not exist or was deleted."""
-        if not _RUN_ID.fullmatch(run_id):  # it comes from a DAG run's conf, in which anything may stand
+        if not is_run_id(run_id):  # it comes from a DAG run's conf, in which anything may stand
             return None
         with answers():
             run = _known(lambda: self.client.get_run(run_id))
-        return _job_run(run) if run is not None and run.info.lifecycle_stage == "active" else None
+        return job_run(run) if run is not None and run.info.lifecycle_stage == "active" else None
 
     def _is_ours(self, run: JobRun) -> bool:
         """Whether a run is of this Airflow, as far as both are known: others may share the server."""
         ours, its = self.server.deployment, run.tags.get(names.TAG_DEPLOYMENT)
         return not its or ours == its or (not ours and its != names.NO_DEPLOYMENT)
 
-    def _experiments(self) -> list[str]:
+    def experiment_ids(self) -> list[str]:
         """Return the ids of all experiments, of every page."""
         found = of_every_page(self.client.search_experiments)
         return [experiment.experiment_id for experiment in found]
@@ -412,6 +421,15 @@ def of_every_page(search: Callable[..., PagedList[_T]]) -> Iterator[_T]:
             return
 
 
+def _param(value: Any) -> str:
+    return str(value)[:MAX_PARAM_LENGTH]
+
+
+def is_run_id(text: str) -> bool:
+    """Whether a text has the form of a run's id."""
+    return _RUN_ID.fullmatch(text) is not None
+
+
 def run_of_task(tracking: Tracking, key: TaskKey, submitted: Any) -> JobRun | None:
     """Return the run of this very task: ids are made of names, and two tasks' names may add up to one.
 
@@ -461,7 +479,8 @@ def _is_unsettled(run: JobRun) -> bool:
     return names.TAG_METHOD in run.tags or (names.TAG_STAGE in run.tags and run.status in OPEN)
 
 
-def _job_run(run: Run) -> JobRun:
+def job_run(run: Run) -> JobRun:
+    """Return what MLflow's client has read of a run."""
     ended = run.info.end_time
     return JobRun(
         run_id=run.info.run_id,
@@ -471,6 +490,7 @@ def _job_run(run: Run) -> JobRun:
         ended_at=_time(ended) if ended and run.info.status in TERMINAL else None,
         tags=dict(run.data.tags),
         metrics=dict(run.data.metrics),
+        params=dict(run.data.params),
     )
 
 

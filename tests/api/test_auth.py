@@ -15,7 +15,7 @@ from post_training.jobs import JobService
 from tests.fakes import FakeRuns, FakeTracking, task
 from tests.test_jobs import Accepting
 
-MAY = ("may_read", "may_read_logs", "may_trigger", "may_cancel")
+MAY = ("may_read", "may_read_logs", "may_trigger", "may_cancel", "may_retry")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -45,6 +45,10 @@ class AirflowAccess:
         """Whether the caller may change runs of the DAG."""
         return self._may("PUT", dag_id)
 
+    def may_retry(self, dag_id: str) -> bool:
+        """Whether the caller may clear tasks of the DAG."""
+        return self._may("PUT", dag_id, DagAccessEntity.TASK_INSTANCE)
+
     def _may(
         self, method: ResourceMethod, dag_id: str, entity: DagAccessEntity = DagAccessEntity.RUN
     ) -> bool:

@@ -1,4 +1,4 @@
-"""The Airflow plugin: mounts the HTTP API into the api-server.
+"""The Airflow plugin: mounts the HTTP API into the api-server, and shows its page in Airflow's own.
 
 Airflow executes this file in every one of its processes, so nothing is built before the first request.
 """
@@ -27,9 +27,32 @@ class LazyApp:
         await self._app(scope, receive, send)
 
 
+_PAGE = "post-training/ui/"  # relative: Airflow may be served below any path
+_ICONS = {
+    "icon": f"{_PAGE}static/current/icon.svg",
+    "icon_dark_mode": f"{_PAGE}static/current/icon-dark.svg",
+}
+
+
 class PostTrainingPlugin(AirflowPlugin):
-    """``/post-training`` on Airflow's own api-server, and a listener to what is done in its pages."""
+    """``/post-training`` on Airflow's own api-server, its page, and a listener to Airflow's pages."""
 
     name = "post_training"
     fastapi_apps = [{"app": LazyApp(), "url_prefix": "/post-training", "name": "Post-training"}]  # noqa: RUF012
+    external_views = [  # noqa: RUF012
+        {
+            "name": "Post-training",
+            "href": _PAGE,
+            "destination": "nav",
+            "url_route": "post-training",
+            **_ICONS,
+        },
+        {
+            "name": "Post-training",
+            "href": f"{_PAGE}run?dag_id={{DAG_ID}}&run_id={{RUN_ID}}",
+            "destination": "dag_run",
+            "url_route": "post-training-run",
+            **_ICONS,
+        },
+    ]
     listeners = [listener]  # noqa: RUF012

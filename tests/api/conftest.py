@@ -12,9 +12,10 @@ from fastapi.testclient import TestClient
 
 from post_training.api.app import create_app
 from post_training.dataset_registry import DatasetService
+from post_training.job_views import JobViews
 from post_training.jobs import JobService
 from post_training.logs import LogService
-from tests.fakes import FakeAccess, FakeDatasetRecords, FakeRuns, FakeTracking
+from tests.fakes import FakeAccess, FakeDatasetRecords, FakeReader, FakeRuns, FakeTracking
 from tests.test_datasets import resolver_of
 from tests.test_jobs import Accepting
 
@@ -31,6 +32,7 @@ class Deployment:
         self.records = FakeDatasetRecords()
         self.datasets = DatasetService(self.records, resolver_of(Path("/allowed")))  # type: ignore[arg-type]
         self.logs = LogService(self.runs, self.service)
+        self.views = JobViews(self.runs, lambda: self.tracking, self.service, FakeReader)  # type: ignore[arg-type, return-value]
         self.callers = {
             "admin": FakeAccess("admin"),
             "viewer": FakeAccess("viewer", trigger=False, cancel=False),
@@ -49,7 +51,14 @@ class Deployment:
 
     @cached_property
     def app(self) -> FastAPI:
-        return create_app(self.service, self.datasets, self.logs, self.current_access, max_body_bytes=LIMIT)
+        return create_app(
+            self.service,
+            self.datasets,
+            self.logs,
+            self.views,
+            self.current_access,
+            max_body_bytes=LIMIT,
+        )
 
     def client(self, caller: str = "admin") -> TestClient:
         return TestClient(

@@ -54,6 +54,7 @@ class Server:
             deployment.service,
             deployment.datasets,
             deployment.logs,
+            deployment.views,
             deployment.current_access,
             max_body_bytes=LIMIT,
             capacity=capacity,

@@ -140,7 +140,12 @@ def test_a_large_body_holds_up_no_event_loop(deployment: Deployment, monkeypatch
 
     monkeypatch.setattr(json_body, "load_json", parse)
     app = create_app(
-        deployment.service, deployment.datasets, deployment.logs, access, max_body_bytes=10 * QUICK_BYTES
+        deployment.service,
+        deployment.datasets,
+        deployment.logs,
+        deployment.views,
+        access,
+        max_body_bytes=10 * QUICK_BYTES,
     )
     client = TestClient(app)
     names = ", ".join(f'"n{number:05}": 0' for number in range(16_000))

@@ -16,6 +16,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from post_training.api.app import create_app
 from post_training.dataset_registry import DatasetService
+from post_training.job_views import JobViews
 from post_training.jobs import JobService
 from post_training.logs import LogService
 from tests.fakes import FakeAccess, FakeDatasetRecords, FakeRuns, FakeTracking
@@ -50,9 +51,9 @@ class ApiServer:
             return FakeAccess("admin")
 
         datasets = DatasetService(FakeDatasetRecords(), Accepting())  # type: ignore[arg-type]
-        app = create_app(
-            self.service, datasets, LogService(self.runs, self.service), current_access, max_body_bytes=10_000
-        )
+        logs = LogService(self.runs, self.service)
+        views = JobViews(self.runs, lambda: self.tracking, self.service)  # type: ignore[arg-type, return-value]
+        app = create_app(self.service, datasets, logs, views, current_access, max_body_bytes=10_000)
         root.mount("/post-training", app)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -12,6 +12,7 @@ from post_training.dataset_records import DatasetRecords
 from post_training.dataset_registry import DatasetService
 from post_training.datasets import Resolver
 from post_training.errors import RecordUnavailableError
+from post_training.job_views import JobViews
 from post_training.jobs import JobService
 from post_training.logs import LogService
 from post_training.operators.hooks import MLflowHook
@@ -40,4 +41,5 @@ def build_app() -> FastAPI:
     service = JobService(runs, tracking, resolver)
     datasets = DatasetService(records, resolver, runs.update_asset)
     logs = LogService(runs, service)
-    return create_app(service, datasets, logs, current_access, max_body_bytes=settings.max_body_bytes)
+    views = JobViews(runs, tracking, service)
+    return create_app(service, datasets, logs, views, current_access, max_body_bytes=settings.max_body_bytes)

@@ -1,4 +1,4 @@
-"""The FastAPI application: three path families of one API, nothing open to the unauthenticated."""
+"""The FastAPI application: three path families of one API, and the page; all behind Airflow's login."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from post_training.api.errors import add_error_handlers
 from post_training.api.limits import BodyLimit, SendTimeout
 from post_training.api.log_routes import log_routes
 from post_training.api.log_stream import Pace
+from post_training.api.page_routes import page_routes
 from post_training.api.query import check_query
 from post_training.api.routes import job_routes, training_routes
+from post_training.api.view_routes import view_routes
 from post_training.dataset_registry import DatasetService
+from post_training.job_views import JobViews
 from post_training.jobs import JobService
 from post_training.logs import LogService
 
@@ -28,6 +31,7 @@ def create_app(
     service: JobService,
     datasets: DatasetService,
     logs: LogService,
+    views: JobViews,
     current_access: Callable[..., Any],
     *,
     max_body_bytes: int,
@@ -47,7 +51,7 @@ def create_app(
         title="Post-training",
         version=__version__,
         description="LLM post-training jobs: the PostTraining API over Airflow and MLflow.",
-        dependencies=[Depends(current_access), Depends(check_query)],
+        dependencies=[Depends(current_access)],
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
@@ -62,16 +66,20 @@ def create_app(
         job_routes(service, current_access, route_class),
         log_routes(logs, current_access, capacity, pace or Pace()),
     )
+    strict = [Depends(check_query)]
     for prefix, router in product(("/v1", "/v1alpha"), routers):
-        app.include_router(router, prefix=f"{prefix}/post-training")
+        app.include_router(router, prefix=f"{prefix}/post-training", dependencies=strict)
     for prefix in ("/v1", "/v1beta"):
-        app.include_router(dataset_routes(datasets, current_access, route_class), prefix=prefix)
+        of_datasets = dataset_routes(datasets, current_access, route_class)
+        app.include_router(of_datasets, prefix=prefix, dependencies=strict)
+    app.include_router(view_routes(service, views, current_access, route_class), dependencies=strict)
+    app.include_router(page_routes())
 
-    @app.get("/openapi.json", include_in_schema=False)
+    @app.get("/openapi.json", include_in_schema=False, dependencies=strict)
     async def openapi() -> dict[str, Any]:
         return description(app)
 
-    @app.get("/docs", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False, dependencies=strict)
     async def docs() -> HTMLResponse:
         return get_swagger_ui_html(openapi_url="openapi.json", title=app.title)
 

@@ -1,0 +1,66 @@
+// Several jobs: their curves over each other, and the params in which they differ.
+
+import { ChartBoard } from "./charts.js";
+import { byId, h, show } from "./dom.js";
+import { duration, elapsed, number } from "./format.js";
+import { getJson } from "./http.js";
+import { badge, notice, table } from "./parts.js";
+import { repeat } from "./poll.js";
+
+const wanted = (new URLSearchParams(location.search).get("jobs") ?? "").split(",").filter(Boolean);
+const board = new ChartBoard(byId("curves"));
+
+async function refresh() {
+  try {
+    const jobs = await Promise.all(wanted.map((job_uuid) => getJson("data/job", { job_uuid })));
+    show(byId("jobs"), jobs, () => overview(jobs));
+    const curves = await getJson("data/curves", { jobs: wanted.join(",") });
+    board.update(curves.jobs);
+    show(
+      byId("params"),
+      jobs.map((job) => job.params),
+      () => differences(jobs),
+    );
+    byId("notice").replaceChildren();
+    return jobs.some((job) => job.status === "in_progress" || job.status === "scheduled") ? 5 : 60;
+  } catch (error) {
+    byId("notice").replaceChildren(notice(error.message));
+    if (!byId("jobs").dataset.shown) byId("jobs").replaceChildren();
+    return error.status === 401 || error.status === 404 ? Infinity : 15;
+  }
+}
+
+function overview(jobs) {
+  const columns = ["Job", "Status", "Algorithm", "Training loss", "Validation loss", "Tokens", "Duration"];
+  const rows = jobs.map((job, index) => [
+    h("span", { class: "name" }, h("span", { class: `swatch series-${index % 8}` }), nameOf(job)),
+    badge(job.status),
+    job.algorithm ?? "–",
+    number(job.train_loss),
+    number(job.validation_loss),
+    number(job.resources?.job_tokens ?? job.metrics.tokens_seen),
+    duration(elapsed(job.started_at, job.completed_at)),
+  ]);
+  return table("The compared jobs", columns, rows);
+}
+
+function nameOf(job) {
+  return h("a", { href: `job?${new URLSearchParams({ job_uuid: job.job_uuid })}` }, job.job_uuid);
+}
+
+function differences(jobs) {
+  const shown = jobs.map((job) =>
+    Object.fromEntries(Object.entries(job.params).map(([path, value]) => [path, String(value)])),
+  );
+  const paths = [...new Set(shown.flatMap(Object.keys))].sort();
+  const differing = paths.filter((path) => new Set(shown.map((params) => params[path])).size > 1);
+  if (!differing.length) return h("p", { class: "muted" }, "These jobs have the same params.");
+  const rows = differing.map((path) => [h("code", {}, path), ...shown.map((params) => params[path] ?? "–")]);
+  return table("Params that differ", ["Field", ...jobs.map((job) => job.job_uuid)], rows);
+}
+
+if (wanted.length) repeat(refresh);
+else {
+  byId("jobs").replaceChildren();
+  byId("notice").replaceChildren(notice("No job is named: mark some in the list and choose Compare."));
+}

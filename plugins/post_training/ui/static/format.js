@@ -1,0 +1,67 @@
+// Numbers, times and names as people read them.
+
+const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
+
+export const STATUS_NAMES = {
+  scheduled: "Scheduled",
+  in_progress: "In progress",
+  completed: "Completed",
+  failed: "Failed",
+  cancelled: "Cancelled",
+};
+
+/** 3 significant digits, or an exponent where those would not do. */
+export function number(value) {
+  if (value === null || value === undefined) return "–";
+  if (Number.isInteger(value)) return value.toLocaleString("en");
+  const size = Math.abs(value);
+  if (size !== 0 && (size < 0.001 || size >= 1e6)) return value.toExponential(2);
+  return size >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
+}
+
+export function bytes(value) {
+  if (value === null || value === undefined) return "–";
+  const power = value > 0 ? Math.min(UNITS.length - 1, Math.floor(Math.log2(value) / 10)) : 0;
+  return `${Number((value / 1024 ** power).toPrecision(3))} ${UNITS[power]}`;
+}
+
+/** Seconds as "2 h 5 min", by the two largest units. */
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  const whole = Math.max(0, Math.round(seconds));
+  const parts = [
+    [Math.floor(whole / 86400), "d"],
+    [Math.floor(whole / 3600) % 24, "h"],
+    [Math.floor(whole / 60) % 60, "min"],
+    [whole % 60, "s"],
+  ];
+  const first = parts.findIndex(([count]) => count > 0);
+  if (first < 0) return "0 s";
+  return parts
+    .slice(first, first + 2)
+    .filter(([count]) => count > 0)
+    .map(([count, unit]) => `${count} ${unit}`)
+    .join(" ");
+}
+
+/** Seconds from one ISO time to another, which may be open. */
+export function elapsed(from, to) {
+  if (!from) return null;
+  return ((to ? Date.parse(to) : Date.now()) - Date.parse(from)) / 1000;
+}
+
+/** The reader's own time, to the minute. */
+export function time(iso) {
+  if (!iso) return "–";
+  const moment = new Date(iso);
+  const two = (value) => String(value).padStart(2, "0");
+  const day = [moment.getFullYear(), two(moment.getMonth() + 1), two(moment.getDate())].join("-");
+  return `${day} ${two(moment.getHours())}:${two(moment.getMinutes())}`;
+}
+
+/** The end of a path or of a URI, which is what tells models apart. */
+export function shortName(model) {
+  if (!model) return "deployment's default";
+  const text = String(model);
+  return text.startsWith("models:") ? text : text.replace(/\/+$/, "").split("/").slice(-2).join("/");
+}

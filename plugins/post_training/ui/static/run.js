@@ -1,0 +1,38 @@
+// The tab of a DAG run: its one job, or those that it has.
+
+import { byId, place, show } from "./dom.js";
+import { getJson } from "./http.js";
+import { notice } from "./parts.js";
+import { repeat } from "./poll.js";
+import { JobTable } from "./rows.js";
+
+const query = new URLSearchParams(location.search);
+const table = new JobTable();
+
+async function refresh() {
+  try {
+    const page = await getJson("data/jobs", {
+      dag_id: query.get("dag_id") ?? "",
+      run_id: query.get("run_id") ?? "",
+      limit: 100,
+    });
+    if (page.total === 1) {
+      location.replace(`job?${new URLSearchParams({ job_uuid: page.jobs[0].job_uuid })}`);
+      return Infinity;
+    }
+    say(page.notice, "warning");
+    table.update(page.jobs);
+    const none = notice("This run has no post-training job.", "empty");
+    place(byId("jobs"), page.jobs.length ? table.element : none);
+    return 5;
+  } catch (error) {
+    say(error.message, "error");
+    return error.status === 401 ? Infinity : 15;
+  }
+}
+
+function say(sentence, kind) {
+  show(byId("notice"), sentence, () => (sentence ? notice(sentence, kind) : null));
+}
+
+repeat(refresh);

@@ -2,7 +2,7 @@
 // pointer.
 
 import { h } from "./dom.js";
-import { bytes, number } from "./format.js";
+import { bytes, number, tickDigits } from "./format.js";
 import uPlot from "./vendor/uplot-1.6.32/uPlot.esm.js";
 
 const HEIGHT = 200;
@@ -156,7 +156,7 @@ class Chart {
           size: 28,
           values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick : "")),
         },
-        { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => this.value(tick)) },
+        { ...axis, size: 62, values: (_, ticks) => this.tickLabels(ticks) },
       ],
       series: [
         {},
@@ -170,6 +170,11 @@ class Chart {
         })),
       ],
     };
+  }
+
+  tickLabels(ticks) {
+    const increment = ticks.length > 1 ? ticks[1] - ticks[0] : 1;
+    return ticks.map((tick) => this.value(tick, tickDigits(tick, increment)));
   }
 
   width() {

@@ -10,19 +10,26 @@ export const STATUS_NAMES = {
   cancelled: "Cancelled",
 };
 
-/** 3 significant digits, or an exponent where those would not do. */
-export function number(value) {
+/** Four significant digits, or as many as are asked for; an exponent where those would not do. */
+export function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
-  if (Number.isInteger(value)) return value.toLocaleString("en");
-  const size = Math.abs(value);
-  if (size !== 0 && (size < 0.001 || size >= 1e6)) return value.toExponential(2);
-  return size >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
+  const rounded = Number.isInteger(value) ? value : Number(value.toPrecision(digits));
+  const size = Math.abs(rounded);
+  if (size !== 0 && (size < 0.001 || size >= 1e9)) return Number(value.toPrecision(digits)).toExponential();
+  return rounded.toLocaleString("en", { maximumFractionDigits: 20 });
 }
 
-export function bytes(value) {
+export function bytes(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   const power = value > 0 ? Math.min(UNITS.length - 1, Math.floor(Math.log2(value) / 10)) : 0;
-  return `${Number((value / 1024 ** power).toPrecision(3))} ${UNITS[power]}`;
+  return `${Number((value / 1024 ** power).toPrecision(digits))} ${UNITS[power]}`;
+}
+
+/** How many significant digits tell a tick of an axis from the next one. */
+export function tickDigits(value, increment) {
+  if (value === 0) return 1;
+  const place = (size) => Math.floor(Math.log10(Math.abs(size)) + 1e-9);
+  return Math.min(15, Math.max(1, place(value) - place(increment) + 2));
 }
 
 /** Seconds as "2 h 5 min", by the two largest units. */

@@ -95,6 +95,13 @@ def test_installed_it_is_a_provider_with_its_plugin_and_connections(libraries: P
     assert "EntryPoint" in source
 
 
+def test_installed_the_page_comes_with_it(installed: Path) -> None:
+    folder = Path("plugins", "post_training", "ui")
+    files = [path.relative_to(ROOT / "plugins") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert [path for path in files if not (installed / path).is_file()] == []
+
+
 def test_installed_the_dags_come_with_it(libraries: Path, installed: Path) -> None:
     program = DAGS.format(folder="__import__('post_training').__path__[0] + '/dags'")
     assert json.loads(python(program, installed, libraries)) == [SHIPPED_DAGS, {}]

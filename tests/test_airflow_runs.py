@@ -212,8 +212,10 @@ def test_a_page_is_some_of_the_list_and_says_how_many_there_are(runs: Any) -> No
 def test_a_page_is_of_one_dag_run(runs: Any) -> None:
     runs.trigger("team.nightly", "tab", {}, None)
     found, total = page_of(runs, "team.nightly", run_id="tab")
-    assert sorted(found) == [f"team.nightly.tab.{name}" for name in ("many.0", "many.1", "own", "sft")]
-    assert total == 4
+    assert sorted(found) == [
+        f"team.nightly.tab.{name}" for name in ("best", "many.0", "many.1", "own", "sft")
+    ]
+    assert total == 5
 
 
 @pytest.mark.parametrize(

@@ -233,8 +233,8 @@ class AirflowRuns:
         with _database(), create_session() as session:
             total = session.scalar(count) or 0
             shown = session.scalars(ids.offset(offset).limit(limit)).all()
-            found = session.execute(rows.where(TaskInstance.id.in_(shown)))
-            return [_job_task(*row) for row in found], total
+            found = session.execute(rows.where(TaskInstance.id.in_(shown))).all()
+            return [_with_search(session, _job_task(*row)) for row in found], total
 
     def dag_ids(self, *, prefix_of: str | None = None) -> set[str]:
         """Return the DAGs that have training tasks or take requests.

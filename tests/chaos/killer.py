@@ -15,7 +15,7 @@ from post_training.standalone import Standalone
 from tests.chaos.strikes import STRIKES, Choice, Struck
 
 _TICK_SECONDS = 0.25
-_NO_VICTIM_SECONDS = 60.0
+_NO_VICTIM_SECONDS = 300.0
 """Time in which a job that lives may show a process to strike."""
 
 

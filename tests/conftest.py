@@ -29,8 +29,13 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(AIRFLOW_HOME, ignore_errors=True)
 
 
-OWN_SERVERS = ("test_chaos.py", "test_outages.py")
-"""Of the system tests those whose servers no other test can use."""
+SERVERS = {
+    "tests/system/test_chaos.py": "their own",
+    **dict.fromkeys(
+        (f"tests/system/test_{name}.py" for name in ("outages", "retraining", "search")), "frail"
+    ),
+}
+"""Which servers the system tests use that leave those of all others, ``deployment``, alone."""
 
 
 class Together(LoadScopeScheduling):
@@ -41,8 +46,7 @@ class Together(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        shared = file.startswith("tests/system/") and not file.endswith(OWN_SERVERS)
-        return "tests/system" if shared else file
+        return SERVERS.get(file, "deployment") if file.startswith("tests/system/") else file
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,19 @@ from datetime import timedelta
 def task_policy(task):
     task.retry_delay = timedelta(seconds=1)
 """
+ON_A_SMALL_DISK = """#!/bin/sh
+[ "$1" = mounted ] || exec unshare --map-root-user --mount "$0" mounted "$@"
+shift
+mount -t tmpfs -o size=64m tmpfs "{folder}"
+cd "{folder}"
+exec "{program}" "$@"
+"""
+CAN_MOUNT = not subprocess.run(
+    ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"],
+    capture_output=True,
+    check=False,
+).returncode
+"""Whether this machine lets us give a process a small disk of its own."""
 
 
 @dataclass
@@ -153,11 +168,34 @@ def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment
     return Deployment(servers, model, data)
 
 
+def home_of(factory: pytest.TempPathFactory, name: str) -> Path:
+    """Make the folder of servers that one of the workers of ``make test`` starts, for all its tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        (factory.getbasetemp().parent / name).mkdir()  # which fails in the second one
+    return factory.mktemp(name)
+
+
 @pytest.fixture(scope="session")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Airflow and MLflow, running: once, for all workers of ``make test`` together."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        (tmp_path_factory.getbasetemp().parent / "deployment").mkdir()
-    deployment = deploy(tmp_path_factory.mktemp("servers"))
+    """Airflow and MLflow, running."""
+    deployment = deploy(home_of(tmp_path_factory, "servers"))
+    with deployment.servers:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
+def frail(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Others, for what would break those, or takes so long that it should go on beside them.
+
+    MLflow's disk has 64 MiB and ends with it.
+    """
+    home = home_of(tmp_path_factory, "frail")
+    beside = Path(sys.executable).parent
+    program = home / "bin" / "mlflow"
+    program.parent.mkdir()
+    program.write_text(ON_A_SMALL_DISK.format(folder=home / "mlflow", program=beside / "mlflow"))
+    program.chmod(0o700)
+    path = os.pathsep.join(map(str, (program.parent, beside, os.environ.get("PATH", os.defpath))))
+    deployment = deploy(home, {"PATH": path} if CAN_MOUNT else None)
     with deployment.servers:
         yield deployment

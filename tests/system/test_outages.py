@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -20,41 +17,13 @@ from benchmarks.load import jobs
 from lightning_modules.trained import TRAINED_FILE
 from post_training.schemas.record import METRIC_TRAIN_LOSS
 from post_training.standalone import DAG_IDS
-from tests.system.conftest import Deployment, deploy
+from tests.system.conftest import CAN_MOUNT, Deployment
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.system
 
 SUBMIT = "/post-training/v1/post-training/supervised-fine-tune"
-ON_A_SMALL_DISK = """#!/bin/sh
-[ "$1" = mounted ] || exec unshare --map-root-user --mount "$0" mounted "$@"
-shift
-mount -t tmpfs -o size=64m tmpfs "{folder}"
-cd "{folder}"
-exec "{program}" "$@"
-"""
 EPOCHS, STEPS = 3, 150
-CAN_MOUNT = not subprocess.run(
-    ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"],
-    capture_output=True,
-    check=False,
-).returncode
-"""Whether this machine lets us give a process a small disk of its own."""
-
-
-@pytest.fixture(scope="module")
-def frail(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Servers of their own; MLflow's disk has 64 MiB and ends with it."""
-    home = tmp_path_factory.mktemp("frail")
-    beside = Path(sys.executable).parent
-    program = home / "bin" / "mlflow"
-    program.parent.mkdir()
-    program.write_text(ON_A_SMALL_DISK.format(folder=home / "mlflow", program=beside / "mlflow"))
-    program.chmod(0o700)
-    path = os.pathsep.join(map(str, (program.parent, beside, os.environ.get("PATH", os.defpath))))
-    deployment = deploy(home, {"PATH": path} if CAN_MOUNT else None)
-    with deployment.servers:
-        yield deployment
 
 
 def disk_of_mlflow(deployment: Deployment) -> Path:

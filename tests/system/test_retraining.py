@@ -98,6 +98,11 @@ class Nights:
 
 
 @pytest.fixture(scope="module")
+def deployment(frail: Deployment) -> Deployment:
+    return frail
+
+
+@pytest.fixture(scope="module")
 def nights(deployment: Deployment) -> Iterator[Nights]:
     nights = Nights(deployment)
     nights.write("heldout.jsonl", range(500, 524), "There are {i} apples.")

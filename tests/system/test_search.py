@@ -64,6 +64,11 @@ def tokenized(deployment: Deployment) -> int:
 
 
 @pytest.fixture(scope="module")
+def deployment(frail: Deployment) -> Deployment:
+    return frail
+
+
+@pytest.fixture(scope="module")
 def started(deployment: Deployment) -> int:
     """Ask for two searches, which go on beside each other; return what was tokenized before."""
     before = tokenized(deployment)

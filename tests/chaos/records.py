@@ -15,8 +15,10 @@ from safetensors import safe_open
 
 from post_training.schemas import record as names
 
-CLOCKED = frozenset({names.METRIC_TOKENS_PER_SECOND, names.METRIC_SECONDS_LEFT})
-"""Metrics that tell the time: their steps are compared, their values are not."""
+CLOCKED = frozenset(
+    {names.METRIC_TOKENS_PER_SECOND, names.METRIC_SECONDS_LEFT, names.METRIC_PEAK_MEMORY_BYTES}
+)
+"""Metrics that tell the time, or a process's memory: their steps are compared, their values are not."""
 
 OF_THE_MACHINE = frozenset(
     {

@@ -39,7 +39,13 @@ JOB: dict[str, Any] = {
     "training": {"n_epochs": EPOCHS, "gradient_accumulation_steps": 2},  # 3 steps an epoch
     "data": {"shuffle": True},
 }
-TIMED = {"tokens_per_second", "seconds_left", "device_seconds", "estimated_memory_bytes"}
+TIMED = {
+    "tokens_per_second",
+    "seconds_left",
+    "device_seconds",
+    "estimated_memory_bytes",
+    "peak_memory_bytes",
+}
 OF_ALL_ATTEMPTS = {"job_tokens"}
 Points = dict[str, dict[int, float]]
 Start = Callable[..., Any]

@@ -123,6 +123,9 @@ def load_subject(spec: EvaluationSpec, source: str, kept: Kept) -> Subject:
     base = unpacked(base, kept)
     tokenizer, config = load_tokenizer(base.tokenizer_source), load_config(base.source, quantized=True)
     length = cap_sequence_length(config, spec.config.max_seq_length)
+    if getattr(config, "quantization_config", None) is not None:
+        # Its scales stay in the type in which it was quantized.
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = load_model(base.source, dtype=dtype, config=config)
     for adapter in base.adapters[:-1]:
         model = merge_adapter(model, adapter)

@@ -153,14 +153,17 @@ def test_the_first_rows_are_enough(make_spec: SpecMaker) -> None:
     assert part.nll == pytest.approx(whole.nll[:4])
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_quantized_checkpoint_is_measured_as_it_is(
-    make_spec: SpecMaker, tiny_model_dir: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    dtype: str, make_spec: SpecMaker, tiny_model_dir: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     config = QATFinetuningConfig(type="QAT", quantizer_name="int4_weight_only", group_size=32)
     quantized = quantized_copy(plain(tiny_model_dir), config)
     save_model(quantized, tmp_path / "quantized")
     tokenizer.save_pretrained(tmp_path / "quantized")
-    found = evaluate(make_spec({"quantized": tmp_path / "quantized"})).values["quantized"]
+    spec = make_spec({"quantized": tmp_path / "quantized"})
+    spec.config.dtype = dtype  # of the models that are not quantized
+    found = evaluate(spec).values["quantized"]
     expected = [-log_prob(quantized, tokenizer, row["question"], row["answer"])[0] for row in ROWS]
     assert found.nll == pytest.approx(expected, rel=1e-4)
 

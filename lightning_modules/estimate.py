@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import lightning.pytorch as pl
-import torch
 from transformers import PreTrainedModel
 
-from lightning_modules.callbacks import TrainingProgress, duration, peak_memory_bytes
+from lightning_modules.callbacks import TrainingProgress, duration, peak_bytes
 from lightning_modules.checkpoint import RESUME_FILE, readable_step
 from lightning_modules.data.batches import PADDING
 from lightning_modules.data.datamodule import FineTuningData
@@ -184,9 +183,7 @@ class Comparison(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare, of a fit that ended well."""
         module, expected = cast(TrainingProgress, pl_module), self._estimate
-        used = peak_memory_bytes()
-        if pl_module.device.type == "cuda":
-            used = torch.cuda.max_memory_allocated(pl_module.device)
+        used = peak_bytes(pl_module.device)
         seconds = "an unknown time" if expected.seconds is None else duration(expected.seconds)
         log.info(
             "estimated and used: %d and %d tokens, %s and %s of memory, %s and %s",

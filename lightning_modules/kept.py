@@ -17,6 +17,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from lightning_modules.trained import rename_whole
+from post_training.job_lock import taken
 from post_training.schemas.evaluation import WorkerSpec
 from post_training.schemas.trainer import CACHE_FOLDER
 
@@ -74,13 +75,12 @@ def _removed(place: Path) -> bool:
     """Remove what is kept at a place; return whether it could be, which it cannot while someone uses it."""
     descriptor = os.open(place, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(place, ignore_errors=True)
-    except BlockingIOError:
-        return False
+        unused = taken(descriptor)
+        if unused:
+            shutil.rmtree(place, ignore_errors=True)
+        return unused
     finally:
         os.close(descriptor)
-    return True
 
 
 @contextmanager
@@ -92,21 +92,13 @@ def alone(path: Path, give_up: Callable[[], bool] = lambda: False) -> Iterator[N
     descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         deadline = monotonic() + PATIENCE_SECONDS
-        while not _locked(descriptor):
+        while not taken(descriptor):
             if give_up() or monotonic() > deadline:  # what is made twice is only made in vain
                 break
             sleep(_POLL_SECONDS)
         yield
     finally:
         os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def make(path: Path, write: Callable[[Path], None]) -> Path:

@@ -47,6 +47,7 @@ from post_training.job_ids import (
     MAY_BE_AN_ID,
     REQUEST_DAGS,
     SEARCH_OPERATORS,
+    SEARCH_SUFFIX,
     TRAINING_OPERATORS,
     TaskKey,
     candidate_keys,
@@ -486,6 +487,8 @@ def _job_task(task: TaskInstance, run: DagRun) -> JobTask:
 
 def _with_search(session: Session, task: JobTask) -> JobTask:
     """Let a job begin with its search, if it has one."""
+    if task.key.dag_id in REQUEST_DAGS and not task.key.dag_id.endswith(SEARCH_SUFFIX):
+        return task  # its DAG has no search
     planned_at = session.scalar(
         select(TaskInstance.start_date).where(
             _is(TaskInstance, replace(task.key, task_id=plan_task_id(task.key.task_id), map_index=-1)),

@@ -74,7 +74,7 @@ def locked(
     try:
         started = monotonic()
         killed = False
-        while not _taken(descriptor):
+        while not taken(descriptor):
             waited = monotonic() - started
             if give_up() or waited > 2 * patience:
                 raise TrainerError("An earlier attempt at this job has not ended yet.")
@@ -94,7 +94,8 @@ def note_holder(folder: Path, pid: int) -> None:
         _beside(folder, "holder").write_text(json.dumps(holder))
 
 
-def _taken(descriptor: int) -> bool:
+def taken(descriptor: int) -> bool:
+    """Lock an open file or folder for its holder alone (flock); return whether nobody else holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -15,9 +15,6 @@ from post_training.job_ids import REQUEST_DAGS, TaskKey, plan_task_id, trials_ta
 from post_training.operators.search_task import FIELD, SearchOperator, search_of
 from post_training.operators.search_trials import SearchTrialsOperator
 from post_training.operators.spec import resolver_of
-from post_training.operators.stage import said
-from post_training.operators.task_record import TaskRecord
-from post_training.schemas import record as names
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -55,7 +52,7 @@ class PlanSearchOperator(SearchOperator):
         self.persist(lambda: resolver.check(request))
         search = search_of(request)
         self._check_job_is_to_run(context)
-        record = self._record(context)
+        record = self.record(context)
         run = self.persist(lambda: record.plan(request, resolver.pins(request)))
         self.mlflow_run_url = record.url
         self.persist(lambda: search.begin(run.run_id))
@@ -81,15 +78,9 @@ class PlanSearchOperator(SearchOperator):
                     f"The job is completed: clear its task {self.job_task_id!r}, too, to search anew."
                 )
 
-    def _record(self, context: Context) -> TaskRecord:
-        submitted = (context["dag_run"].conf or {}).get(names.CONF_MLFLOW_RUN)
-        return TaskRecord(
-            self.tracking, self.job_key(context), context["ti"], submitted, said(self.parent_run_id)
-        )
-
     def ends(self, context: Context, error: str) -> None:
         """Let the job's run say why there is no search: its task will not run."""
-        self._record(context).refuse(self.method, error)
+        self.record(context).refuse(self.method, error)
 
 
 AS_THE_JOBS = (

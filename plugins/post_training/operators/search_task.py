@@ -10,6 +10,8 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from post_training.errors import InvalidRequestError, ModelError, PostTrainingError, SupersededError
 from post_training.job_ids import SEARCH_OPERATORS, TaskKey, job_uuid_of, request_dag
 from post_training.operators.request import build_request, was_there
+from post_training.operators.stage import said
+from post_training.operators.task_record import TaskRecord
 from post_training.operators.worker import PermanentFailureError, WorkerOperator, bind_to_supervisor
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
@@ -17,7 +19,7 @@ from post_training.schemas.search_rules import longest
 from post_training.search import NoSearchError, Search, study_name
 from post_training.search_parts import SearchUnavailableError
 from post_training.settings import load_settings
-from post_training.tracking import JobRun, Tracking, run_of_task
+from post_training.tracking import JobRun, Tracking
 
 if TYPE_CHECKING:
     from airflow.sdk import BaseOperator, Context
@@ -113,10 +115,14 @@ class SearchOperator(WorkerOperator):
 
     def job_run(self, context: Context) -> JobRun | None:
         """Return the job's run, None before there is one."""
-        conf = context["dag_run"].conf or {}
-        submitted = conf.get(names.CONF_MLFLOW_RUN)
-        run = run_of_task(self.tracking, self.job_key(context), submitted)
-        return run and (self.tracking.successor(run.run_id) or run)
+        return self.record(context).existing()
+
+    def record(self, context: Context) -> TaskRecord:
+        """Return the record of the job."""
+        submitted = (context["dag_run"].conf or {}).get(names.CONF_MLFLOW_RUN)
+        return TaskRecord(
+            self.tracking, self.job_key(context), context["ti"], submitted, said(self.parent_run_id)
+        )
 
 
 def search_of(request: AnyTrainingRequest) -> Search:

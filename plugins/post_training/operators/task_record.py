@@ -83,7 +83,7 @@ class TaskRecord:
         return self.persist(lambda: self._open(request))
 
     def _open(self, request: AnyTrainingRequest) -> Opened:
-        run = self._existing()
+        run = self.existing()
         if run is None:
             return self._begin(self.tracking.create_run(**self._new_run(request)))
         self._check(run)
@@ -110,7 +110,7 @@ class TaskRecord:
         :param pins: versions of registered data sets that a new one reads.
         :raises RecordUnavailableError: if MLflow does not answer; it may then be called again.
         """
-        run, new = self._existing(), self._new_run(request, pins)
+        run, new = self.existing(), self._new_run(request, pins)
         if run is None:
             run = self.tracking.create_run(**new)
         elif is_another_training(run, request):
@@ -130,7 +130,7 @@ class TaskRecord:
         self.run = run
         self._set_status("RUNNING")
         self._note()
-        now = self._existing()
+        now = self.existing()
         if now is not None and now.run_id != run.run_id:
             if now.tags.get(names.TAG_SUPERSEDES) == run.run_id:
                 self._retire(run, now)
@@ -265,7 +265,7 @@ class TaskRecord:
             "params": {},
             "request": {},  # what was given is in the task's rendered fields; it may hold anything
         }
-        run = self._existing()
+        run = self.existing()
         if run is None:
             return self.tracking.create_run(**new)
         self._check(run)
@@ -345,7 +345,7 @@ class TaskRecord:
         """
         return persist(call, self.give_up, self.patience)
 
-    def _existing(self) -> JobRun | None:
+    def existing(self) -> JobRun | None:
         """Return the job's run, or None; the one for which it is being left, if it is."""
         run = run_of_task(self.tracking, self.key, self.submitted_run_id)
         return run and (self.tracking.successor(run.run_id) or run)

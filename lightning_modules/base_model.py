@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME as CONFIG_FILE
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lightning_modules.kept import Kept, alone, make
+from lightning_modules.kept import Kept, alone, link_tree, make
 from lightning_modules.mlflow_uris import LOOKUPS, resolve
 from lightning_modules.models import TOKENIZER_FILE, as_model_error, locate, unpack
 from post_training.errors import ModelError
@@ -129,6 +129,22 @@ def unpacked(base: Base, kept: Kept) -> Base:
             make(folder, partial(unpack, base.source))
     tokenizer = str(folder) if base.tokenizer_source == base.source else base.tokenizer_source
     return replace(base, source=str(folder), tokenizer_source=tokenizer)
+
+
+def kept_beyond(folder: Path, base: Base, kept: Kept) -> Base:
+    """Return the same base where it stays when a job's own folder goes: its adapter is loaded upon it.
+
+    :param folder: the job's, for models from MLflow.
+    """
+    source = Path(base.source)
+    if not source.is_relative_to(folder):
+        return base
+    place = kept.place("models", fingerprint(source)) / FILES
+    with alone(place):
+        if not place.exists():
+            make(place, partial(link_tree, source))
+    tokenizer = str(place) if base.tokenizer_source == base.source else base.tokenizer_source
+    return replace(base, source=str(place), tokenizer_source=tokenizer)
 
 
 def identity_of(base: Base) -> list[str]:

@@ -72,10 +72,16 @@ class SaveInterval:
         return math.inf if self.seconds is None else max(self.seconds, took / self.share)
 
 
-def export(write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(
+    write: Callable[[Path], None],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    describe: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Write what was trained in the ecosystem's own format, complete or not at all.
 
     :param write: writes the weights into the folder that it is given.
+    :param describe: writes beside them, and beside the tokenizer, what they are.
     :param folder: replaced if it is there, from an attempt that was cut off.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -83,6 +89,7 @@ def export(write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, fo
     temporary.mkdir(parents=True)
     write(temporary)
     tokenizer.save_pretrained(temporary)
+    describe(temporary)
     _replace(temporary, folder)
 
 
@@ -179,6 +186,7 @@ class Checkpoints(CheckpointCallback):
     :param copies: folder that receives a copy of each export, or None.
     :param keep: exports kept in each place, newest first; None keeps all.
     :param write: writes the model's trained weights into a folder.
+    :param describe: writes what a checkpoint with these metrics is into its folder.
     :param upload: epochs whose checkpoint is uploaded: all, True for the last one, False for none.
     :param inputs: digest of what is trained, by which the record knows the resume state.
     """
@@ -194,10 +202,12 @@ class Checkpoints(CheckpointCallback):
         tokenizer: PreTrainedTokenizerBase,
         record: JobRecord,
         write: Callable[[nn.Module, Path], None],
+        describe: Callable[[Path, PostTrainingMetric], None] = lambda folder, metrics: None,
         upload: bool | Literal["all"] = "all",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.write = write
+        self.describe = describe
         self.upload = upload
         self.inputs = inputs
         self.interval = interval
@@ -252,11 +262,16 @@ class Checkpoints(CheckpointCallback):
 
     def _keep(self, module: PostTraining, epoch: int, *, upload: bool) -> None:
         folder = self.exports / f"epoch-{epoch}"
-        export(lambda into: self.write(module.model, into), self.tokenizer, folder)
+        metrics = checkpoint_metrics(module, epoch)
+        export(
+            lambda into: self.write(module.model, into),
+            self.tokenizer,
+            folder,
+            lambda into: self.describe(into, metrics),
+        )
         size = weights_size(folder)
         log.info("checkpoint of epoch %d: %.1f MB of weights", epoch, size / 1e6)
         module.log_metrics({names.METRIC_CHECKPOINT_BYTES: float(size)})
-        metrics = checkpoint_metrics(module, epoch)
         if upload:
             self.saved.append(
                 self.record.log_checkpoint(folder, step=module.optimizer_steps, metrics=metrics)

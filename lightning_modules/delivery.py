@@ -6,18 +6,18 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from lightning_modules.data.sources import shown
+from lightning_modules.data.naming import address, describe_source, public_name
 from lightning_modules.fencing import RunFence
+from lightning_modules.figures import FIGURES
 from lightning_modules.sender import RefusedError
 from lightning_modules.spool import Event
-from lightning_modules.tables import upload_tables
+from lightning_modules.tables import TABLES, upload_tables
 
 MAX_METRICS_PER_REQUEST = 1000
 MAX_DIGEST_CHARACTERS = 36
@@ -35,14 +35,14 @@ class MLflowDelivery:
     per param and tag, one input per data set and run, and one file per table. Hence the time of
     a point is the time at which it was spooled, never the time at which it is sent.
 
-    :param tables: folder of the tables' files.
+    :param folder: the job's, where the files of tables and pictures are.
     :param fence: whether this attempt may write.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, tables: Path, fence: RunFence) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, folder: Path, fence: RunFence) -> None:
         self._client = client
         self._run_id = run_id
-        self._folder = tables
+        self._folder = folder
         self._fence = fence
         self._known_steps: dict[str, int] = {}
         self._known_before = 0
@@ -53,6 +53,7 @@ class MLflowDelivery:
             "untag": self._untags,
             "dataset": self._datasets,
             "table": self._tables,
+            "figure": self._figures,
         }
 
     def leave_out(self, known_steps: Mapping[str, int], before: int) -> None:
@@ -114,7 +115,11 @@ class MLflowDelivery:
 
     def _tables(self, events: Sequence[Event]) -> None:
         names = list(dict.fromkeys(event["name"] for event in events))
-        upload_tables(self._client, self._run_id, self._folder, names)
+        upload_tables(self._client, self._run_id, self._folder / TABLES, names)
+
+    def _figures(self, events: Sequence[Event]) -> None:
+        for name in dict.fromkeys(event["name"] for event in events):
+            self._client.log_artifact(self._run_id, str(self._folder / FIGURES / name), FIGURES)
 
     def _tags_now(self) -> dict[str, str]:
         return dict(self._client.get_run(self._run_id).data.tags)
@@ -123,69 +128,12 @@ class MLflowDelivery:
 def _dataset_input(event: Event) -> DatasetInput:
     source_type, source = describe_source(event["source"])
     # MLflow's page shows every entry of the profile, and the source only where it knows the type.
-    profile = {"num_rows": event["rows"], "sha256": event["digest"], "source": _address(source)}
+    profile = {"num_rows": event["rows"], "sha256": event["digest"], "source": address(source)}
     dataset = Dataset(
-        name=_public_name(event["name"])[:MAX_DATASET_NAME_CHARACTERS],
+        name=public_name(event["name"])[:MAX_DATASET_NAME_CHARACTERS],
         digest=event["digest"][:MAX_DIGEST_CHARACTERS],
         source_type=source_type,
         source=json.dumps(source),
         profile=json.dumps(profile),
     )
     return DatasetInput(dataset, tags=[InputTag(MLFLOW_DATASET_CONTEXT, event["context"])])
-
-
-def _public_name(name: str) -> str:
-    """A data set without an id is named by its URI, which may hold a password or the data."""
-    if name.startswith("data:") or ":/" in name:
-        return _address(describe_source(name)[1])
-    return name
-
-
-def _address(source: Mapping[str, str]) -> str:
-    return next(iter(source.values()))
-
-
-def describe_source(source: str) -> tuple[str, dict[str, str]]:
-    """Reduce a path or URI to MLflow's source type and fields, without secrets or inline data.
-
-    Types and fields are those of ``mlflow.data``, so that MLflow's page shows and links them; it has
-    none for its own artifacts (``runs:``, ``models:``, ``mlflow-artifacts:``), which keep their scheme.
-    """
-    parts = urlsplit(source)
-    return SOURCES.get(parts.scheme, _described_by_uri)(parts)
-
-
-def _described_as_local(parts: SplitResult) -> tuple[str, dict[str, str]]:
-    return "local", {"uri": parts.path if parts.scheme else parts.geturl()}
-
-
-def _described_inline(parts: SplitResult) -> tuple[str, dict[str, str]]:
-    return "data", {"uri": f"data:{parts.path.partition(',')[0]},..."}
-
-
-def _described_by_url(parts: SplitResult) -> tuple[str, dict[str, str]]:
-    return "http", {"url": shown(parts.geturl())}
-
-
-def _described_by_uri(parts: SplitResult) -> tuple[str, dict[str, str]]:
-    return parts.scheme, {"uri": shown(parts.geturl())}
-
-
-def _described_on_hub(parts: SplitResult) -> tuple[str, dict[str, str]]:
-    query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-    shown = {HUB_FIELDS[key]: value for key, value in query.items() if key in HUB_FIELDS}
-    return "hugging_face", {"path": parts.path.strip("/"), **shown}
-
-
-HUB_FIELDS = {"name": "config_name", "split": "split", "revision": "revision"}
-"""What a ``huggingface:`` URI may say of a data set -> MLflow's field."""
-
-SOURCES: Mapping[str, Callable[[SplitResult], tuple[str, dict[str, str]]]] = {
-    "": _described_as_local,
-    "file": _described_as_local,
-    "data": _described_inline,
-    "http": _described_by_url,
-    "https": _described_by_url,
-    "huggingface": _described_on_hub,
-}
-"""Description of each scheme; others are described by their URI."""

@@ -40,12 +40,12 @@ class Question:
 def questions_of(rows: Iterable[Row], conversations: Conversations) -> dict[int, Question]:
     """Read the questions of rows, by the rows' numbers; one that cannot be read has none.
 
-    :param conversations: reads a row's one conversation.
+    :param conversations: reads a row's conversations; the first is taken, of a preference the chosen one.
     """
     found = {}
     for row in rows:
         with suppress(BadRowError):
-            [turns] = conversations(row.value)
+            turns, *_ = conversations(row.value)
             found[row.number] = _question(turns, tools_of(row.value))
     return found
 

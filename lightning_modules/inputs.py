@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lightning_modules.data.content import RawDataset
+from lightning_modules.data.content import RawDataset, blocks
 from lightning_modules.data.datamodule import FineTuningData
+from lightning_modules.data.naming import public_name
 from lightning_modules.data.reading import read_dataset
 from lightning_modules.data.shards import TokenizedRows, Tokenizing
 from lightning_modules.data.sources import Limits
+from lightning_modules.exact_match import Question, questions_of
+from lightning_modules.generation import prompt_ids
 from lightning_modules.kept import Kept
+from lightning_modules.model_card import TrainedOn
 from lightning_modules.setting import Notices, Setting
 from post_training.schemas.evaluation import WorkerSpec
 from post_training.schemas.trainer import TrainerSpec
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Context = Literal["training", "validation"]
+
+ANSWERED_ROWS, LOOKED_AT_ROWS = 3, 50
+"""How many rows the trained model answers, and among how many these are looked for."""
 
 DEFAULT_STEPS_PER_EPOCH = TrainingConfig.model_fields["max_steps_per_epoch"].default
 
@@ -39,6 +47,44 @@ def read_inputs(spec: TrainerSpec) -> dict[Context, RawDataset]:
     if spec.validation_data is not None and spec.request.training_config.max_validation_steps != 0:
         sources["validation"] = spec.validation_data
     return {context: read(spec, source) for context, source in sources.items()}
+
+
+def trained_on(setting: Setting, datasets: Mapping[Context, RawDataset]) -> list[TrainedOn]:
+    """Return what people may see of the job's data sets."""
+    ids = {"training": setting.data.dataset_id, "validation": setting.data.validation_dataset_id}
+    return [
+        TrainedOn(context, public_name(_name(ids[context], dataset)), dataset.digest, len(dataset.rows))
+        for context, dataset in datasets.items()
+    ]
+
+
+def sample_questions(
+    setting: Setting, datasets: Mapping[Context, RawDataset], tokenizer: PreTrainedTokenizerBase, length: int
+) -> dict[int, Question]:
+    """Return the first questions of the validation data, else of the training data, by their row's number.
+
+    :param length: the longest prompt in tokens.
+    :returns: none where the request has prompts of its own, be they none.
+    """
+    if setting.logger.sample_prompts is not None:
+        return {}
+    dataset = datasets.get("validation", datasets["training"])
+    rows = next(iter(blocks(dataset, LOOKED_AT_ROWS)), [])
+    found = questions_of(rows, setting.algorithm.method.conversations[setting.data.data_format.value])
+    fitting = {number: each for number, each in found.items() if _fits(each, tokenizer, length)}
+    return dict(islice(fitting.items(), ANSWERED_ROWS))
+
+
+def _fits(question: Question, tokenizer: PreTrainedTokenizerBase, length: int) -> bool:
+    try:
+        return len(prompt_ids(tokenizer, question.messages, question.tools)) <= length
+    except Exception:  # a template raises what it likes; such a row is bad, and is reported as that
+        return False
+
+
+def _name(dataset_id: str | None, dataset: RawDataset) -> str:
+    """Return a data set's id, or where it lies: a URI in its place may hold the rows, or a secret."""
+    return dataset.source if dataset_id is None or ":" in dataset_id else dataset_id
 
 
 def read(spec: WorkerSpec, source: str) -> RawDataset:
@@ -160,11 +206,9 @@ class _Reader:
 
     def _log_dataset(self, dataset: RawDataset, context: Context) -> None:
         data = self._setting.data
-        name = data.dataset_id if context == "training" else data.validation_dataset_id
-        if name is None or ":" in name:  # a URI may hold the rows themselves, or a secret
-            name = dataset.source
+        dataset_id = data.dataset_id if context == "training" else data.validation_dataset_id
         self._record.log_dataset(
-            name=name,
+            name=_name(dataset_id, dataset),
             digest=dataset.digest,
             source=dataset.source,
             rows=len(dataset.rows),

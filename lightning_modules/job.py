@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -15,24 +15,35 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lightning_modules.attempts import Inputs, begin
-from lightning_modules.base_model import Base, find_base, identity_of, merge_adapter, meta_model, unpacked
+from lightning_modules.base_model import (
+    Base,
+    find_base,
+    identity_of,
+    kept_beyond,
+    merge_adapter,
+    meta_model,
+    unpacked,
+)
 from lightning_modules.checkpoint import (
     RESUME_FILE,
     Checkpoints,
     FileCheckpointIO,
     SaveInterval,
 )
+from lightning_modules.closing import Figures, SampleAnswers
 from lightning_modules.data.batches import Arrangement
 from lightning_modules.data.datamodule import FineTuningData
 from lightning_modules.data.loaders import Seen
+from lightning_modules.description import Description
 from lightning_modules.dropout import has_dropout, switch_off_dropout
 from lightning_modules.engine.compiling import compile_layers, is_long
 from lightning_modules.engine.lora import use_fast_adapters
 from lightning_modules.engine.prepare import speed_up
 from lightning_modules.estimate import announce, check_memory
-from lightning_modules.inputs import build_data, read_inputs
+from lightning_modules.inputs import build_data, read_inputs, sample_questions, trained_on
 from lightning_modules.kept import Kept
 from lightning_modules.memory_limits import resident_bytes
+from lightning_modules.model_card import Facts, TrainedOn
 from lightning_modules.models import DTYPES, cap_sequence_length, load_config, load_model, load_tokenizer
 from lightning_modules.module import PostTraining
 from lightning_modules.objective import language_model
@@ -43,6 +54,7 @@ from lightning_modules.setting import Notices, Setting
 from lightning_modules.speeds import Speeds
 from lightning_modules.workload import workload_of
 from post_training.errors import ModelError
+from post_training.record import run_params
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.requests import PreferenceOptimizeRequest
 from post_training.schemas.trainer import BASE_FOLDER, TrainerSpec
@@ -123,7 +135,7 @@ def prepare_job(
     base = find_base(spec.model, spec.work_dir / BASE_FOLDER, spec.tracking, spec.model_roots)
     setting = Setting.of(_with_export_form(spec, base))
     pl.seed_everything(setting.runtime.seed, verbose=False)
-    packed, base = base, unpacked(base, kept)
+    packed, base = base, kept_beyond(spec.work_dir / BASE_FOLDER, unpacked(base, kept), kept)
     tokenizer, config = load_tokenizer(base.tokenizer_source), load_config(base.source)
     identity = identity_of(packed)
     outline = meta_model(config)
@@ -137,6 +149,8 @@ def prepare_job(
     if length < setting.runtime.max_seq_length:
         notices.add(f"runtime.max_seq_length is {length}, as many positions as the model has")
     data = build_data(setting, datasets, tokenizer, config, length, record, notices, kept, identity)
+    seen = trained_on(setting, datasets)
+    questions = sample_questions(setting, datasets, tokenizer, length)
     del datasets  # before the weights: rows that were read from json or csv may take much memory
     before_weights()
     model, arrangement = build_model(setting, base, config, length)
@@ -144,6 +158,8 @@ def prepare_job(
     work = workload_of(data.train_loader, spec.request.training_config.n_epochs)
     _compile_if_long(setting, model, work.tokens, outline.num_parameters())
     module = build_module(setting, model, data, record, should_stop)
+    params = _trained_params(setting, module, data, outline.num_parameters())
+    record.log_params(params)
     checkpoints = Checkpoints(
         work_dir=spec.work_dir,
         inputs=inputs.digest,
@@ -153,10 +169,12 @@ def prepare_job(
         tokenizer=tokenizer,
         record=record,
         write=partial(setting.algorithm.weights.export, setting.spec.request),
+        describe=Description(
+            _facts(setting, base, seen, params), type(module.language_model).__name__, tokenizer, record
+        ),
         upload=setting.logger.log_model,
         clock=clock,
     )
-    _log_params(setting, module, data, record, outline.num_parameters())
     for notice in setting.algorithm.method.notices(spec.request):
         notices.add(notice)
     if setting.logger.sample_prompts:
@@ -164,7 +182,8 @@ def prepare_job(
         callbacks = [*callbacks, samples]
     speeds = Speeds.of(setting, kept, identity, length)
     compared = announce(setting, data, work, outline, needs, speeds, record, notices)
-    trainer = build_trainer(setting, [*callbacks, *compared, checkpoints])
+    closing = [Figures(record, spec.work_dir, data), SampleAnswers(questions, tokenizer, record)]
+    trainer = build_trainer(setting, [*callbacks, *compared, *closing, checkpoints])
     return Job(setting, data, module, checkpoints, trainer)
 
 
@@ -304,28 +323,30 @@ def references_of(
     return torch.cat(cast(list[torch.Tensor], trainer.predict(module, data.batches_of(parts)))).cpu()
 
 
-def _log_params(
-    setting: Setting, module: PostTraining, data: FineTuningData, record: JobRecord, of_base: int
-) -> None:
-    """Record what only the trainer knows.
+def _facts(setting: Setting, base: Base, seen: Sequence[TrainedOn], params: Mapping[str, object]) -> Facts:
+    """Put together what is the same in all checkpoints."""
+    request, tracking = setting.spec.request, setting.spec.tracking
+    return Facts(
+        job_uuid=request.job_uuid,
+        method=setting.algorithm.method.title,
+        weights=setting.algorithm.weights.title,
+        base=base.name,
+        base_source=base.source,
+        run_id=None if tracking is None else tracking.run_id,
+        data=seen,
+        settings={**run_params(request), **params},
+    )
+
+
+def _trained_params(
+    setting: Setting, module: PostTraining, data: FineTuningData, of_base: int
+) -> dict[str, object]:
+    """Return what only the trainer knows.
 
     :param of_base: parameters of the base model; of a 4-bit one its modules hold another number.
     """
     trained = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
     total = of_base if setting.spec.request.adapters is None else of_base + trained
-    record.log_params(
-        {
-            "effective_dtype": setting.dtype,
-            "device": setting.device,
-            "trainable_parameters": trained,
-            "total_parameters": total,
-            "steps": module.steps_total,
-            "training_rows": sum(data.train_loader.shards.counts),
-            "seed": setting.runtime.seed,
-            "learning_rate": module.optimizer_config.lr,
-            "num_warmup_steps": module.schedule.warmup,
-        }
-    )
     log.info(
         "training %d of %d parameters in %s on %s, %d optimizer steps",
         trained,
@@ -334,3 +355,14 @@ def _log_params(
         setting.device,
         module.steps_total,
     )
+    return {
+        "effective_dtype": setting.dtype,
+        "device": setting.device,
+        "trainable_parameters": trained,
+        "total_parameters": total,
+        "steps": module.steps_total,
+        "training_rows": sum(data.train_loader.shards.counts),
+        "seed": setting.runtime.seed,
+        "learning_rate": module.optimizer_config.lr,
+        "num_warmup_steps": module.schedule.warmup,
+    }

@@ -122,6 +122,19 @@ def make(path: Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """Give the files of a folder a second name in another; copy them where the file system has none."""
+    shutil.copytree(source, target, copy_function=link)
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name; copy it where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def digest_of(*parts: Any) -> str:
     """Return a SHA-256 in hexadecimal digits of what JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,10 +1,11 @@
-"""Means of values that arrive in sums."""
+"""Means of values that arrive in sums, and values that are kept one by one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 MAX_PERPLEXITY_LOG = 700.0
@@ -34,6 +35,25 @@ class Means:
     def sums(self) -> list[tuple[str, float, int]]:
         """Return name, sum and count of each; ``Means(sums)`` goes on from there."""
         return [(name, float(total), count) for name, (total, count) in self._sums.items()]
+
+
+class Values:
+    """Single values by name, in the order of their arrival; they stay on their device until asked for.
+
+    :param there: those that came before (n).
+    """
+
+    def __init__(self, there: Mapping[str, Tensor] = {}) -> None:
+        self._parts = {name: [values] for name, values in there.items()}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add values (b)."""
+        for name, more in values.items():
+            self._parts.setdefault(name, []).append(more.detach().float())
+
+    def all(self) -> dict[str, Tensor]:
+        """Return all values (n) by name, on the CPU."""
+        return {name: torch.cat(parts).cpu() for name, parts in self._parts.items()}
 
 
 def perplexity(nll: float) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -15,13 +13,13 @@ from mlflow import MlflowClient
 
 from lightning_modules.delivery import MLflowDelivery
 from lightning_modules.fencing import RunFence
+from lightning_modules.kept import link
 from lightning_modules.logged_models import LoggedModels, Point
 from lightning_modules.record import CLOSE_TIMEOUT, LocalRecord, now_ms, require_files
 from lightning_modules.recorded import Recorded, what_is_recorded
 from lightning_modules.sender import Sender
 from lightning_modules.spool import Spool
 from lightning_modules.stored_state import StateStore
-from lightning_modules.tables import TABLES
 from lightning_modules.uploads import UploadDelivery, checkpoint_event
 from post_training.errors import InputsChangedError, RecordUnavailableError
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
@@ -92,7 +90,7 @@ class MLflowRecord(LocalRecord):
         self._fence = RunFence(client, run_id, spec.attempt_id)
         self._models = LoggedModels(client, run_id, spec.request.job_uuid)
         self._states = StateStore(client, spec.tracking.tracking_uri, run_id)
-        self._delivery = MLflowDelivery(client, run_id, spool.folder / TABLES, self._fence)
+        self._delivery = MLflowDelivery(client, run_id, spool.folder, self._fence)
         self._tables = Spool(spool.folder / TABLES_SPOOL_FILE, run_id)
         self._uploads = Spool(spool.folder / UPLOADS_SPOOL_FILE, run_id)
         self._upload_delivery = UploadDelivery(
@@ -234,10 +232,7 @@ class MLflowRecord(LocalRecord):
         for older in waiting.iterdir():
             older.unlink(missing_ok=True)  # the uploader may have done it
         copy = waiting / f"step-{step}.ckpt"
-        try:
-            os.link(file, copy)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(file, copy)
+        link(file, copy)
         event = {"file": copy.as_posix(), "step": step, "inputs": inputs, "after": self._spool.size}
         self._uploads.append([{"kind": "state", **event}])
         pause = max(STATE_SECONDS, self._upload_delivery.last_seconds / STATE_SHARE)
@@ -270,6 +265,14 @@ class MLflowRecord(LocalRecord):
         """Write the table's file in the job's folder, and have it sent."""
         super().log_table(name, columns, rows)
         self._tables.append([{"kind": "table", "name": name}])
+
+    def history(self, key: str) -> list[tuple[int, float]]:
+        """Return what the spool holds of a metric, and what the run held when this attempt began."""
+        return sorted({**self._before.points.get(key, {}), **self._spool.points(key)}.items())
+
+    def log_figure(self, file: Path) -> None:
+        """Have the picture sent."""
+        self._tables.append([{"kind": "figure", "name": file.name}])
 
     def discard_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Have the epoch's logged model deleted, and its tag removed."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lightning_modules.callbacks import peak_bytes
 from lightning_modules.data.batches import Batch
-from lightning_modules.means import Means, perplexity
+from lightning_modules.means import Means, Values, perplexity
 from lightning_modules.objective import Objective, Outcome, language_model
 from lightning_modules.offloading import offloaded
 from lightning_modules.optimization import Schedule, make_optimizer
@@ -53,6 +53,7 @@ class PostTraining(pl.LightningModule):
     :param log_every_n_steps: optimizer steps between two points of the training metrics.
     :param offload_activations: keep activations in host memory between forward and backward.
     :param should_stop: asked between micro-batches; once true, training ends with an exception.
+    :ivar distributions: by metric, the values of single units (n) in the last epoch or validation that ended.
     """
 
     def __init__(
@@ -88,6 +89,9 @@ class PostTraining(pl.LightningModule):
         self.last_loss = math.nan
         self.metrics: dict[str, float] = {}
         self.epoch_means = Means()
+        self.distributions: dict[str, Tensor] = {}
+        self._epoch_values = Values()
+        self._validation_values = Values()
         self._window = Means()
         self._validation = Means()
         self._window_tokens = 0
@@ -120,6 +124,7 @@ class PostTraining(pl.LightningModule):
                 outcome = self.objective(self.model, micro)
             self.manual_backward(outcome.loss / units)
             _add(step, outcome, micro["units"])
+            self._epoch_values.add(outcome.values)
         self.last_loss = step.mean(names.METRIC_TRAIN_LOSS)
         self._check_finite(self.last_loss, f"at optimizer step {self.optimizer_steps + 1}")
         norm = self._optimizer_step()
@@ -195,22 +200,31 @@ class PostTraining(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Begin the epoch's means."""
         self.epoch_means = Means()
+        self._epoch_values = Values()
+
+    def on_train_epoch_end(self) -> None:
+        """Keep the epoch's single values."""
+        self.distributions |= self._epoch_values.all()
 
     def on_validation_epoch_start(self) -> None:
         """Begin the validation's means."""
         self._validation = Means()
+        self._validation_values = Values()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the validation's means."""
         self.stop_if_asked()
-        _add(self._validation, self.objective(self.model, batch), batch["units"])
+        outcome = self.objective(self.model, batch)
+        _add(self._validation, outcome, batch["units"])
+        self._validation_values.add(outcome.values)
 
     def on_validation_epoch_end(self) -> None:
         """Record the validation's loss, perplexity, and the objective's own metrics.
 
         :raises DivergenceError: if the last step left weights whose loss is no finite number.
         """
-        means = self._validation.all()
+        means, values = self._validation.all(), self._validation_values.all()
+        self.distributions |= {f"{names.VALIDATION_PREFIX}{name}": each for name, each in values.items()}
         loss, nll = means.pop(names.METRIC_TRAIN_LOSS), means.pop(NLL)
         if self.optimizer_steps > 0:
             self._check_finite(loss, f"after optimizer step {self.optimizer_steps}")
@@ -238,6 +252,8 @@ class PostTraining(pl.LightningModule):
             "epoch_means": self.epoch_means.sums(),
             "window": [self._window.sums(), self._window_tokens, self._window_seconds],
             "metrics": dict(self.metrics),
+            "epoch_values": self._epoch_values.all(),
+            "distributions": dict(self.distributions),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -249,6 +265,8 @@ class PostTraining(pl.LightningModule):
         sums, self._window_tokens, self._window_seconds = state["window"]
         self._window = Means(sums)
         self.metrics = dict(state["metrics"])
+        self._epoch_values = Values(state["epoch_values"])
+        self.distributions = dict(state["distributions"])
 
 
 def _add(means: Means, outcome: Outcome, units: int) -> None:

@@ -30,11 +30,13 @@ class Outcome:
     :param loss: sum over the batch's units (scored tokens, or pairs); a scalar in fp32 with a gradient.
     :param nll: negative log-probabilities of answer tokens, in nats; perplexity is exp of their mean.
     :param metrics: further means by the metric's name.
+    :param values: of these, each unit's own (b), where their distribution is of interest.
     """
 
     loss: Tensor
     nll: Sum
     metrics: Mapping[str, Sum] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):

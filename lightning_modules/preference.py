@@ -41,7 +41,7 @@ class PreferenceOptimization:
         result = rewards(ratios, batch["sequence"], self.config)
         losses = PREFERENCE_LOSSES[self.config.loss_type](result, self.config)
         chosen, rejected, pairs = result.chosen.detach(), result.rejected.detach(), batch["units"]
-        of_chosen = batch["sequence"] % 2 == 0
+        margins, of_chosen = chosen - rejected, batch["sequence"] % 2 == 0
         return Outcome(
             losses.sum(),
             nll=Sum(-policy.detach()[of_chosen].sum(), int(of_chosen.sum())),
@@ -49,10 +49,11 @@ class PreferenceOptimization:
                 names.METRIC_REWARD_CHOSEN: Sum(chosen.sum(), pairs),
                 names.METRIC_REWARD_REJECTED: Sum(rejected.sum(), pairs),
                 names.METRIC_REWARD_ACCURACY: Sum((chosen > rejected).float().sum(), pairs),
-                names.METRIC_REWARD_MARGIN: Sum((chosen - rejected).sum(), pairs),
+                names.METRIC_REWARD_MARGIN: Sum(margins.sum(), pairs),
                 names.METRIC_REWARD_CLIPPED: Sum(result.clipped * pairs, pairs),
                 names.METRIC_KL: Sum(kl_estimate(ratios), len(ratios)),
             },
+            values={names.METRIC_REWARD_MARGIN: margins},
         )
 
 

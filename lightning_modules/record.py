@@ -102,6 +102,15 @@ class JobRecord(Protocol):
         :param name: a file's name that ends in ``.json``.
         """
 
+    def history(self, key: str) -> list[tuple[int, float]]:
+        """Return a metric's finite values with their steps, in their order, of all attempts."""
+
+    def log_figure(self, file: Path) -> None:
+        """Record a picture, replacing what was recorded under its name.
+
+        :param file: in the folder ``figures`` of the job's.
+        """
+
     def begin(self, inputs: str, *, here: str | None, give_up: Callable[[], bool]) -> None:
         """Say what is trained; nothing else may be recorded before.
 
@@ -198,6 +207,13 @@ class LocalRecord:
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Write the table's file in the job's folder."""
         write_table(self._spool.folder, name, columns, rows)
+
+    def history(self, key: str) -> list[tuple[int, float]]:
+        """Return what the spool holds of a metric."""
+        return sorted(self._spool.points(key).items())
+
+    def log_figure(self, file: Path) -> None:
+        """Do nothing: the picture is in the job's folder."""
 
     def begin(self, inputs: str, *, here: str | None, give_up: Callable[[], bool]) -> None:
         """Refuse to go on where something else was trained.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,10 +17,12 @@ class Recorded:
 
     :param steps: last step of each metric.
     :param tags: values by key.
+    :param points: finite values of each metric by step.
     """
 
     steps: Mapping[str, int] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    points: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> str | None:
@@ -33,5 +36,10 @@ def what_is_recorded(client: MlflowClient, run_id: str) -> Recorded:
     :raises Exception: whatever MLflow's client raises.
     """
     data = client.get_run(run_id).data
-    steps = {key: max(m.step for m in client.get_metric_history(run_id, key)) for key in data.metrics}
-    return Recorded(steps, data.tags)
+    histories = {key: client.get_metric_history(run_id, key) for key in data.metrics}
+    steps = {key: max(metric.step for metric in history) for key, history in histories.items()}
+    points = {
+        key: {metric.step: metric.value for metric in history if math.isfinite(metric.value)}
+        for key, history in histories.items()
+    }
+    return Recorded(steps, data.tags, points)

@@ -34,6 +34,7 @@ from post_training.schemas.requests import (
 class Weights:
     """Which of a model's weights are trained, and in what form they leave.
 
+    :param title: what is trained, in words.
     :param check: takes the model without weights (on the meta device) and raises ModelError if it cannot
         be trained so.
     :param prepare: takes the loaded base model and the base model's name; returns the model with exactly
@@ -44,6 +45,7 @@ class Weights:
         otherwise its fp32 weights are trained under autocast.
     """
 
+    title: str
     check: Callable[[PreTrainedModel, AnyTrainingRequest], None]
     prepare: Callable[[PreTrainedModel, AnyTrainingRequest, str], nn.Module]
     export: Callable[[AnyTrainingRequest, nn.Module, Path], None]
@@ -55,6 +57,7 @@ class Weights:
 class Method:
     """What is learned from a row.
 
+    :param title: what that is called.
     :param conversations: data_format -> reader of a row's conversations.
     :param item: a row's tokenized conversations -> what a batch is made of.
     :param objective: makes the loss of a request.
@@ -62,6 +65,7 @@ class Method:
     :param learning_rate: peak rate where the request has no optimizer_config; None is the weights' own.
     """
 
+    title: str
     conversations: Mapping[str, Conversations]
     item: Callable[..., Item]
     objective: Callable[[Any], Objective]
@@ -143,26 +147,49 @@ def _alone(read: Callable[[Mapping[str, Any]], list[Turn]]) -> Conversations:
 
 
 _QUANTIZED = Weights(
-    _check_quantization, _train_quantized, _export_quantized, learning_rate=2e-5, frozen_base=False
+    "every weight, as it will be once it is quantized (QAT)",
+    _check_quantization,
+    _train_quantized,
+    _export_quantized,
+    learning_rate=2e-5,
+    frozen_base=False,
 )
 
 WEIGHTS: Mapping[str, Weights] = {
     "full": Weights(
-        lambda model, request: None, _train_everything, _export_whole, learning_rate=2e-5, frozen_base=False
+        "every weight",
+        lambda model, request: None,
+        _train_everything,
+        _export_whole,
+        learning_rate=2e-5,
+        frozen_base=False,
     ),
-    "LoRA": Weights(_check_adapters, _train_adapters, _export_adapters, learning_rate=2e-4, frozen_base=True),
+    "LoRA": Weights(
+        "low-rank adapters (LoRA)",
+        _check_adapters,
+        _train_adapters,
+        _export_adapters,
+        learning_rate=2e-4,
+        frozen_base=True,
+    ),
     "QAT": _QUANTIZED,
-    "QAT with LoRA": replace(_QUANTIZED, learning_rate=2e-4),
+    "QAT with LoRA": replace(
+        _QUANTIZED,
+        title="low-rank updates of weights, as these will be once they are quantized (QAT)",
+        learning_rate=2e-4,
+    ),
 }
 """Every way to train weights; ``full`` is the request without an algorithm or adapters."""
 
 METHODS: Mapping[str, Method] = {
     SupervisedFineTuneRequest.method: Method(
+        "supervised fine-tuning",
         conversations={name: _alone(read) for name, read in FORMATS.items()},
         item=lambda example: example,
         objective=lambda request: SupervisedFineTuning(),
     ),
     PreferenceOptimizeRequest.method: Method(
+        "direct preference optimization",
         conversations=PREFERENCE_FORMATS,
         item=Pair,
         objective=lambda request: PreferenceOptimization(request.algorithm_config),

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
-"""One thing to record. ``kind`` is metrics, param, tag, untag or dataset; in the spool of tables table; in
-that of uploads checkpoint, discard or state."""
+"""One thing to record. ``kind`` is metrics, param, tag, untag or dataset; in the spool of tables table or
+figure; in that of uploads checkpoint, discard or state."""
 
 _BLOCK_BYTES = 1 << 20
 
@@ -118,6 +118,14 @@ class Spool:
                 value = event["values"].get(key)
                 found = (float(value), int(event["time"])) if value is not None else found
         return found
+
+    def points(self, key: str) -> dict[int, float]:
+        """A metric's finite values by step."""
+        return {
+            event["step"]: value
+            for event in self.events()
+            if event["kind"] == "metrics" and (value := event["values"].get(key)) is not None
+        }
 
     def events(self) -> Iterator[Event]:
         """Yield all events, sent or not, oldest first."""

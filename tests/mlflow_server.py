@@ -40,7 +40,7 @@ class MLflowServer:
         """Whether it was started and not stopped."""
         return self._process is not None
 
-    def start(self, timeout: float = 60.0) -> None:
+    def start(self, timeout: float = 300.0) -> None:
         """Start it and wait until it answers; the port and the data are those of the last start."""
         with (self.home / "server.log").open("ab") as log:
             self._process = subprocess.Popen(

@@ -18,6 +18,8 @@ class FineTuningData(pl.LightningDataModule):
     :param validation: validation rows, read in file order, never packed.
     :param validation_batches: how many batches of them are read; None is all, 0 none.
     :param max_seq_length: tokens of a packed row for each sequence that an item has: a pair has two.
+    :ivar data_sets: by what they are for.
+    :ivar max_row_length: tokens of the longest row that there can be.
     """
 
     def __init__(
@@ -36,6 +38,10 @@ class FineTuningData(pl.LightningDataModule):
         steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__()
+        self.data_sets: dict[str, Shards] = {"training": train}
+        if validation is not train:
+            self.data_sets["validation"] = validation
+        self.max_row_length = max_seq_length * len(train[0][0].sequences)
         self.train_loader = StepLoader(
             train,
             batch_size=batch_size,
@@ -44,7 +50,7 @@ class FineTuningData(pl.LightningDataModule):
             seed=seed,
             steps_per_epoch=steps_per_epoch,
             pad_id=pad_id,
-            capacity=max_seq_length * len(train[0][0].sequences) if packed else None,
+            capacity=self.max_row_length if packed else None,
         )
         read = None if validation_batches is None else validation_batches * batch_size
         self._validation = [

@@ -81,6 +81,9 @@ class Shards(Protocol):
         :raises DataError: if too many of its rows are bad.
         """
 
+    def known_lengths(self) -> Iterator[int]:
+        """Yield the tokens of each item of the shards that are made."""
+
     def check(self) -> str | None:
         """Say what was found wrong meanwhile.
 
@@ -236,6 +239,11 @@ class TokenizedRows:
                 del self._open[next(iter(self._open))]
             self._open[number] = StoredShard(file, self.tokenizing.item, self._references_of(number))
         return self._open[number]
+
+    def known_lengths(self) -> Iterator[int]:
+        """Yield the tokens of each item of the shards that are made."""
+        for number in sorted(self._made):
+            yield from StoredShard(self._file(number), self.tokenizing.item).lengths
 
     def keep_references(self, model: Any) -> None:
         """Look for reference log-probabilities, and keep them, by what tells their model from others."""

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 
+from lightning_modules.flavor import write_flavor
 from lightning_modules.job import prepare_job
 from lightning_modules.module import StopRequestedError
 from lightning_modules.record import open_record
@@ -151,7 +154,7 @@ def test_resumes_to_the_same_weights(changes: dict[str, Any], spec_of: Maker, tm
 
 
 RELOADER = """
-import json, pathlib, sys, torch
+import json, mlflow.transformers, pathlib, sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -163,7 +166,11 @@ for line in sys.stdin:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
             bnb_4bit_use_double_quant=True,
         )
-    if (folder / "adapter_config.json").exists():
+    if job["mlflow"]:
+        loaded = mlflow.transformers.load_model(folder.as_posix(), return_type="components", dtype="float32")
+        model = loaded["model"]
+        assert loaded["tokenizer"].chat_template
+    elif (folder / "adapter_config.json").exists():
         base = AutoModelForCausalLM.from_pretrained(job["base"], **options)
         model = PeftModel.from_pretrained(base, folder)
     else:
@@ -196,31 +203,44 @@ def reloader() -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
+def reloaded(reloader: subprocess.Popen[str], folder: Path, **order: Any) -> torch.Tensor:
+    """The logits of a checkpoint that the other process has loaded."""
+    output = folder.with_suffix(".pt")
+    assert reloader.stdin is not None
+    assert reloader.stdout is not None
+    print(json.dumps(order | {"folder": str(folder), "output": str(output)}), file=reloader.stdin, flush=True)
+    assert reloader.stdout.readline() == f"loaded {folder}\n"
+    logits: torch.Tensor = torch.load(output)
+    return logits
+
+
 @every_algorithm
 def test_reloads_in_another_process_to_the_same_logits(
-    changes: dict[str, Any], spec_of: Maker, tmp_path: Path, reloader: subprocess.Popen[str]
+    changes: dict[str, Any], spec_of: Maker, reloader: subprocess.Popen[str]
 ) -> None:
     spec = spec_of(changes, training={"n_epochs": 1})
     job = prepare_job(spec, open_record(spec))
     (checkpoint,) = job.run().checkpoints
-    folder, output = Path(checkpoint.path), tmp_path / "logits.pt"
+    folder = Path(checkpoint.path)
     four_bit = bool((changes.get("algorithm") or {}).get("quantize_base"))
-    order = {
-        "folder": str(folder),
-        "base": spec.model,
-        "four_bit_base": four_bit and (folder / "adapter_config.json").exists(),
-        "output": str(output),
-    }
-    assert reloader.stdin is not None
-    assert reloader.stdout is not None
-    print(json.dumps(order), file=reloader.stdin, flush=True)
-    assert reloader.stdout.readline() == f"loaded {folder}\n"
+    four_bit_base = four_bit and (folder / "adapter_config.json").exists()
+    logits = reloaded(reloader, folder, base=spec.model, four_bit_base=four_bit_base, mlflow=False)
     with torch.no_grad():
-        expected = job.module.model.eval()(input_ids=torch.arange(3, 30)[None]).logits
+        expected = job.module.model.eval()(input_ids=torch.arange(3, 30)[None]).logits.float()
     # bitsandbytes multiplies in bf16 on a CPU that has it, once the model is in evaluation mode.
-    tolerance = 1e-2 if order["four_bit_base"] else 1e-3
-    torch.testing.assert_close(torch.load(output), expected.float(), rtol=tolerance, atol=tolerance)
+    tolerance = 1e-2 if four_bit_base else 1e-3
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
     assert not list(folder.glob("*.bin"))
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == ("peft" if (folder / "adapter_config.json").exists() else "transformers")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    write_flavor(
+        folder, base=spec.model, architecture="LlamaForCausalLM", tokenizer=tokenizer, run_id="0123abcd"
+    )
+    through_mlflow = reloaded(reloader, folder, base=spec.model, four_bit_base=False, mlflow=True)
+    # MLflow loads a 4-bit adapter's base as it lies there.
+    tolerance = 0.5 if four_bit_base else 1e-3
+    torch.testing.assert_close(through_mlflow, expected, rtol=tolerance, atol=tolerance)
 
 
 @every_algorithm

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import lightning.pytorch as pl
 import llama_stack_client
 import mlflow.artifacts
+import mlflow.transformers
 import pytest
 import torch
 from peft import PeftModel
@@ -22,6 +29,7 @@ from lightning_modules.job import prepare_job
 from lightning_modules.record import open_record
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.schemas.trainer import TrainerSpec
+from post_training.standalone_layout import free_ports
 from tests.system.conftest import Deployment
 from tests.waiting import wait_until
 
@@ -140,6 +148,39 @@ def test_the_adapter_in_mlflow_is_the_trained_model(
     assert not torch.allclose(found, untrained, atol=1e-4)
 
 
+def test_mlflow_serves_a_checkpoint(
+    deployment: Deployment, lora_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ask MLflow's own server of the newest checkpoint what MLflow's loader answers here."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", deployment.servers.mlflow_url)
+    checkpoint = lora_job[0].checkpoints[-1]["path"]
+    (port,) = free_ports(1)
+    command = ["-m", "mlflow", "models", "serve", "--model-uri", checkpoint, "--env-manager", "local"]
+    question = {"messages": [{"role": "user", "content": "How many are 7 apples?"}], "max_tokens": 5}
+    with (tmp_path / "serve.log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, *command, "--port", str(port)], stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/ping"))
+        answered = httpx.post(f"http://127.0.0.1:{port}/invocations", json=question, timeout=300)
+        answered.raise_for_status()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    (served,) = answered.json()
+    chat = mlflow.transformers.load_model(checkpoint)
+    (local,) = chat(question["messages"], max_new_tokens=5)
+    assert served["choices"][0]["message"] == local["generated_text"][-1]
+    assert served["usage"]["completion_tokens"] == 5
+
+
+def answers(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(url, timeout=300).is_success
+    return False
+
+
 def test_the_run_in_mlflow_tells_the_whole_story(deployment: Deployment, lora_job: Any) -> None:
     (run,) = deployment.runs_of("lora-1")
     assert run.info.status == "FINISHED"
@@ -155,7 +196,10 @@ def test_the_run_in_mlflow_tells_the_whole_story(deployment: Deployment, lora_jo
     assert json.loads(dataset.profile)["num_rows"] == 12
     assert dataset.digest
     files = {file.path for file in deployment.mlflow.list_artifacts(run.info.run_id)}
-    assert {"request.json", "logs"} <= files
+    assert {"request.json", "logs", "figures", "sample_answers.json"} <= files
+    figures = {Path(file.path).name for file in deployment.mlflow.list_artifacts(run.info.run_id, "figures")}
+    assert figures == {"loss.png", "learning_rate.png", "gradient_norm.png", "row_lengths.png"}
+    assert "# lora-1, epoch 1" in run.data.tags["mlflow.note.content"]
     log = Path(deployment.mlflow.download_artifacts(run.info.run_id, "logs/train-1.log")).read_text()
     assert "progress step 6/6" in log
 

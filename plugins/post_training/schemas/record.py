@@ -59,6 +59,8 @@ TAG_RESOURCES: Final = "post_training.resources"
 """JSON of what the trainer used so far: see ``lightning_modules.callbacks.Resources``."""
 
 TAG_WARNING: Final = "post_training.warning"
+TAG_DESCRIPTION: Final = "mlflow.note.content"
+"""MLflow's own, for text that its pages show above a run, as Markdown."""
 
 # Tags of a search's trial, whose run is below the job's; and of the job's run.
 TAG_TRIAL: Final = "post_training.trial"

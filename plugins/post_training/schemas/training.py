@@ -193,6 +193,12 @@ def _no_number(value: Any) -> Any:
     return value
 
 
+SamplePrompts = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]],
+    Field(max_length=MAX_SAMPLE_PROMPTS),
+]
+
+
 class LoggerConfig(StrictModel):
     """What ``logger_config`` may hold."""
 
@@ -211,10 +217,10 @@ class LoggerConfig(StrictModel):
         description="Checkpoints that become MLflow models: all, true for the last one only, or false for"
         " none, which needs a checkpoint_dir.",
     )
-    sample_prompts: list[Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]] = Field(
-        default_factory=list,
-        max_length=MAX_SAMPLE_PROMPTS,
-        description="Prompts that the model answers at each validation; the answers are a table of the run.",
+    sample_prompts: SamplePrompts | None = Field(
+        default=None,
+        description="Prompts that the model answers at each validation; the answers are a table of the run."
+        " null: it answers three rows of the validation data, at the job's end; [] answers none.",
     )
 
     @field_validator("tags")

@@ -12,8 +12,18 @@ with DAG(
     doc_md=__doc__,
     schedule=None,
     params={
-        "registered_model": Param(type="string", minLength=1, description="Name in MLflow's model registry."),
-        "reason": Param("", type="string", description="One sentence, for whoever is scheduled on it."),
+        "registered_model": Param(
+            type="string",
+            minLength=1,
+            section="Model",
+            description="Name in MLflow's model registry; it must have a version before its champion.",
+        ),
+        "reason": Param(
+            "",
+            type="string",
+            section="Model",
+            description="One sentence, for whoever is scheduled on the model; it may be empty.",
+        ),
     },
     max_active_runs=1,
     is_paused_upon_creation=False,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from airflow.sdk import Param
 
+from post_training.schemas.base import MAX_COUNT
 from post_training.schemas.flat import DEPLOYMENTS, Leaf, leaves
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.training import DATA_DEFAULTS
@@ -55,33 +57,50 @@ SECTIONS: dict[str, str] = {
     "finetuned_model": "Model",
     "checkpoint_dir": "Model",
     "training_config.data_config": "Data",
-    "algorithm_config": "Algorithm",
-    "runtime.adapter": "Adapters",
     "training_config.optimizer_config": "Optimizer",
     "training_config.efficiency_config": "Memory and compute",
     "training_config": "Training",
+    "algorithm_config": "Algorithm",
+    "runtime.adapter": "Adapters",
     "runtime": "Runtime",
     "logger_config": "Record",
     "hyperparam_search_config": "Search",
 }
-"""Path prefix -> section of the form, in the order of the form; the first that fits is taken."""
+"""Path prefix -> section of the form; the first that fits is taken."""
+
+ORDER = (
+    "Model",
+    "Data",
+    "Training",
+    "Algorithm",
+    "Adapters",
+    "Optimizer",
+    "Runtime",
+    "Memory and compute",
+    "Record",
+    "Search",
+)
+"""Sections as the form shows them: what every job is asked for comes first."""
 
 
 def request_params(model: type[AnyTrainingRequest], *, search: bool = False) -> dict[str, Param]:
     """Return the params of a request class, keyed by dotted path.
 
-    :param search: whether the form shows a search, to be changed, instead of none.
+    :param search: whether the form shows a search, to be changed, instead of none; its section is the first.
     """
     defaults = FORM_DEFAULTS[model.method]
     if search:
         space = {SEARCHED[model.method]: {"type": "categorical", "choices": [4, 8, 16]}}
         defaults = {**defaults, "hyperparam_search_config": {"space": space, "n_trials": 3}}
-    ordered = sorted(leaves(model).values(), key=lambda leaf: list(SECTIONS).index(_prefix(leaf.path)))
-    return {leaf.path: form_param(leaf, defaults, SECTIONS[_prefix(leaf.path)]) for leaf in ordered}
+    order = (*ORDER[-1:], *ORDER[:-1]) if search else ORDER
+    ordered = sorted(leaves(model).values(), key=lambda leaf: order.index(_section(leaf.path)))
+    return {leaf.path: form_param(leaf, defaults, _section(leaf.path)) for leaf in ordered}
 
 
-def _prefix(path: str) -> str:
-    return next(prefix for prefix in SECTIONS if path == prefix or path.startswith(f"{prefix}."))
+def _section(path: str) -> str:
+    return next(
+        section for prefix, section in SECTIONS.items() if path == prefix or path.startswith(f"{prefix}.")
+    )
 
 
 def form_param(leaf: Leaf, defaults: dict[str, Any], section: str) -> Param:
@@ -102,6 +121,8 @@ def form_param(leaf: Leaf, defaults: dict[str, Any], section: str) -> Param:
     schema["type"] = types if len(types) > 1 else types[0]
     schema["title"] = leaf.path.rpartition(".")[2]
     schema["section"] = section
+    sentences = (leaf.schema["description"], range_of(schema), _left_empty(leaf))
+    schema["description"] = " ".join(filter(None, sentences))
     if leaf.path in defaults:
         return Param(defaults[leaf.path], **schema)
     if "null" in types:
@@ -110,3 +131,31 @@ def form_param(leaf: Leaf, defaults: dict[str, Any], section: str) -> Param:
     if "default" in leaf.schema:
         return Param(leaf.schema["default"], **schema)
     return Param(**schema)
+
+
+_BOUNDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+
+
+def range_of(schema: Mapping[str, Any]) -> str:
+    """Return the sentence of which numbers a JSON schema takes; none for the largest that we can store."""
+    if "minimum" in schema and schema["minimum"] == schema.get("maximum"):
+        return f"Only {schema['minimum']}."
+    bounds = [
+        f"{word} {schema[name]:g}"
+        for name, word in _BOUNDS.items()
+        if name in schema and schema[name] < MAX_COUNT
+    ]
+    return f"{', '.join(bounds).capitalize()}." if bounds else ""
+
+
+def _left_empty(leaf: Leaf) -> str:
+    """Return the sentence of what stands for a field of ``runtime`` that is left empty."""
+    default = leaf.schema.get("default")
+    if leaf.tags or not leaf.path.startswith("runtime.") or default is None:
+        return ""
+    return f"Empty takes the deployment's, which is {default} unless it says otherwise."

@@ -70,7 +70,11 @@ def retraining_params(file: RetrainingFile) -> dict[str, Param]:
     """Return the params of the DAG, keyed by dotted path, with the file's values as defaults."""
     body = file.model_dump(mode="json")
     ordered = sorted(
-        leaves(RetrainingConfig).values(), key=lambda leaf: list(SECTIONS).index(leaf.path.partition(".")[0])
+        leaves(RetrainingConfig).values(),
+        key=lambda leaf: (
+            list(SECTIONS).index(leaf.path.partition(".")[0]),
+            leaf.optional or not leaf.required,
+        ),
     )
     return {
         leaf.path: form_param(

@@ -9,8 +9,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from post_training.schemas.base import Count, StrictModel
 
-TYPE_DESCRIPTION = "Which algorithm the fields beside it belong to; no algorithm trains every weight."
-
 
 class LoraFinetuningConfig(StrictModel):
     """Low-Rank Adaptation: frozen base, trained low-rank updates ``W + (alpha / rank) · B·A``.
@@ -19,7 +17,10 @@ class LoraFinetuningConfig(StrictModel):
     https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    type: Literal["LoRA"] = Field(default="LoRA", description=TYPE_DESCRIPTION)
+    type: Literal["LoRA"] = Field(
+        default="LoRA",
+        description="LoRA trains the adapters that the fields beside it describe; null trains every weight.",
+    )
     lora_attn_modules: list[Annotated[str, Field(min_length=1)]] = Field(
         description="Attention projections that get an adapter: q_proj, k_proj, v_proj, output_proj"
         " (or o_proj); translated to the architecture's own names."
@@ -27,9 +28,13 @@ class LoraFinetuningConfig(StrictModel):
     apply_lora_to_mlp: bool = Field(description="Whether the feed-forward projections get adapters too.")
     apply_lora_to_output: bool = Field(description="Whether the output head gets an adapter too.")
     rank: Count = Field(
-        ge=1, description="Rank r of the update: A is (r, in_features), B is (out_features, r)."
+        ge=1,
+        description="Rank r of the update: A is (r, in_features), B is (out_features, r). 4 to 64 is usual.",
     )
-    alpha: Count = Field(ge=1, description="Scaling numerator: the update is multiplied by alpha / rank.")
+    alpha: Count = Field(
+        ge=1,
+        description="Scaling numerator: the update is multiplied by alpha / rank. Twice the rank is usual.",
+    )
     use_dora: bool | None = Field(
         default=False,
         description="Weight-decomposed LoRA (DoRA): a trained magnitude per output feature.",
@@ -75,7 +80,11 @@ class QATFinetuningConfig(StrictModel):
     Reference: torchao's ``QATConfig`` flow, https://docs.pytorch.org/ao/stable/ .
     """
 
-    type: Literal["QAT"] = Field(default="QAT", description=TYPE_DESCRIPTION)
+    type: Literal["QAT"] = Field(
+        default="QAT",
+        description="LoRA trains adapters, QAT weights that are quantized in the end; null trains every"
+        " weight. Each has fields of its own beside it; those of the other are left as they are.",
+    )
     quantizer_name: Annotated[
         Quantizer,
         BeforeValidator(
@@ -95,7 +104,11 @@ class QATFinetuningConfig(StrictModel):
         description="Quantization scheme: int8_dynamic_activation_int4_weight (8da4w-qat) or"
         " int4_weight_only (4w-qat).",
     )
-    group_size: Count = Field(ge=1, description="Weights that share one scale, counted along in_features.")
+    group_size: Count = Field(
+        ge=1,
+        description="Weights that share one scale, counted along in_features, which it must divide; 32 is"
+        " usual.",
+    )
 
 
 AlgorithmConfig = Annotated[LoraFinetuningConfig | QATFinetuningConfig, Field(discriminator="type")]
@@ -126,7 +139,7 @@ class DPOAlignmentConfig(StrictModel):
     Reference: Rafailov et al., https://arxiv.org/abs/2305.18290, equation 7.
     """
 
-    reward_scale: float = Field(default=1.0, gt=0, description="Factor on every reward.")
+    reward_scale: float = Field(default=1.0, gt=0, description="Factor on every reward; 1 is none.")
     reward_clip: float | None = Field(
         default=None, gt=0, description="Rewards are clamped to ± this value; null leaves them as they are."
     )
@@ -141,4 +154,8 @@ class DPOAlignmentConfig(StrictModel):
     beta: float = Field(
         default=0.1, gt=0, description="Strength of the pull towards the reference, in 1/nat."
     )
-    loss_type: DPOLossType = Field(default=DPOLossType.sigmoid, strict=False, description="Loss function.")
+    loss_type: DPOLossType = Field(
+        default=DPOLossType.sigmoid,
+        strict=False,
+        description="Loss over the rewards of chosen and rejected: sigmoid (DPO), hinge, ipo or kto_pair.",
+    )

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-Count = Annotated[int, Field(le=2**31 - 1)]
+MAX_COUNT = 2**31 - 1
+
+Count = Annotated[int, Field(le=MAX_COUNT)]
 """A number of things; larger ones fit neither databases nor messages."""
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")

@@ -55,9 +55,11 @@ class AnswerCheck(StrictModel):
         description="Python regular expression; what its first group, or without one the whole, matches last"
         " is compared, without commas, outer white space and a last full stop. GSM8K: '#### *(-?[0-9.,]+)'."
     )
-    max_new_tokens: Count = Field(default=256, ge=1, description="Longest answer, in tokens.")
+    max_new_tokens: Count = Field(
+        default=256, ge=1, description="Longest answer that is generated, in tokens."
+    )
     max_examples: Count | None = Field(
-        default=100, ge=1, description="Of the data set's first rows; null is all that are scored."
+        default=100, ge=1, description="Rows that are answered, the first ones; null is all that are scored."
     )
 
 
@@ -68,13 +70,15 @@ class EvaluationConfig(StrictModel):
         min_length=1, description="Held-out rows: a registered id, a path under an allowed root, or a URI."
     )
     data_format: DatasetFormat = Field(
-        default=DatasetFormat.instruct, strict=False, description="Shape of a row: instruct or dialog."
+        default=DatasetFormat.instruct,
+        strict=False,
+        description="What a row is: instruct, a question with its answer, or dialog.",
     )
     max_examples: Count | None = Field(
-        default=None, ge=1, description="First rows of each data set; null is all."
+        default=None, ge=1, description="Rows of each data set that are used, the first ones; null is all."
     )
     max_bad_row_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of unreadable rows that is skipped instead of refused."
+        default=0.0, ge=0, lt=1, description="Share of the rows that may be unreadable and are skipped."
     )
     exact_match: AnswerCheck | None = Field(
         default=None, description="How generated answers are checked; null generates none."
@@ -82,15 +86,19 @@ class EvaluationConfig(StrictModel):
     preference_dataset_id: str | None = Field(
         default=None, min_length=1, description="Held-out pairs; null measures no rewards."
     )
-    beta: float = Field(default=0.1, gt=0, description="Of the rewards: β · (log π − log π_reference).")
+    beta: float = Field(
+        default=0.1, gt=0, description="β of the rewards β · (log π − log π_reference), in 1/nat."
+    )
     batch_size: Count = Field(default=8, ge=1, description="Rows or pairs that are scored together.")
     max_seq_length: Count = Field(
         default=2048, ge=8, description="Longest sequence in tokens, as in training."
     )
     dtype: Literal["bf16", "fp16", "fp32"] = Field(
-        default="bf16", description="Type of weights and arithmetic."
+        default="bf16", description="Type of weights and arithmetic; fp16 needs a GPU."
     )
-    samples: int = Field(default=10, ge=0, le=100, description="Answers in the table of samples.")
+    samples: int = Field(
+        default=10, ge=0, le=100, description="Questions whose answers are in the table of samples."
+    )
 
 
 class EvaluationRequest(StrictModel):

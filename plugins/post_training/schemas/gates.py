@@ -138,7 +138,9 @@ class GatesConfig(StrictModel):
         default=[Gate(metric="loss", min_improvement=0.0, confidence=0.95)],
         min_length=1,
         max_length=20,
-        description="What must hold, each for one metric; all of them must.",
+        description="What must hold, all of them: each has a metric (loss, perplexity, exact_match,"
+        " reward_accuracy or reward_margin), and at_least, at_most, min_improvement or"
+        " min_relative_improvement; the last two with a confidence, against champion or base.",
     )
     bootstrap_resamples: int = Field(
         default=2000,

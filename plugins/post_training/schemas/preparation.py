@@ -47,7 +47,7 @@ class SplitConfig(StrictModel):
         " questions that the champion was not trained on.",
     )
     max_bad_row_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of unreadable rows that is skipped instead of refused."
+        default=0.0, ge=0, lt=1, description="Share of the rows that may be unreadable and are skipped."
     )
 
     @model_validator(mode="after")

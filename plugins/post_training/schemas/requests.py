@@ -144,10 +144,15 @@ class JobRequest(StrictModel):
 
     job_uuid: JobUuid = Field(description="The job's id, chosen by the client; also its Airflow run id.")
     training_config: JsonTrainingConfig = Field(description="The training loop and its data.")
-    hyperparam_search_config: SearchConfigDict = Field(description="Search space and budget; {} is none.")
+    hyperparam_search_config: SearchConfigDict = Field(
+        description="A search, {} is none. space: a field of this request by its dotted path -> {type:"
+        " float or int, low, high} or {type: categorical, choices}; n_trials; further metric, direction,"
+        " sampler, pruner, timeout_seconds, max_parallel, seed, use.",
+    )
     logger_config: LoggerConfigDict = Field(
-        description="MLflow names and intervals: experiment_name, run_name, tags, log_every_n_steps,"
-        " log_model, sample_prompts."
+        description="MLflow's names and intervals, {} takes the defaults: experiment_name, run_name, tags,"
+        " log_every_n_steps (optimizer steps; 1), log_model (all checkpoints; true: the last; false: none),"
+        " sample_prompts (answered at each validation)."
     )
     runtime: JsonRuntime = Field(
         default=None,
@@ -213,7 +218,8 @@ class SupervisedFineTuneRequest(TrainingRequest):
     checkpoint_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder under an allowed root that receives a copy of each checkpoint.",
+        description="Folder under an allowed root that receives a copy of each checkpoint; null keeps them in"
+        " MLflow alone.",
     )
     algorithm_config: Annotated[
         AlgorithmConfig | None,

@@ -71,7 +71,8 @@ class RetrainedModelConfig(StrictModel):
 
     name: Annotated[str, AfterValidator(_check_name)] = Field(
         pattern=r"^[A-Za-z]([\w. -]{0,198}\w)?$",
-        description="Name in MLflow's model registry, made with the first promotion.",
+        description="Name in MLflow's model registry, made with the first promotion: a letter first, up to"
+        " 200 letters, digits, spaces and . _ -",
     )
     base: str | None = Field(
         default=None,
@@ -92,10 +93,14 @@ class RetrainingDataConfig(SplitConfig):
         min_length=1, description="Rows: a registered id, a path under an allowed root, or a URI."
     )
     data_format: DatasetFormat = Field(
-        default=DatasetFormat.instruct, strict=False, description="Shape of a row: instruct or dialog."
+        default=DatasetFormat.instruct,
+        strict=False,
+        description="What a row is: instruct, a question with its answer, or dialog.",
     )
     preference_dataset_id: str | None = Field(
-        default=None, min_length=1, description="Pairs of chosen and rejected answers."
+        default=None,
+        min_length=1,
+        description="Pairs of chosen and rejected answers, which preference_optimize trains on.",
     )
     skip_unchanged: bool = Field(
         default=True,

@@ -41,21 +41,31 @@ class DataConfig(StrictModel):
     """Which rows are read and how they become batches."""
 
     dataset_id: str = Field(
-        min_length=1, description="Training data: a registered id, a path under an allowed root, or a URI."
+        min_length=1,
+        description="Rows to train on: a registered id, a path under an allowed root (jsonl, json, csv,"
+        " parquet), or a URI.",
     )
     batch_size: Count = Field(
         ge=1,
-        description="Rows, pairs of preference data, or packed rows in one micro-batch on one device.",
+        description="Rows of one micro-batch, which go through the model together: of preference data"
+        " pairs, and with packed those that sequences share.",
     )
-    shuffle: bool = Field(description="Whether each epoch has its own seeded order.")
-    data_format: DatasetFormat = Field(strict=False, description="Shape of a row: instruct or dialog.")
+    shuffle: bool = Field(description="Whether each epoch has an order of its own, drawn from the seed.")
+    data_format: DatasetFormat = Field(
+        strict=False,
+        description="What a row is: instruct, a question with its answer, or dialog, a conversation. In"
+        " preference data: instruct, texts as they are, or dialog, JSON of messages.",
+    )
     validation_dataset_id: str | None = Field(
         default=None,
         min_length=1,
-        description="Held-out data; null validates on the training set's own first rows, and says so.",
+        description="Held-out rows, named as those to train on; null validates on the first of those, and"
+        " the run says so.",
     )
     packed: bool | None = Field(
-        default=False, description="Whether several sequences share a row, without seeing each other."
+        default=False,
+        description="Whether sequences share a row of max_seq_length tokens, without seeing each other: less"
+        " padding.",
     )
     train_on_input: bool | None = Field(
         default=False, description="Whether the prompt's tokens count in the loss as well as the answer's."
@@ -69,9 +79,19 @@ DATA_DEFAULTS = {"batch_size": 4, "shuffle": True, "data_format": "instruct"}
 class OptimizerConfig(StrictModel):
     """The optimizer, its learning rate and its warm-up."""
 
-    optimizer_type: OptimizerType = Field(strict=False, description="adam, adamw or sgd.")
-    lr: float = Field(gt=0, description="Peak learning rate, reached at the end of the warm-up.")
-    weight_decay: float = Field(ge=0, description="Decay on weight matrices; none on norms and biases.")
+    optimizer_type: OptimizerType = Field(
+        strict=False,
+        description="adam, adamw (decoupled weight decay) or sgd. All fields of the optimizer are given or"
+        " none: none is adamw with the algorithm's own rate and a warm-up of 10 % of the steps.",
+    )
+    lr: float = Field(
+        gt=0,
+        description="Peak learning rate, reached at the end of the warm-up. Where no optimizer is given it is"
+        " 2e-4 for LoRA, 2e-5 for full fine-tuning and QAT, and 5e-6 for preference jobs.",
+    )
+    weight_decay: float = Field(
+        ge=0, description="Decay on weight matrices, not on norms and biases; 0 is none."
+    )
     num_warmup_steps: Count = Field(
         ge=0, description="Optimizer steps of warm-up; step k of n has learning rate lr · k / n."
     )
@@ -87,10 +107,14 @@ class EfficiencyConfig(StrictModel):
         default=False, description="Keep activations in host memory between forward and backward (GPU)."
     )
     memory_efficient_fsdp_wrap: bool | None = Field(
-        default=False, description="Shard embedding and head apart from the layers (FSDP)."
+        default=False,
+        description="Shard embedding and head apart from the layers (FSDP). Refused while a job has one"
+        " device.",
     )
     fsdp_cpu_offload: bool | None = Field(
-        default=False, description="Keep sharded parameters and optimizer state in host memory (FSDP)."
+        default=False,
+        description="Keep sharded parameters and optimizer state in host memory (FSDP). Refused while a job"
+        " has one device.",
     )
 
 
@@ -105,7 +129,7 @@ class TrainingConfig(StrictModel):
         default=1, ge=1, description="Micro-batches summed into one optimizer step."
     )
     max_validation_steps: Count | None = Field(
-        default=1, ge=0, description="Batches per validation; null is all of them, 0 is none."
+        default=1, ge=0, description="Batches of each validation; null is all of them, 0 is no validation."
     )
     data_config: DataConfig | None = Field(default=None, description="Data; required by the training routes.")
     optimizer_config: OptimizerConfig | None = Field(
@@ -113,7 +137,9 @@ class TrainingConfig(StrictModel):
     )
     efficiency_config: EfficiencyConfig | None = Field(default=None, description="Memory and compute trades.")
     dtype: Literal["bf16", "fp16", "fp32"] | None = Field(
-        default="bf16", description="Type of the frozen weights and of the arithmetic; null is bf16."
+        default="bf16",
+        description="Type of the frozen weights and of the arithmetic: bf16, fp32, or fp16, which needs a"
+        " GPU; null is bf16.",
     )
 
     @field_validator("efficiency_config")
@@ -133,11 +159,23 @@ class RuntimeConfig(StrictModel):
     max_seq_length: Count = Field(
         default=2048, ge=8, description="Longest sequence in tokens; longer rows are cut at the end."
     )
-    seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of adapters, order and dropout.")
+    seed: int = Field(
+        default=42,
+        ge=0,
+        lt=2**32,
+        description="What adapters, order and dropout are drawn from: the same seed, the same training.",
+    )
     devices: int = Field(default=1, ge=1, le=1, description="Devices on each node; one in this version.")
     num_nodes: int = Field(default=1, ge=1, le=1, description="Nodes; one in this version.")
-    strategy: Literal["auto"] = Field(default="auto", description="How the model spreads over devices.")
-    launcher: Literal["local"] = Field(default="local", description="What starts the trainer process.")
+    strategy: Literal["auto"] = Field(
+        default="auto",
+        description="How the model spreads over devices; auto is the only way in this version.",
+    )
+    launcher: Literal["local"] = Field(
+        default="local",
+        description="What starts the trainer process; local, on the worker itself, is the only one in this"
+        " version.",
+    )
     attn_implementation: Literal["sdpa", "eager"] = Field(
         default="sdpa",
         description="How attention is computed: eager is as the model is written; with sdpa kernels that skip"
@@ -160,10 +198,15 @@ class RuntimeConfig(StrictModel):
         " saving takes 2 % of the time.",
     )
     scheduler: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="Learning rate after the warm-up: decay to 0, or none."
+        default="cosine",
+        description="Learning rate after the warm-up: cosine or linear decay to 0, or constant.",
     )
     max_bad_row_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of unreadable rows that is skipped instead of refused."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the rows that may be unreadable and are skipped; more of them fail the job"
+        " before it trains.",
     )
     export: Literal["adapter", "merged"] | None = Field(
         default=None,

@@ -18,7 +18,7 @@ from lightning_modules.sender import RefusedError
 from lightning_modules.spool import Event, Spool
 from lightning_modules.stored_state import StateStore, sha256_of
 from post_training.schemas.jobs import PostTrainingMetric
-from post_training.schemas.trainer import StoredState
+from post_training.schemas.trainer import UPLOADED, StoredState
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ class UploadDelivery:
             return
         metrics = PostTrainingMetric.model_validate(event["metrics"])
         points = [Point(**point) for point in event["points"]]
-        self._models.publish(folder, step=event["step"], metrics=metrics, points=points)
+        published = self._models.publish(folder, step=event["step"], metrics=metrics, points=points)
+        _log.info("%s%s", UPLOADED, published.path)
 
     def _state(self, event: Event) -> None:
         file = _held(Path(event["file"]))

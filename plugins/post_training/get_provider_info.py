@@ -113,7 +113,10 @@ def get_provider_info() -> dict[str, Any]:
         "triggers": [
             {"integration-name": "Post-training", "python-modules": ["post_training.operators.triggers"]}
         ],
-        "extra-links": ["post_training.operators.links.MLflowRunLink"],
+        "extra-links": [
+            f"post_training.operators.links.{name}"
+            for name in ("JobLink", "MLflowRunLink", "CheckpointLink", "ModelVersionLink")
+        ],
         "connection-types": [_mlflow_connection(), _post_training_connection()],
         "config": {
             SECTION: {

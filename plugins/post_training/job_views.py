@@ -149,10 +149,8 @@ class JobViews:
         )
 
     def _shown(self, checkpoint: Checkpoint, run: JobRun | None) -> ShownCheckpoint:
-        url, scheme = None, "models:/"
-        if run is not None and checkpoint.path.startswith(scheme):
-            model_id = checkpoint.path.removeprefix(scheme)
-            url = self._tracking().server.model_url(run.experiment_id, model_id)
+        server = self._tracking().server
+        url = server.checkpoint_url(run.experiment_id, checkpoint.path) if run is not None else None
         return ShownCheckpoint(**dict(checkpoint), mlflow_url=url)
 
     def curves(self, job_uuids: Sequence[str], access: Access) -> Curves:

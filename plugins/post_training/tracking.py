@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from post_training.checkpoints import recorded_checkpoints
 from post_training.errors import InvalidRequestError, PostTrainingError, RecordUnavailableError
@@ -88,9 +88,16 @@ class TrackingServer:
         """Return the address of a run's page."""
         return f"{self._base}/#/experiments/{experiment_id}/runs/{run_id}"
 
-    def model_url(self, experiment_id: str, model_id: str) -> str:
-        """Return the address of a logged model's files."""
-        return f"{self._base}/#/experiments/{experiment_id}/models/{model_id}/artifacts"
+    def checkpoint_url(self, experiment_id: str, path: str) -> str | None:
+        """Return the address of a checkpoint's files, None where it is a folder and no logged model."""
+        scheme, _, model_id = path.partition(":/")
+        if scheme != "models":
+            return None
+        return f"{self._base}/#/experiments/{experiment_id}/models/{quote(model_id, safe='')}/artifacts"
+
+    def version_url(self, name: str, number: int) -> str:
+        """Return the address of a registered model's version."""
+        return f"{self._base}/#/models/{quote(name, safe='')}/versions/{number}"
 
     @property
     def _base(self) -> str:

@@ -20,7 +20,7 @@ from lightning_modules.stored_state import StateStore
 from lightning_modules.uploads import checkpoint_event
 from post_training.errors import RecordUnavailableError
 from post_training.schemas.jobs import PostTrainingMetric
-from post_training.schemas.trainer import TrainerSpec
+from post_training.schemas.trainer import UPLOADED, TrainerSpec
 from tests.lightning_modules.recorded import EPOCH_0, begun, models, of_epoch, points, retried
 from tests.waiting import wait_until
 
@@ -44,8 +44,9 @@ def paths_of(client: MlflowClient, run_id: str) -> list[str]:
 
 
 def test_a_settled_checkpoint_is_ready_and_has_the_run_s_own_points(
-    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path
+    client: MlflowClient, run_id: str, spec: TrainerSpec, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     record = open_record(spec)
     record.log_metrics({"validation_loss": 2.0, "train_loss": 1.1}, 10)
     logged = record.log_checkpoint(folder, step=10, metrics=EPOCH_0)
@@ -54,6 +55,7 @@ def test_a_settled_checkpoint_is_ready_and_has_the_run_s_own_points(
     record.close()
 
     assert [checkpoint.path] == paths_of(client, run_id)
+    assert f"{UPLOADED}{checkpoint.path}" in caplog.messages, "by it the operator learns where to lead"
     assert checkpoint.training_metrics == EPOCH_0
     [model] = models(client, run_id)
     assert {metric.key: metric.value for metric in model.metrics or []} == {

@@ -64,6 +64,7 @@ def test_an_accepted_candidate_goes_on_with_the_reason(stages: StageWorkplace) -
     assert tags["post_training.reason"] == decision["reason"]
     table = json.loads(Path(stages.client.download_artifacts(run_id, "gates.json")).read_text())
     assert (table["columns"][0], table["data"][0][0]) == ("metric", "loss")
+    assert stages.pushed["_link_MLflowRunLink"].endswith(f"/runs/{run_id}")
 
 
 def test_what_is_behind_a_rejected_candidate_is_skipped(stages: StageWorkplace) -> None:
@@ -116,6 +117,8 @@ def test_a_promotion_is_registered_with_its_lineage_and_announced(stages: StageW
     assert extra["mlflow_run_id"] == operator.candidacy_run_id
     assert operator.execute(stages.context("night")) == outcome
     assert len(stages.client.search_model_versions("name='announced'")) == 1
+    assert stages.pushed["_link_MLflowRunLink"].endswith(f"/runs/{operator.candidacy_run_id}")
+    assert stages.pushed["_link_ModelVersionLink"].endswith("/#/models/announced/versions/1")
 
 
 def test_a_candidate_that_was_compared_with_another_champion_is_skipped(stages: StageWorkplace) -> None:
@@ -217,6 +220,7 @@ def test_a_rollback_brings_the_version_before_back(stages: StageWorkplace) -> No
     assert stages.client.get_model_version_by_alias("rolled", "champion").version == "1"
     ((uri, extra),) = context["outlet_events"][PROMOTIONS].added
     assert (uri, extra["version"]) == (champion_asset("rolled").uri, 1)
+    assert stages.pushed["_link_ModelVersionLink"].endswith("/#/models/rolled/versions/1")
     assert operator.execute(stages.context("rollback"))["version"] == 1  # an attempt more at the same
     again = stages.over_mlflow(RollbackOperator(task_id="task", registered_model="rolled"))
     with pytest.raises(AirflowFailException, match="no version 'previous' to roll back to"):

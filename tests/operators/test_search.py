@@ -95,6 +95,8 @@ def test_each_trial_is_a_run_below_the_jobs(searches: SearchWorkplace) -> None:
     operator = searches.trials(body)
     assert operator.execute(searches.at("trials", body, map_index=0)) == [0, 1, 2]
     assert str(operator.mlflow_run_url).endswith(searches.job_run(body).info.run_id)
+    assert searches.pushed["_link_MLflowRunLink"] == operator.mlflow_run_url
+    assert searches.pushed["_link_JobLink"].endswith("?job_uuid=trials-1")
     runs = searches.trial_runs(body)
     assert sorted(run.data.params[RANK] for run in runs) == ["2", "4", "8"]
     for number, run in enumerate(runs):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
-from airflow.sdk import Asset, AssetAlias, BaseOperator
+from airflow.sdk import Asset, AssetAlias, BaseOperator, BaseOperatorLink
 from airflow.sdk.bases.skipmixin import SkipMixin
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
@@ -25,6 +25,7 @@ from post_training.model_registry import (
     checked_name,
 )
 from post_training.operators.hooks import MLflowHook
+from post_training.operators.links import MLflowRunLink, ModelVersionLink
 from post_training.operators.patience import persist
 from post_training.operators.stage import checked, parsed, said
 from post_training.operators.worker import task_key
@@ -56,6 +57,8 @@ def champion_asset(name: str) -> Asset:
 class RegistryOperator(BaseOperator):
     """Works on MLflow's registry, and tells errors that another attempt meets too from others."""
 
+    operator_extra_links: Collection[BaseOperatorLink] = (MLflowRunLink(),)
+
     def execute(self, context: Context) -> Any:
         """Do the work.
 
@@ -65,10 +68,10 @@ class RegistryOperator(BaseOperator):
         try:
             return self.work(context)
         except (InvalidRequestError, ModelError, DataError) as error:
-            self._note(str(error))
+            self._note(str(error), context["ti"])
             raise AirflowFailException(str(error)) from None
         except PostTrainingError as error:
-            self._note(str(error))
+            self._note(str(error), context["ti"])
             raise AirflowException(str(error)) from None
 
     @property
@@ -76,22 +79,28 @@ class RegistryOperator(BaseOperator):
         """The operator's parameter that names the MLflow run which it writes to, and the run's id."""
         return None
 
-    def _note(self, error: str) -> None:
+    def _note(self, error: str, ti: Any) -> None:
         """Let the run say why the task failed, if it can be reached."""
         if self.decision_run is not None:
             with suppress(PostTrainingError):
-                self.tracking.set_tags(self._existing_run(), {names.TAG_ERROR: error})
+                self.tracking.set_tags(self._existing_run(ti), {names.TAG_ERROR: error})
 
-    def _existing_run(self) -> str:
-        """Return the id of the run that is written to.
+    def _existing_run(self, ti: Any) -> str:
+        """Return the id of the run that is written to, and let the task lead there.
 
         :raises InvalidRequestError: if there is none.
         """
         assert self.decision_run is not None  # noqa: S101
         parameter, run_id = self.decision_run
-        if persist(lambda: self.tracking.get(run_id)) is None:
+        run = persist(lambda: self.tracking.get(run_id))
+        if run is None:
             raise InvalidRequestError.of(parameter, f"MLflow has no such run, got {run_id[:80]!r}")
+        MLflowRunLink().note(self, ti, self.tracking.server.run_url(run.experiment_id, run_id))
         return run_id
+
+    def _lead_to(self, version: Version, context: Context) -> None:
+        url = self.tracking.server.version_url(version.name, version.number)
+        ModelVersionLink().note(self, context["ti"], url)
 
     def work(self, context: Context) -> Any:
         """Do what the task is for; return what it hands on.
@@ -145,7 +154,7 @@ class GateOperator(RegistryOperator, SkipMixin):
         :raises InvalidRequestError: if a gate's metric was not measured.
         """
         config = checked(GatesConfig, parsed(self.config, "config"), "config")
-        self._existing_run()
+        self._existing_run(context["ti"])
         runs = StageRuns(self.tracking)
         content = persist(lambda: runs.read(self.evaluation_run_id, VALUES_FILE))
         decision = decide(config, EvaluationValues.model_validate_json(content))
@@ -198,6 +207,7 @@ class PromoteOperator(RegistryOperator):
         "lineage",
     )
     template_fields_renderers: ClassVar[dict[str, str]] = {"lineage": "json"}
+    operator_extra_links = (MLflowRunLink(), ModelVersionLink())
     ui_color = "#e0f0e0"
 
     def __init__(
@@ -225,7 +235,7 @@ class PromoteOperator(RegistryOperator):
 
         :raises AirflowSkipException: if another version has become champion meanwhile.
         """
-        candidate = self._candidate()
+        candidate = self._candidate(context["ti"])
         try:
             version = persist(lambda: self.registry.promote(candidate))
         except PromotedBeforeError as before:
@@ -239,13 +249,14 @@ class PromoteOperator(RegistryOperator):
         else:
             reason = self.reason
             self._decide(candidate.candidacy, names.PROMOTED, reason)
+        self._lead_to(version, context)
         self.log.info("%s is the champion: %s", version.uri, reason)
         outcome = {"version": version.number, "model_uri": version.uri, "replaces": candidate.against or None}
         run_id = version.tags.get(TAG_CANDIDACY)
         _announce(context, version, {**outcome, "reason": reason, "mlflow_run_id": run_id})
         return outcome
 
-    def _candidate(self) -> Candidate:
+    def _candidate(self, ti: Any) -> Candidate:
         """Return what is to be promoted.
 
         :raises InvalidRequestError: naming the parameter.
@@ -257,7 +268,7 @@ class PromoteOperator(RegistryOperator):
         return Candidate(
             checked_name(str(self.registered_model)),
             self.checkpoint,
-            self._existing_run(),
+            self._existing_run(ti),
             int(against),
             {str(name): str(value) for name, value in lineage.items()},
             self.reason,
@@ -292,6 +303,7 @@ class RollbackOperator(RegistryOperator):
     :param reason: one sentence, for the event.
     """
 
+    operator_extra_links = (ModelVersionLink(),)
     template_fields: Sequence[str] = ("registered_model", "reason")
     ui_color = "#f4e0e0"
 
@@ -314,6 +326,7 @@ class RollbackOperator(RegistryOperator):
             raise AirflowSkipException(
                 f"{rolled_back.uri} was rolled back before, and others promoted since."
             )
+        self._lead_to(version, context)
         self.log.info("%s is the champion again, instead of %s", version.uri, rolled_back.uri)
         outcome = {"version": version.number, "model_uri": version.uri, "replaces": rolled_back.number}
         _announce(

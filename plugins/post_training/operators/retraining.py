@@ -20,6 +20,7 @@ from post_training.job_ids import TaskKey, plan_task_id, trials_task_id
 from post_training.launch.local import PREPARE
 from post_training.model_registry import ModelRegistry, Version
 from post_training.night import PAIRS, ROWS, SOURCES, TAG_TRAINED, Night, trained_sources
+from post_training.operators.links import MLflowRunLink
 from post_training.operators.patience import persist
 from post_training.operators.promotion import RegistryOperator
 from post_training.operators.spec import resolver_of
@@ -338,6 +339,7 @@ class ConcludeRetrainingOperator(RegistryOperator):
     def _conclude(self, ti: Any, key: TaskKey, states: Mapping[str, Any]) -> dict[str, Any]:
         runs = StageRuns(self.tracking)
         run = runs.find(key) or runs.open(key)
+        MLflowRunLink().note(self, ti, self.tracking.server.run_url(run.experiment_id, run.run_id))
         children = runs.children(run.run_id)
         decision, reason = _decision(ti, run, states, children)
         cost = _cost(children)

@@ -54,7 +54,7 @@ class PlanSearchOperator(SearchOperator):
         self._check_job_is_to_run(context)
         record = self.record(context)
         run = self.persist(lambda: record.plan(request, resolver.pins(request)))
-        self.mlflow_run_url = record.url
+        self._lead_to_job(run, context)
         self.persist(lambda: search.begin(run.run_id))
         return list(range(min(search.config.max_parallel, search.config.n_trials)))
 
@@ -80,7 +80,9 @@ class PlanSearchOperator(SearchOperator):
 
     def ends(self, context: Context, error: str) -> None:
         """Let the job's run say why there is no search: its task will not run."""
-        self.record(context).refuse(self.method, error)
+        record = self.record(context)
+        record.refuse(self.method, error)
+        self.mlflow_run_url = record.url
 
 
 AS_THE_JOBS = (

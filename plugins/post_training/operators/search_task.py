@@ -9,6 +9,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from post_training.errors import InvalidRequestError, ModelError, PostTrainingError, SupersededError
 from post_training.job_ids import SEARCH_OPERATORS, TaskKey, job_uuid_of, request_dag
+from post_training.operators.links import JobLink, MLflowRunLink
 from post_training.operators.request import build_request, was_there
 from post_training.operators.stage import said
 from post_training.operators.task_record import TaskRecord
@@ -48,6 +49,7 @@ class SearchOperator(WorkerOperator):
     :param parent_run_id: MLflow run below which the job's is shown.
     """
 
+    operator_extra_links = (JobLink(), MLflowRunLink())
     template_fields: Sequence[str] = ("request", "fields", "parent_run_id")
     template_fields_renderers: ClassVar[dict[str, str]] = {"request": "json", "fields": "json"}
     ui_color = "#f4f0e4"
@@ -78,6 +80,7 @@ class SearchOperator(WorkerOperator):
         :raises AirflowException: if it may succeed.
         """
         bind_to_supervisor()
+        JobLink().note(self, context["ti"])
         try:
             return self.work(context)
         except PostTrainingError as error:
@@ -100,6 +103,11 @@ class SearchOperator(WorkerOperator):
         """Whether something is away that was there when the request was accepted."""
         accepted = names.CONF_MLFLOW_RUN in (context["dag_run"].conf or {})
         return isinstance(error, InvalidRequestError) and was_there(error) and accepted
+
+    def _lead_to_job(self, run: JobRun, context: Context) -> None:
+        """Let the task lead to the job's run, below which the trials are."""
+        url = self.tracking.server.run_url(run.experiment_id, run.run_id)
+        MLflowRunLink().note(self, context["ti"], url)
 
     def job_key(self, context: Context) -> TaskKey:
         """Return the job's place."""

@@ -93,7 +93,7 @@ class SearchTrialsOperator(SearchOperator):
         job = self.persist(lambda: self.job_run(context))
         if job is None:
             raise PermanentFailureError("The job has no run in MLflow: somebody has deleted it.")
-        self.mlflow_run_url = self.tracking.server.run_url(job.experiment_id, job.run_id)
+        self._lead_to_job(job, context)
         ended = []
         while (trial := self.persist(lambda: search.next_trial(int(self.worker)))) is not None:
             self.log.info("Trial %d: %s", trial.number, trial.values)

@@ -109,9 +109,7 @@ class StageOperator(WorkerOperator):
     def _note(self, run: JobRun, ti: Any) -> None:
         """Let task and run lead to each other."""
         url = self.tracking.server.run_url(run.experiment_id, run.run_id)
-        self.mlflow_run_url = url
-        # Airflow itself stores the link only when the task ends.
-        ti.xcom_push(key=MLflowRunLink().xcom_key, value=url)
+        MLflowRunLink().note(self, ti, url)
         self.persist(self.tracking.set_tags, run.run_id, {names.TAG_AIRFLOW_URL: ti.log_url})
 
     def _end(self, run: JobRun | None, status: str, error: str | None = None) -> None:

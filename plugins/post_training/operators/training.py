@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRuntimeError
 
 from post_training.errors import InvalidRequestError, PostTrainingError, SupersededError, TrainerError
 from post_training.job_ids import TRAINING_OPERATORS, TaskKey, job_uuid_of
@@ -15,6 +15,7 @@ from post_training.job_lock import claim, locked, newest_claim, note_holder
 from post_training.launch.local import TRAIN
 from post_training.launch.results import read_result
 from post_training.operators.hooks import PostTrainingHook
+from post_training.operators.links import CheckpointLink, JobLink, MLflowRunLink
 from post_training.operators.request import build_request, was_there, with_runtime_defaults
 from post_training.operators.search_outcome import SearchOutcome
 from post_training.operators.search_task import search_that_ran
@@ -28,9 +29,10 @@ from post_training.operators.worker import (
     work_dir_of,
 )
 from post_training.schemas import record as names
+from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest
-from post_training.schemas.trainer import BASE_FOLDER, SPEC_FILE, TrainerResult, TrainerSpec
+from post_training.schemas.trainer import BASE_FOLDER, SPEC_FILE, UPLOADED, TrainerResult, TrainerSpec
 from post_training.search import NoSearchError, Search
 from post_training.search_parts import SearchUnavailableError
 from post_training.settings import load_settings
@@ -72,6 +74,7 @@ class TrainingOperator(WorkerOperator):
         "logger_config",
         "runtime",
     )
+    operator_extra_links = (JobLink(), MLflowRunLink(), CheckpointLink())
     template_fields: Sequence[str] = ("request", *request_fields, "parent_run_id")
     template_fields_renderers: ClassVar[dict[str, str]] = dict.fromkeys(("request", *request_fields), "json")
     ui_color = "#e8f4ea"
@@ -118,6 +121,7 @@ class TrainingOperator(WorkerOperator):
         :raises AirflowException: if it may succeed.
         """
         bind_to_supervisor()
+        JobLink().note(self, context["ti"])
         key, conf = task_key(context), context["dag_run"].conf or {}
         record = TaskRecord(
             self.tracking,
@@ -156,6 +160,8 @@ class TrainingOperator(WorkerOperator):
         work_dir = work_dir_of(key)
         claim(work_dir, record.attempt_id)
         opened = record.open(request)
+        if record.ti.try_number > 1:  # Airflow has forgotten where the attempt before led
+            self._lead_to_newest(record.persist(lambda: self.tracking.checkpoints(opened.run)), record)
         with locked(work_dir, give_up=lambda: self._stopped) as lock:
             result = None
             if opened.finished:
@@ -169,7 +175,34 @@ class TrainingOperator(WorkerOperator):
             self._clear_up(work_dir, record, result)
         if result is not None and result.status != "completed":
             raise PermanentFailureError(_reason(result))
-        return record.persist(lambda: self._outcome(request, opened.run, result))
+        checkpoints = result.checkpoints if result is not None else None
+        if checkpoints is None:
+            checkpoints = record.persist(lambda: self.tracking.checkpoints(opened.run))
+        self._lead_to_newest(checkpoints, record)
+        return {
+            "job_uuid": request.job_uuid,
+            "mlflow_run_id": opened.run.run_id,
+            "checkpoints": [checkpoint.model_dump(mode="json") for checkpoint in checkpoints],
+            "metrics": result.metrics if result is not None else dict(opened.run.metrics),
+        }
+
+    def _lead_to_newest(self, checkpoints: Sequence[Checkpoint], record: TaskRecord) -> None:
+        newest = max(checkpoints, key=lambda checkpoint: checkpoint.epoch, default=None)
+        if newest is not None:
+            self._lead_to(newest.path, record)
+
+    def _lead_to(self, checkpoint: str, record: TaskRecord) -> None:
+        """Let the task lead to a checkpoint, if MLflow has it; nothing hangs on it.
+
+        :param checkpoint: its path or URI.
+        """
+        assert record.run is not None  # noqa: S101
+        url = self.tracking.server.checkpoint_url(record.run.experiment_id, checkpoint)
+        if url is not None:
+            try:
+                CheckpointLink().note(self, record.ti, url)
+            except AirflowRuntimeError as error:
+                self.log.warning("Airflow does not keep the link to the checkpoint: %s", error)
 
     def _attempt(
         self,
@@ -218,18 +251,6 @@ class TrainingOperator(WorkerOperator):
         elif ours:
             shutil.rmtree(work_dir / BASE_FOLDER, ignore_errors=True)
 
-    def _outcome(
-        self, request: AnyTrainingRequest, run: JobRun, result: TrainerResult | None = None
-    ) -> dict[str, Any]:
-        """Return what the task hands on; without a result, as the record has it."""
-        checkpoints = result.checkpoints if result is not None else self.tracking.checkpoints(run)
-        return {
-            "job_uuid": request.job_uuid,
-            "mlflow_run_id": run.run_id,
-            "checkpoints": [checkpoint.model_dump(mode="json") for checkpoint in checkpoints],
-            "metrics": result.metrics if result is not None else dict(run.metrics),
-        }
-
     def build_request(self, key: TaskKey) -> AnyTrainingRequest:
         """Validate what was given into the request of this task's job.
 
@@ -259,11 +280,17 @@ class TrainingOperator(WorkerOperator):
                 log_file,
                 pass_fds=(lock,),
                 started=lambda pid: note_holder(spec.work_dir, pid),
+                heard=lambda line: self._hear(line, record),
             )
         finally:
             if log_file.exists():
                 record.add_file(log_file, names.ARTIFACT_LOGS)
         return read_result(spec, code)
+
+    def _hear(self, line: str, record: TaskRecord) -> None:
+        _, uploaded, uri = line.partition(UPLOADED)
+        if uploaded:
+            self._lead_to(uri.strip(), record)
 
 
 class SupervisedFineTuneOperator(TrainingOperator):

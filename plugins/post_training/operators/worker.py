@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow.sdk import BaseOperator
+from airflow.sdk import BaseOperator, BaseOperatorLink
 
 from post_training.errors import TrainerError
 from post_training.job_ids import TaskKey
@@ -40,7 +40,7 @@ class WorkerOperator(BaseOperator):
     must name it itself.
     """
 
-    operator_extra_links = (MLflowRunLink(),)
+    operator_extra_links: Collection[BaseOperatorLink] = (MLflowRunLink(),)
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("pool", load_settings().pool)
@@ -75,6 +75,7 @@ class WorkerOperator(BaseOperator):
         *,
         pass_fds: Sequence[int] = (),
         started: Callable[[int], None] | None = None,
+        heard: Callable[[str], None] | None = None,
         watch: Callable[[WorkerProcess], None] | None = None,
     ) -> int:
         """Run one of our programs to its end, its output in the task's log; return its exit code.
@@ -83,6 +84,7 @@ class WorkerOperator(BaseOperator):
         :param log_file: receives a copy of its output.
         :param pass_fds: file descriptors that it keeps open.
         :param started: called with its process id.
+        :param heard: called with each line of its output.
         :param watch: called with it after each line of its output; may stop it.
         :raises TrainerError: if it was stopped.
         """
@@ -100,6 +102,8 @@ class WorkerOperator(BaseOperator):
                 self._process.stop()
             for line in self._process.lines():
                 self.log.info(line)
+                if heard is not None:
+                    heard(line)
                 if watch is not None:
                     watch(self._process)
             code = self._process.exit_code()

@@ -27,6 +27,10 @@ CACHE_FOLDER = "cache"
 """Below the deployment's folder, or the job's: what jobs make once and share."""
 
 
+UPLOADED = "checkpoint in MLflow: "
+"""Stands in a trainer's line of output before the URI of a checkpoint that has arrived."""
+
+
 class TrackingTarget(LenientModel):
     """The MLflow run that a trainer writes to. Credentials travel in the environment."""
 

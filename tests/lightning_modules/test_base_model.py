@@ -22,6 +22,7 @@ from lightning_modules.base_model import (
     Base,
     fingerprint,
     identity_of,
+    kept_beyond,
     merge_adapter,
     meta_model,
     unpacked,
@@ -71,6 +72,18 @@ def test_a_gguf_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert unpacked(find(file, tmp_path), kept) == base
     with_own_tokenizer = replace(packed, tokenizer_source="another")
     assert unpacked(with_own_tokenizer, kept) == replace(base, tokenizer_source="another")
+
+
+def test_a_base_from_mlflow_stays_when_its_job_is_gone(tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "job" / "base" / "files"
+    shutil.copytree(tiny_model_dir, source)
+    base = Base("models:/m-1", str(source), str(source))
+    stays = kept_beyond(tmp_path / "job" / "base", base, Kept(tmp_path / "kept", 2**30))
+    shutil.rmtree(tmp_path / "job")
+    assert (stays.name, stays.tokenizer_source) == (base.name, stays.source)
+    torch.testing.assert_close(logits(load(stays.source)), logits(load(tiny_model_dir)), rtol=0, atol=0)
+    elsewhere = find(tiny_model_dir, tmp_path)
+    assert kept_beyond(tmp_path / "job" / "base", elsewhere, Kept(tmp_path / "kept", 2**30)) is elsewhere
 
 
 def test_safetensors_are_not_unpacked(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ function checkpoints(job) {
   const columns = ["Epoch", "Training loss", "Validation loss", "Perplexity", "Saved", "Files", "Load"];
   const rows = job.checkpoints.map((checkpoint) => {
     const metrics = checkpoint.training_metrics ?? {};
-    const code = loadSnippet(checkpoint.path, job);
+    const code = loadSnippet(checkpoint.path);
     const load = h(
       "details",
       {},

@@ -158,6 +158,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def number_rows(values: Iterable[Any], before: int = 0) -> list[Row]:
+    """Return the values as rows, numbered from 1 on, or from behind so many others."""
     return [_as_row(number, value) for number, value in enumerate(values, start=before + 1)]
 
 

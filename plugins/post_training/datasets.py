@@ -52,13 +52,16 @@ class Allowed(Protocol):
     """What may be named; of a deployment ``settings.Settings`` has it."""
 
     @property
-    def allowed_roots(self) -> tuple[Path, ...]: ...
+    def allowed_roots(self) -> tuple[Path, ...]:
+        """Folders below which files may be named."""
 
     @property
-    def default_model(self) -> str | None: ...
+    def default_model(self) -> str | None:
+        """Base model of requests that name none."""
 
     @property
-    def max_data_uri_bytes(self) -> int: ...
+    def max_data_uri_bytes(self) -> int:
+        """Largest ``data:`` URI."""
 
 
 class Resolver:

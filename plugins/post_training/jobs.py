@@ -44,27 +44,36 @@ class Access(Protocol):
 
     user_name: str
 
-    def may_read(self, dag_id: str) -> bool: ...
+    def may_read(self, dag_id: str) -> bool:
+        """Whether the caller may see the DAG's runs."""
 
-    def may_read_logs(self, dag_id: str) -> bool: ...
+    def may_read_logs(self, dag_id: str) -> bool:
+        """Whether the caller may read the logs of the DAG's tasks."""
 
-    def may_trigger(self, dag_id: str) -> bool: ...
+    def may_trigger(self, dag_id: str) -> bool:
+        """Whether the caller may start runs of the DAG."""
 
-    def may_cancel(self, dag_id: str) -> bool: ...
+    def may_cancel(self, dag_id: str) -> bool:
+        """Whether the caller may change runs of the DAG."""
 
-    def may_retry(self, dag_id: str) -> bool: ...
+    def may_retry(self, dag_id: str) -> bool:
+        """Whether the caller may clear tasks of the DAG."""
 
 
 class Runs(Tasks, Protocol):
     """The jobs' tasks in Airflow; ``airflow_runs.AirflowRuns`` says what each method does."""
 
-    def trigger(self, dag_id: str, run_id: str, conf: dict[str, Any], user_name: str | None) -> None: ...
+    def trigger(self, dag_id: str, run_id: str, conf: dict[str, Any], user_name: str | None) -> None:
+        """Start a DAG run."""
 
-    def job_uuids(self, dag_ids: Collection[str]) -> list[str]: ...
+    def job_uuids(self, dag_ids: Collection[str]) -> list[str]:
+        """Return the ids of the jobs of these DAGs, newest first."""
 
-    def page(self, wanted: JobFilter, offset: int, limit: int) -> tuple[list[JobTask], int]: ...
+    def page(self, wanted: JobFilter, offset: int, limit: int) -> tuple[list[JobTask], int]:
+        """Return some of the jobs that a filter finds, and how many it finds."""
 
-    def dag_ids(self, *, prefix_of: str | None = None) -> set[str]: ...
+    def dag_ids(self, *, prefix_of: str | None = None) -> set[str]:
+        """Return the DAGs that have jobs, or could have one of this id."""
 
 
 class JobService:

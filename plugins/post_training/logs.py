@@ -28,9 +28,11 @@ SETTLED_AFTER = timedelta(seconds=2)
 class Runs(Protocol):
     """The jobs' tasks and their logs in Airflow; ``airflow_runs.AirflowRuns`` says what each method does."""
 
-    def find(self, job_uuid: str) -> JobTask | None: ...
+    def find(self, job_uuid: str) -> JobTask | None:
+        """Return the job's task."""
 
-    def log_lines(self, key: TaskKey, attempt: int, until: datetime | None = None) -> Iterator[str]: ...
+    def log_lines(self, key: TaskKey, attempt: int, until: datetime | None = None) -> Iterator[str]:
+        """Yield the lines of an attempt's log."""
 
 
 @dataclass(frozen=True)

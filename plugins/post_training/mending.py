@@ -37,15 +37,20 @@ DELETED = "The DAG run was deleted from Airflow before it had ended."
 class Tasks(Protocol):
     """The jobs' tasks in Airflow, as ``airflow_runs.AirflowRuns`` has them."""
 
-    def find(self, job_uuid: str) -> JobTask | None: ...
+    def find(self, job_uuid: str) -> JobTask | None:
+        """Return the job's task."""
 
-    def find_task(self, key: TaskKey) -> JobTask | None: ...
+    def find_task(self, key: TaskKey) -> JobTask | None:
+        """Return a task that may be a job's."""
 
-    def progress(self, key: TaskKey, *, of_run: bool = False) -> Progress | None: ...
+    def progress(self, key: TaskKey, *, of_run: bool = False) -> Progress | None:
+        """Return how far a task has come, or its whole run."""
 
-    def was_stopped(self, task: JobTask) -> bool: ...
+    def was_stopped(self, task: JobTask) -> bool:
+        """Whether somebody stopped the task, or its run."""
 
-    def cancel(self, key: TaskKey, user_name: str) -> None: ...
+    def cancel(self, key: TaskKey, user_name: str) -> None:
+        """Stop a task."""
 
 
 class Mender:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stop test lint bench bench-algorithms bench-orchestration load chaos clean
+.PHONY: help demo stop test lint bench bench-algorithms bench-orchestration load chaos docs clean
 
 help:
 	@echo "make demo           start Airflow and MLflow, fine-tune a model over HTTP, show the result"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-orchestration  what the orchestration costs, with 1,000 jobs"
 	@echo "make load           submit 500 jobs at once, 500 times the same, and poll with 200 clients"
 	@echo "make chaos          kill everything 100 times while 50 jobs train; JOBS=, KILLS=, SEED= choose other"
+	@echo "make docs           write the tables in docs/ of fields, routes, settings and operators anew"
 	@echo "make lint           ruff, mypy and the import contracts"
 
 $(VENV)/.python:
@@ -59,6 +60,9 @@ load: $(VENV)/.dev
 
 chaos: $(VENV)/.dev
 	PYTHONPATH=plugins:. $(BIN)/python -m tests.chaos --jobs $(or $(JOBS),50) --kills $(or $(KILLS),100) --seed $(or $(SEED),1)
+
+docs: $(VENV)/.dev
+	PYTHONPATH=plugins:. $(BIN)/python -m docs.reference
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import pytest
 from post_training.cli.request_file import method_of, read_body
 from post_training.errors import InvalidRequestError
 from post_training.schemas.rlhf import read_request
+from tests.documents import ROOT, blocks
 from tests.requests_of import dpo_body, rlhf_body, sft_body
 
 
@@ -86,9 +87,9 @@ def test_what_cannot_be_read_is_refused_with_file_and_line(
     assert problem in error["msg"]
 
 
-def test_the_readme_s_request_is_valid(folder: Path) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text().partition("```yaml\n")[2].partition("```")[0]
-    body = read(folder, text)
+def test_numbers_of_the_quick_start_are_numbers(folder: Path) -> None:
+    (block, *_) = [one for one in blocks(ROOT / "docs" / "quick-start.md") if one.language == "yaml"]
+    body = read(folder, block.text)
     request = read_request(method_of(body), body)
     assert request.training_config.optimizer_config is not None
     assert request.training_config.optimizer_config.lr == 2e-4

@@ -131,12 +131,11 @@ def trainers_of(job_uuid: str) -> list[psutil.Process]:
 
 
 def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment:
-    """Lay out a deployment whose servers do not run yet: our DAGs and one of a user's, a model, data.
+    """Lay out a deployment whose servers do not run yet: our DAGs, a model, data.
 
     :param extra_env: see ``Standalone``.
     """
     shutil.copytree(ROOT / "dags", home / "dags")
-    shutil.copy(HERE / "stage_dag.py.txt", home / "dags" / "stage.py")
     data = home / "data"
     data.mkdir()
     rows = [{"question": f"How many are {i} apples?", "answer": f"There are {i} apples."} for i in range(12)]
@@ -156,7 +155,7 @@ def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment
         home,
         dags_folder=home / "dags",
         allowed_roots=[data],
-        dag_ids=(*DAG_IDS, "stage", "scheduled_retraining"),
+        dag_ids=(*DAG_IDS, "scheduled_retraining"),
         users="admin:admin,viewer:viewer,user:user",
         extra_env={
             "AIRFLOW__POST_TRAINING__RETRAINING_CONFIG": str(home / "retraining.yaml"),
@@ -177,8 +176,9 @@ def home_of(factory: pytest.TempPathFactory, name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Airflow and MLflow, running."""
+    """Airflow and MLflow, running; beside our DAGs those of the docs, as a user would copy them."""
     deployment = deploy(home_of(tmp_path_factory, "servers"))
+    shutil.copytree(ROOT / "docs" / "examples", deployment.servers.layout.dags_folder / "examples")
     with deployment.servers:
         yield deployment
 

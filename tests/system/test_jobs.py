@@ -31,7 +31,6 @@ from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.schemas.trainer import TrainerSpec
 from post_training.standalone_layout import free_ports
 from tests.system.conftest import Deployment
-from tests.waiting import wait_until
 
 pytestmark = pytest.mark.system
 
@@ -56,10 +55,7 @@ def started(deployment: Deployment) -> Started:
     client = deployment.client()
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: client.post_training.supervised_fine_tune(**body), range(16)))
-    stage = {"model": str(deployment.model), "data": str(deployment.data / "train.jsonl"), "epochs": 1}
     with deployment.http() as http:
-        run = {"dag_run_id": "r1", "conf": stage, "logical_date": None}
-        http.post("/api/v2/dags/stage/dagRuns", json=run).raise_for_status()
         form = {"conf": form_of(deployment), "logical_date": None}
         answer = http.post("/api/v2/dags/supervised_fine_tune/dagRuns", json=form).raise_for_status()
     return Started([each.job_uuid for each in answers], str(answer.json()["dag_run_id"]))
@@ -273,26 +269,3 @@ def test_the_form_starts_a_job_whose_id_is_the_runs(deployment: Deployment, star
     assert status.status == "completed", status
     (mlflow_run,) = deployment.runs_of(started.form)
     assert mlflow_run.data.params["trainable_parameters"] == mlflow_run.data.params["total_parameters"]
-
-
-def test_a_stage_of_a_users_dag_is_a_job_and_the_job_operators_see_it(deployment: Deployment) -> None:
-    with deployment.http() as http:
-
-        def ended() -> str | None:
-            state: str = http.get("/api/v2/dags/stage/dagRuns/r1").json()["state"]
-            return None if state in ("queued", "running") else state
-
-        state = wait_until(ended)
-        xcoms = {
-            task: http.get(
-                f"/api/v2/dags/stage/dagRuns/r1/taskInstances/{task}/xcomEntries/return_value"
-            ).json()["value"]
-            for task in ("sft", "jobs", "status", "artifacts")
-        }
-    assert state == "success"
-    assert xcoms["sft"]["job_uuid"] == "stage.r1.sft"
-    assert "stage.r1.sft" in xcoms["jobs"]
-    assert xcoms["status"]["status"] == "completed"
-    assert xcoms["artifacts"] == xcoms["status"]["checkpoints"]
-    assert len(xcoms["artifacts"]) == 1
-    assert deployment.client().post_training.job.status(job_uuid="stage.r1.sft").status == "completed"

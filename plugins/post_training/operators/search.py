@@ -107,6 +107,7 @@ def search_before(train: TrainingOperator, *, required: bool = True) -> PlanSear
     The job's task runs when all workers have ended, if there was a plan: trials that some of them finished
     count. Each retry goes on where the attempt before was cut.
 
+    :param train: the job's task.
     :param required: whether a request without a search is refused, instead of trained.
     :returns: the plan, which has the job's trigger rule: what comes before the job is to come before this.
     :raises ValueError: if a task is directly before the job's already.

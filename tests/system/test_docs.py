@@ -1,0 +1,118 @@
+"""Runs what the documentation shows: every command of a console and every block of Python, in their order.
+
+What other tests run is in ``tests.documents.ELSEWHERE``. The servers are those of all system tests; the model
+and the data have the names that the documents use.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from post_training.standalone_layout import server_environment
+from tests.documents import DOCUMENTS, ELSEWHERE, ROOT, Block, blocks
+from tests.system.conftest import Deployment
+
+pytestmark = pytest.mark.system
+
+QUICK_START = ROOT / "docs" / "quick-start.md"
+RUN = [
+    document
+    for document in DOCUMENTS
+    if {block.language for block in blocks(document)} & {"console", "python"}
+]
+
+
+class Reader:
+    """Does what a document shows, in a folder and with the servers that it speaks of."""
+
+    def __init__(self, deployment: Deployment, state: Path) -> None:
+        self._deployment = deployment
+        self._state = state
+        self._folder = deployment.data
+        servers = deployment.servers
+        passwords = {"admin": servers.password()}
+        self._environment = {
+            **server_environment(servers.layout, passwords, os.environ, {}),
+            "POST_TRAINING_HOME": str(servers.layout.home),
+            "PASSWORD": servers.password(),
+        }
+        self._meant = {
+            "http://127.0.0.1:8080": servers.airflow_url,
+            '"password": "…"': f'"password": "{servers.password()}"',
+            "SERVERS=.post-training": f"SERVERS={servers.layout.home}",
+        }
+
+    def follow(self, document: Path) -> None:
+        """Do all that a document shows; see that the jobs which it starts complete."""
+        self._state.unlink(missing_ok=True)
+        python: dict[str, Any] = {}
+        for block in blocks(document):
+            if block.language == "yaml":
+                (self._folder / block.file).write_text(block.text)
+            elif block.language == "console":
+                self._type(block)
+            elif block.language == "python":
+                exec(compile(self._text(block), block.name, "exec"), python)
+                for job_uuid in re.findall(r'job_uuid="([\w-]+)"', block.text):
+                    assert self._deployment.wait(job_uuid).status == "completed"
+
+    def _text(self, block: Block) -> str:
+        text = block.text
+        for written, meant in self._meant.items():
+            text = text.replace(written, meant)
+        return text
+
+    def _type(self, block: Block) -> None:
+        """Type the commands of a console into a shell that remembers the variables of those before."""
+        commands = [command for command in block.commands if command not in ELSEWHERE]
+        script = "\n".join(
+            [
+                "set -eaEuo pipefail",
+                f'[ ! -e "{self._state}" ] || . "{self._state}"',
+                "trap 'echo \"it failed: $BASH_COMMAND\" >&2' ERR",
+                *(self._text(Block(block.document, block.line, "console", command)) for command in commands),
+                f'export -p > "{self._state}"',
+            ]
+        )
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=self._folder, env=self._environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{block.name}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def reader(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """Who has followed the quick start: the other documents go on from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(deployment.data)
+        patch.setenv("MLFLOW_TRACKING_URI", deployment.servers.mlflow_url)
+        (deployment.data / "models").mkdir()
+        shutil.copytree(deployment.model, deployment.data / "models" / "SmolLM2-135M-Instruct")
+        (deployment.data / "data").mkdir()
+        for file in ("train.jsonl", "pairs.jsonl"):
+            shutil.copy(deployment.data / file, deployment.data / "data" / file)
+        reader = Reader(deployment, tmp_path_factory.mktemp("shell") / "variables")
+        reader.follow(QUICK_START)
+        yield reader
+
+
+def test_the_quick_start(deployment: Deployment, reader: Reader) -> None:
+    assert deployment.client().post_training.job.status(job_uuid="my-lora").status == "completed"
+    assert (deployment.data / "post_training_runs" / "my-lora").is_dir()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [document for document in RUN if document != QUICK_START],
+    ids=lambda document: str(document.relative_to(ROOT)),
+)
+def test_a_document(reader: Reader, document: Path) -> None:
+    reader.follow(document)

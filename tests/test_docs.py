@@ -136,6 +136,13 @@ def test_yaml_is_a_valid_file(block: Block, tmp_path: Path) -> None:
         read_request(method_of(body), body)
 
 
+def test_the_readmes_key_figures_are_the_measured_ones() -> None:
+    figures = (ROOT / "README.md").read_text().partition("## Key figures")[2].partition("## ")[0]
+    numbers = {number for number in re.findall(r"(?<![\w-])[\d.,]*\d(?![\w-])", figures)}
+    assert len(numbers) > 10
+    assert numbers <= set(re.findall(r"[\d.,]*\d", (ROOT / "docs" / "performance.md").read_text()))
+
+
 def test_the_tree_in_the_readme_is_there() -> None:
     (tree,) = [block for block in blocks(ROOT / "README.md") if block.language == "text"]
     assert list(missing_in(tree.text)) == []

@@ -18,9 +18,9 @@ with DAG(
     checkpoints = GetTrainingJobArtifactsOperator(task_id="checkpoints", job_uuid="{{ params.job_uuid }}")
 
     @task
-    def best(checkpoints: list[dict[str, Any]]) -> str:
+    def best(checkpoints: Any) -> str:
         """Return the path of the checkpoint whose validation loss is the lowest."""
         found = min(checkpoints, key=lambda checkpoint: checkpoint["training_metrics"]["validation_loss"])
         return str(found["path"])
 
-    best(checkpoints.output)  # type: ignore[arg-type]
+    best(checkpoints.output)

@@ -102,7 +102,7 @@ NAMES = {
     "integer": "integer",
     "number": "number",
     "string": "text",
-    "boolean": "true or false",
+    "boolean": "true, false",
     "null": "null",
 }
 LARGEST_COUNT = 2**31 - 1

@@ -78,6 +78,14 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in anchors(path), target
 
 
+def test_every_field_and_parameter_has_a_meaning() -> None:
+    for document in DOCUMENTS:
+        for name, table in re.findall(
+            r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", document.read_text(), re.DOTALL
+        ):
+            assert "|  |" not in table, name
+
+
 def test_every_document_is_in_the_index() -> None:
     index = set(links(ROOT / "docs" / "README.md"))
     missing = {path.name for path in (ROOT / "docs").glob("*.md")} - index - {"README.md"}

@@ -150,7 +150,7 @@ class RegisterDatasetRequest(StrictModel):
 class StoredSource(LenientModel):
     """Where the rows of a version are."""
 
-    type: SourceType
+    type: SourceType = Field(description="How they were registered.")
     uri: str = Field(
         description="What a trainer reads; for what was sent as rows or data: it is in MLflow. An https URL"
         " is shown without its query, which may be a signature."
@@ -163,17 +163,17 @@ class StoredSource(LenientModel):
 class Dataset(LenientModel):
     """The current version of a data set, or the one that was asked for."""
 
-    identifier: str
-    provider_id: str = "mlflow"
+    identifier: str = Field(description="Its id.")
+    provider_id: str = Field(default="mlflow", description="What keeps it.")
     provider_resource_id: str = Field(description="The version's run in MLflow.")
-    type: Literal["dataset"] = "dataset"
-    purpose: DatasetPurpose
-    source: StoredSource
-    metadata: dict[str, Any]
+    type: Literal["dataset"] = Field(default="dataset", description="What it is, to the published client.")
+    purpose: DatasetPurpose = Field(description="What the rows are for.")
+    source: StoredSource = Field(description="Where the rows are.")
+    metadata: dict[str, Any] = Field(description="What was kept beside it.")
     version: str = Field(
         description="SHA-256 of the rows' file, or of the URI; ID@VERSION, or its first 8 digits, names it."
     )
-    created_at: datetime
+    created_at: datetime = Field(description="When the version was registered (UTC).")
 
 
 class ListDatasetsResponse(LenientModel):

@@ -48,13 +48,13 @@ class Checkpoint(LenientModel):
     """One saved state of the trained weights."""
 
     identifier: str = Field(description="Name, unique within the deployment.")
-    created_at: datetime
+    created_at: datetime = Field(description="When it was saved (UTC).")
     epoch: int = Field(description="Epoch at whose end it was taken, counted from 0.")
     post_training_job_id: str = Field(description="The job's job_uuid.")
     path: str = Field(
         description="MLflow model URI, ``models:/<model id>``; where none was uploaded, the copy's folder."
     )
-    training_metrics: PostTrainingMetric | None = None
+    training_metrics: PostTrainingMetric | None = Field(default=None, description="Its four metrics.")
 
 
 def checkpoint_identifier(job_uuid: str, epoch: int) -> str:
@@ -77,18 +77,20 @@ class ListPostTrainingJobsResponse(LenientModel):
 class PostTrainingJobStatusResponse(LenientModel):
     """State of a job, its times (UTC), and what it has made so far."""
 
-    job_uuid: str
-    status: JobStatus
-    scheduled_at: datetime | None = None
-    started_at: datetime | None = None
-    completed_at: datetime | None = None
+    job_uuid: str = Field(description="The job's id.")
+    status: JobStatus = Field(description="Its state.")
+    scheduled_at: datetime | None = Field(default=None, description="When it was asked for.")
+    started_at: datetime | None = Field(default=None, description="When its newest attempt began.")
+    completed_at: datetime | None = Field(default=None, description="When it ended, however it did.")
     resources_allocated: dict[str, Any] | None = Field(
         default=None,
         description="Of the newest attempt: device, dtype, peak memory in bytes, seconds, tokens. Of all"
         " attempts at the job, also while it runs: device_seconds, seconds times devices from reading the"
         " base model to the end of the fit, and job_tokens, the tokens as often as they were trained.",
     )
-    checkpoints: list[Checkpoint] = Field(default_factory=list)
+    checkpoints: list[Checkpoint] = Field(
+        default_factory=list, description="What it has saved so far, oldest first."
+    )
     error: str | None = Field(default=None, description="Why a failed job failed, in one sentence.")
 
 

@@ -14,15 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 
+from post_training.standalone import Standalone
 from post_training.standalone_layout import server_environment
 from tests.documents import DOCUMENTS, ELSEWHERE, ROOT, Block, blocks
 from tests.system.conftest import Deployment
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.system
 
-QUICK_START = ROOT / "docs" / "quick-start.md"
+QUICK_START, OPERATIONS = (ROOT / "docs" / f"{name}.md" for name in ("quick-start", "operations"))
 RUN = [
     document
     for document in DOCUMENTS
@@ -111,8 +116,34 @@ def test_the_quick_start(deployment: Deployment, reader: Reader) -> None:
 
 @pytest.mark.parametrize(
     "document",
-    [document for document in RUN if document != QUICK_START],
+    [document for document in RUN if document not in (QUICK_START, OPERATIONS)],
     ids=lambda document: str(document.relative_to(ROOT)),
 )
 def test_a_document(reader: Reader, document: Path) -> None:
     reader.follow(document)
+
+
+def test_operations_and_what_is_restored(deployment: Deployment, reader: Reader, tmp_path: Path) -> None:
+    """A server that has nothing but the copy knows the job, and serves what it trained."""
+    reader.follow(OPERATIONS)
+    restored = Standalone(deployment.data / "restored", dags_folder=deployment.servers.layout.dags_folder)
+    try:
+        restored.start_server("mlflow")
+        wait_until(lambda: answers(f"{restored.mlflow_url}/health"))
+        client = MlflowClient(restored.mlflow_url)
+        (run,) = deployment.runs_of("my-lora")
+        assert client.get_run(run.info.run_id).info.status == "FINISHED"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", restored.mlflow_url)
+            status = deployment.client().post_training.job.status(job_uuid="my-lora")
+            folder = download_artifacts(status.checkpoints[-1]["path"], dst_path=str(tmp_path))
+        assert (Path(folder) / "adapter_model.safetensors").stat().st_size > 0
+    finally:
+        restored.stop()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False

@@ -102,6 +102,9 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "pip install '.[train]'": (".ci/run::make test",),  # which installs '.[dev]', of which it is a part
     "pip install '.[search]'": (".ci/run::make test",),
     "sudo apt-get install libtcmalloc-minimal4": (".ci/run::apt-get install --yes libtcmalloc-minimal4",),
+    "mlflow models serve --model-uri models:/m-… --env-manager local --port 8008": (
+        "tests/system/test_jobs.py::test_mlflow_serves_a_checkpoint",
+    ),
     "airflow db migrate": ("tests/test_standalone.py::test_both_servers_start_run_a_dag_and_leave_nothing",),
 }
 """Commands that ``tests/system/test_docs.py`` does not run -> the tests, or lines of CI, that do."""

@@ -31,6 +31,7 @@ from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.schemas.trainer import TrainerSpec
 from post_training.standalone_layout import free_ports
 from tests.system.conftest import Deployment
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.system
 

@@ -153,29 +153,41 @@ def test_mlflow_serves_a_checkpoint(
     checkpoint = lora_job[0].checkpoints[-1]["path"]
     (port,) = free_ports(1)
     command = ["-m", "mlflow", "models", "serve", "--model-uri", checkpoint, "--env-manager", "local"]
-    question = {"messages": [{"role": "user", "content": "How many are 7 apples?"}], "max_tokens": 5}
-    with (tmp_path / "serve.log").open("wb") as log:
+    question = {
+        "messages": [{"role": "user", "content": "How many are 7 apples?"}],
+        "max_tokens": 5,
+        "top_k": 1,
+    }
+    in_path = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # of uvicorn
+    output = tmp_path / "serve.log"
+    with output.open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, *command, "--port", str(port)], stdout=log, stderr=log, start_new_session=True
+            [sys.executable, *command, "--port", str(port)],
+            stdout=log,
+            stderr=log,
+            env=in_path,
+            start_new_session=True,
         )
+
+    def serves() -> bool:
+        assert server.poll() is None, output.read_text()
+        with suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{port}/ping", timeout=300).is_success
+        return False
+
     try:
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}/ping"))
+        wait_until(serves)
         answered = httpx.post(f"http://127.0.0.1:{port}/invocations", json=question, timeout=300)
         answered.raise_for_status()
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     (served,) = answered.json()
     chat = mlflow.transformers.load_model(checkpoint)
-    (local,) = chat(question["messages"], max_new_tokens=5)
+    (local,) = chat(question["messages"], max_new_tokens=5, top_k=1)
     assert served["choices"][0]["message"] == local["generated_text"][-1]
     assert served["usage"]["completion_tokens"] == 5
-
-
-def answers(url: str) -> bool:
-    with suppress(httpx.TransportError):
-        return httpx.get(url, timeout=300).is_success
-    return False
 
 
 def test_the_run_in_mlflow_tells_the_whole_story(deployment: Deployment, lora_job: Any) -> None:

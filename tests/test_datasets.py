@@ -59,6 +59,7 @@ def resolver_of(
             "mlflow_conn_id": "mlflow_default",
             "post_training_conn_id": "post_training_default",
             "pool": "default_pool",
+            "queue": None,
             "keep_state_in_mlflow": True,
             "max_body_bytes": 1000,
             "max_data_uri_bytes": 100,

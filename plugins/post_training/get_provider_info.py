@@ -37,6 +37,12 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "Connection of type post_training: the HTTP API, and the defaults of the runtime block.",
     ),
     "pool": ("string", "default_pool", "Airflow pool that training tasks take their slots from."),
+    "queue": (
+        "string",
+        "",
+        "Queue that training, evaluating and preparing tasks are sent to, for workers with the devices they"
+        " need; empty is Airflow's default queue.",
+    ),
     "keep_state_in_mlflow": (
         "boolean",
         "True",

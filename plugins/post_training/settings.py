@@ -22,6 +22,7 @@ class Settings:
     mlflow_conn_id: str
     post_training_conn_id: str
     pool: str
+    queue: str | None
     keep_state_in_mlflow: bool
     max_body_bytes: int
     max_data_uri_bytes: int
@@ -45,6 +46,7 @@ def load_settings() -> Settings:
         mlflow_conn_id=_get("mlflow_conn_id"),
         post_training_conn_id=_get("post_training_conn_id"),
         pool=_get("pool"),
+        queue=_get("queue") or None,
         keep_state_in_mlflow=conf.getboolean(
             SECTION, "keep_state_in_mlflow", fallback=OPTIONS["keep_state_in_mlflow"][1] == "True"
         ),

@@ -36,14 +36,17 @@ class PermanentFailureError(TrainerError):
 class WorkerOperator(BaseOperator):
     """Runs one process after the other, each to its end; a task that is killed stops the one that runs.
 
-    The task takes its slot from the pool of ``[post_training] pool``; a mapped one (``partial().expand()``)
-    must name it itself.
+    The task takes its slot from the pool of ``[post_training] pool``, and is sent to the queue of
+    ``[post_training] queue``; a mapped one (``partial().expand()``) must name both itself.
     """
 
     operator_extra_links: Collection[BaseOperatorLink] = (MLflowRunLink(),)
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("pool", load_settings().pool)
+        settings = load_settings()
+        kwargs.setdefault("pool", settings.pool)
+        if settings.queue is not None:
+            kwargs.setdefault("queue", settings.queue)
         super().__init__(**kwargs)
         self.mlflow_run_url: str | None = None
         self._process: WorkerProcess | None = None

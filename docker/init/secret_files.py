@@ -50,14 +50,14 @@ def derived(
     shared = {
         "broker_url": f"{broker}/0",
         "result_backend": f"{broker}/1",
-        "jwt_secret": base["jwt"],
+        "api_secret_key": base["api"],
         "search_storage": database_url("searches", base, places["SEARCH_DATABASE"]),
     }
     servers = {
         **shared,
         "database_url": database_url("airflow", base, places["AIRFLOW_DATABASE"]),
         "fernet_key": base["fernet"],
-        "api_secret_key": base["api"],
+        "jwt_secret": base["jwt"],
         "passwords.json": json.dumps({user: base[f"user {user}"] for user in users}),
         "connections.json": json.dumps(connections(base, places)),
     }

@@ -51,7 +51,7 @@ def connections(files: dict[str, str]) -> dict[str, Any]:
 
 def test_readers_agree_on_what_they_share(tmp_path: Path) -> None:
     files = made(tmp_path)
-    shared = ("broker_url", "result_backend", "jwt_secret", "search_storage")
+    shared = ("broker_url", "result_backend", "api_secret_key", "search_storage")
     assert {name: files[f"workers/{name}"] for name in shared} == {
         name: files[f"servers/{name}"] for name in shared
     }
@@ -73,7 +73,7 @@ def test_readers_agree_on_what_they_share(tmp_path: Path) -> None:
 def test_a_worker_is_not_told_what_only_servers_need(tmp_path: Path) -> None:
     files = made(tmp_path)
     told = "".join(text for name, text in files.items() if name.startswith("workers/"))
-    for name in ("postgres/password", "postgres/airflow", "postgres/mlflow", "servers/fernet_key"):
+    for name in ("postgres/password", "postgres/airflow", "postgres/mlflow", "servers/fernet_key", "servers/jwt_secret"):
         assert files[name] not in told
 
 

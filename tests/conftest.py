@@ -31,6 +31,7 @@ def pytest_unconfigure() -> None:
 
 SERVERS = {
     "tests/system/test_chaos.py": "their own",
+    "tests/system/test_cluster.py": "a cluster",
     **dict.fromkeys(
         (f"tests/system/test_{name}.py" for name in ("outages", "retraining", "search")), "frail"
     ),

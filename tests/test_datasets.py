@@ -60,6 +60,7 @@ def resolver_of(
             "post_training_conn_id": "post_training_default",
             "pool": "default_pool",
             "queue": None,
+            "pod_template_file": None,
             "keep_state_in_mlflow": True,
             "max_body_bytes": 1000,
             "max_data_uri_bytes": 100,

@@ -43,6 +43,12 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "Queue that training, evaluating and preparing tasks are sent to, for workers with the devices they"
         " need; empty is Airflow's default queue.",
     ),
+    "pod_template_file": (
+        "string",
+        "",
+        "Pod template that the KubernetesExecutor makes such tasks' pods from, a path in the scheduler's pod;"
+        " empty is the executor's own.",
+    ),
     "keep_state_in_mlflow": (
         "boolean",
         "True",

@@ -23,6 +23,7 @@ class Settings:
     post_training_conn_id: str
     pool: str
     queue: str | None
+    pod_template_file: str | None
     keep_state_in_mlflow: bool
     max_body_bytes: int
     max_data_uri_bytes: int
@@ -47,6 +48,7 @@ def load_settings() -> Settings:
         post_training_conn_id=_get("post_training_conn_id"),
         pool=_get("pool"),
         queue=_get("queue") or None,
+        pod_template_file=_get("pod_template_file") or None,
         keep_state_in_mlflow=conf.getboolean(
             SECTION, "keep_state_in_mlflow", fallback=OPTIONS["keep_state_in_mlflow"][1] == "True"
         ),

@@ -73,7 +73,13 @@ def test_readers_agree_on_what_they_share(tmp_path: Path) -> None:
 def test_a_worker_is_not_told_what_only_servers_need(tmp_path: Path) -> None:
     files = made(tmp_path)
     told = "".join(text for name, text in files.items() if name.startswith("workers/"))
-    for name in ("postgres/password", "postgres/airflow", "postgres/mlflow", "servers/fernet_key", "servers/jwt_secret"):
+    for name in (
+        "postgres/password",
+        "postgres/airflow",
+        "postgres/mlflow",
+        "servers/fernet_key",
+        "servers/jwt_secret",
+    ):
         assert files[name] not in told
 
 

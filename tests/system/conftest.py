@@ -130,13 +130,8 @@ def trainers_of(job_uuid: str) -> list[psutil.Process]:
     ]
 
 
-def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment:
-    """Lay out a deployment whose servers do not run yet: our DAGs, a model, data.
-
-    :param extra_env: see ``Standalone``.
-    """
-    shutil.copytree(ROOT / "dags", home / "dags")
-    data = home / "data"
+def write_data(data: Path) -> Path:
+    """Make a folder of data sets and of a tiny model; return the model's."""
     data.mkdir()
     rows = [{"question": f"How many are {i} apples?", "answer": f"There are {i} apples."} for i in range(12)]
     (data / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -146,7 +141,17 @@ def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment
     ]
     (data / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
     (data / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"question": "?"}) + "\n")
-    model = write_tiny_model(data / "tiny-llama")
+    return write_tiny_model(data / "tiny-llama")
+
+
+def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment:
+    """Lay out a deployment whose servers do not run yet: our DAGs, a model, data.
+
+    :param extra_env: see ``Standalone``.
+    """
+    shutil.copytree(ROOT / "dags", home / "dags")
+    data = home / "data"
+    model = write_data(data)
     policy = home / "airflow" / "config" / "airflow_local_settings.py"
     policy.parent.mkdir(parents=True)
     policy.write_text(TASK_POLICY)

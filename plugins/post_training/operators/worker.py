@@ -36,8 +36,8 @@ class PermanentFailureError(TrainerError):
 class WorkerOperator(BaseOperator):
     """Runs one process after the other, each to its end; a task that is killed stops the one that runs.
 
-    The task takes its slot from the pool of ``[post_training] pool``, and is sent to the queue of
-    ``[post_training] queue``; a mapped one (``partial().expand()``) must name both itself.
+    The task takes its slot from the pool of ``[post_training] pool``, is sent to its ``queue``, and gets a
+    pod from its ``pod_template_file``; a mapped one (``partial().expand()``) must name all three itself.
     """
 
     operator_extra_links: Collection[BaseOperatorLink] = (MLflowRunLink(),)
@@ -47,6 +47,8 @@ class WorkerOperator(BaseOperator):
         kwargs.setdefault("pool", settings.pool)
         if settings.queue is not None:
             kwargs.setdefault("queue", settings.queue)
+        if settings.pod_template_file is not None:
+            kwargs.setdefault("executor_config", {"pod_template_file": settings.pod_template_file})
         super().__init__(**kwargs)
         self.mlflow_run_url: str | None = None
         self._process: WorkerProcess | None = None

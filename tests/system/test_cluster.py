@@ -226,9 +226,7 @@ def test_a_search_runs_on_both_workers_with_its_study_in_postgresql(deployment: 
         cursor.execute("SELECT state, count(*) FROM trials GROUP BY state")
         assert cursor.fetchall() == [("COMPLETE", 3)]
     with deployment.http() as http:
-        found = http.get(
-            f"/api/v2/dags/{DAG_ID}_search/dagRuns/searched/taskInstances/trials/listMapped"
-        )
+        found = http.get(f"/api/v2/dags/{DAG_ID}_search/dagRuns/searched/taskInstances/trials/listMapped")
     hosts = {task["hostname"] for task in found.raise_for_status().json()["task_instances"]}
     assert hosts == {deployment.servers.replicas[name].address for name in WORKERS}
     assert not any((deployment.home(name) / "searches.db").exists() for name in WORKERS)

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 
 _NETWORKS_TRIED = 20
 
@@ -75,7 +76,7 @@ class Forwarder:
         """
         self._thread.start()
         for (address, port), target in self._routes.items():
-            listening = asyncio.start_server(lambda r, w, to=target: _serve(r, w, to), address, port)
+            listening = asyncio.start_server(partial(_serve, target=target), address, port)
             self._servers.append(asyncio.run_coroutine_threadsafe(listening, self._loop).result())
 
     def stop(self) -> None:

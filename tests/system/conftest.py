@@ -106,8 +106,8 @@ class Deployment:
             "logger_config": {},
         }
 
-    def wait(self, job_uuid: str, *statuses: str) -> Any:
-        """Return the job's status once it is one of these, by default any that ends."""
+    def wait(self, job_uuid: str, *statuses: str, seconds: float = 300.0) -> Any:
+        """Return the job's status once it is one of these, by default any that ends; ``wait_until`` waits."""
         client = self.client()
 
         def reached() -> Any:
@@ -117,7 +117,7 @@ class Deployment:
             assert status.status not in ENDED, status
             return None
 
-        return wait_until(reached)
+        return wait_until(reached, seconds)
 
 
 def trainers_of(job_uuid: str) -> list[psutil.Process]:

@@ -41,6 +41,9 @@ DAG_ID = "supervised_fine_tune"
 WORKERS = ("worker-cpu-1", "worker-cpu-2")
 EPOCHS, STEPS = 3, 250
 RATES = [1e-5, 1e-3, 1e-2]
+PATIENCE = (
+    900.0  # a dozen servers on two cores, jobs that wait for each other, and Airflow's retries after 30 s
+)
 
 
 @dataclass
@@ -53,6 +56,9 @@ class Clustered(Deployment):
     def mlflow(self) -> MlflowClient:
         login = f"admin:{self.servers.secret('mlflow', 'admin_password')}@"
         return MlflowClient(self.servers.mlflow_url.replace("//", f"//{login}"))
+
+    def wait(self, job_uuid: str, *statuses: str, seconds: float = PATIENCE) -> Any:
+        return super().wait(job_uuid, *statuses, seconds=seconds)
 
     def task(self, job_uuid: str, task_id: str = "train", dag_id: str = DAG_ID) -> dict[str, Any]:
         """What Airflow knows of a job's task."""
@@ -112,10 +118,10 @@ def test_a_job_whose_worker_is_lost_goes_on_on_the_other_from_mlflows_state(depl
         client.post_training.supervised_fine_tune(**deployment.long_body(job_uuid))
     for job_uuid in ("waiting", "unwanted"):
         client.post_training.supervised_fine_tune(**deployment.body(job_uuid))
-    running = wait_until(lambda: _both_run(deployment, "lost", "kept"))
+    running = wait_until(lambda: _both_run(deployment, "lost", "kept"), PATIENCE)
     assert {*running.values()} == {*WORKERS}
     survivor = running["kept"]
-    stored = wait_until(lambda: _stored_step(deployment, "lost"))
+    stored = wait_until(lambda: _stored_step(deployment, "lost"), PATIENCE)
     folder = Path("jobs", DAG_ID, "lost")
     assert (deployment.home(running["lost"]) / folder).exists()
     assert not (deployment.home(survivor) / folder).exists()
@@ -168,7 +174,7 @@ def _assert_it_went_on(deployment: Clustered, stored: int) -> None:
 def test_a_workers_log_is_asked_for_where_it_is(deployment: Clustered) -> None:
     """The api-server sees the disk of the first worker alone."""
     deployment.servers.start_again(_the_dead(deployment))
-    job_uuid = wait_until(lambda: _trained_by(deployment, WORKERS[1]), 900)
+    job_uuid = wait_until(lambda: _trained_by(deployment, WORKERS[1]), PATIENCE)
     lines = deployment.log(job_uuid)
     assert any("progress step 6/6" in line for line in lines), lines
 

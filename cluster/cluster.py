@@ -16,7 +16,7 @@ import httpx
 
 from cluster.compose import COMPLETED, HEALTHY, Service, read_services
 from cluster.hosts import Forwarder, free_network
-from cluster.images import ROOT
+from cluster.images import ROOT, missing_packages
 from cluster.replicas import Replica, replicas_of, scaled
 from post_training.standalone_layout import free_ports
 from post_training.standalone_servers import ServerProcesses, write_private
@@ -114,9 +114,11 @@ class Cluster:
     def start(self) -> Cluster:
         """Start all services in their order, and wait until each is well or has done its work.
 
-        :raises RuntimeError: if they run already under this home, one ends before its time (with the end of
-            its log), or time runs out. Whatever was started is stopped again.
+        :raises RuntimeError: if a program is missing, they run already under this home, one ends before its
+            time (with the end of its log), or time runs out. Whatever was started is stopped again.
         """
+        if missing := missing_packages():
+            raise RuntimeError(f"install Debian's packages {' '.join(missing)} first")
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self._adopted():
             raise RuntimeError(f"a cluster is running under {self.home}: stop it first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ OURS = {"/opt/init": ROOT / "docker" / "init", f"{AIRFLOW_HOME}/dags": ROOT / "d
 """Where our images, as docker/Dockerfile makes them, have folders of the checkout."""
 
 _AS_NOBODY_SPECIAL = ("unshare", "--map-user=1000", "--map-group=1000")
+_PACKAGES = {"initdb": "postgresql", "redis-server": "redis-server"}
 _POSTGRES_VERSIONS = Path("/usr/lib/postgresql")
 
 
@@ -63,6 +65,11 @@ def search_path() -> str:
     versions = sorted(_POSTGRES_VERSIONS.glob("*/bin"), key=lambda folder: int(folder.parent.name))
     folders = [Path(sys.executable).parent, *reversed(versions)]
     return os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)])
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of Debian that are not installed and must be."""
+    return [name for program, name in _PACKAGES.items() if shutil.which(program, path=search_path()) is None]
 
 
 def start_of(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,19 +20,19 @@ import pytest
 from mlflow import MlflowClient
 
 from cluster.cluster import Cluster
-from cluster.images import search_path
+from cluster.images import missing_packages
 from post_training.schemas.record import METRIC_TRAIN_LOSS, TAG_RESUME_STATE
 from post_training.schemas.trainer import StoredState
 from tests.requests_of import OPTIMIZER
 from tests.system.conftest import Deployment, home_of, write_data
 from tests.waiting import wait_until
 
-MISSING = [name for name in ("initdb", "redis-server") if shutil.which(name, path=search_path()) is None]
-
 pytestmark = [
     pytest.mark.system,
     pytest.mark.timeout(1800),  # the first test starts a dozen servers on two cores
-    pytest.mark.skipif(bool(MISSING) and "CI" not in os.environ, reason=f"not installed: {MISSING}"),
+    pytest.mark.skipif(
+        bool(missing_packages()) and "CI" not in os.environ, reason=f"not installed: {missing_packages()}"
+    ),
 ]
 
 PATHS = "/post-training/v1/post-training"

@@ -151,11 +151,13 @@ class Cluster:
         (self.home / SERVERS_FILE).unlink(missing_ok=True)
 
     def kill(self, name: str) -> None:
-        """Send SIGKILL to a replica and to all that it has started, as when its machine is lost."""
+        """Send SIGKILL to a replica and to all that it has started, as when its machine is lost for good."""
+        self._started.remove(name)
         self._servers.kill(name, session=True)
 
     def start_again(self, name: str) -> None:
-        """Start a replica that has ended, and do not wait for it."""
+        """Start a replica that was killed, and do not wait for it."""
+        self._started.append(name)
         self._spawn(self.replicas[name])
 
     def mend(self) -> list[str]:
@@ -166,7 +168,7 @@ class Cluster:
             if self.replicas[name].service.restarts and self._servers.exit_code(name) is not None
         ]
         for name in ended:
-            self.start_again(name)
+            self._spawn(self.replicas[name])
         return ended
 
     def _start_what_can(self) -> None:

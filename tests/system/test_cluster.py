@@ -136,7 +136,8 @@ def test_a_job_whose_worker_is_lost_goes_on_on_the_other_from_mlflows_state(depl
     assert len(client.post_training.job.artifacts(job_uuid="lost").checkpoints) == EPOCHS
     _assert_it_went_on(deployment, stored)
     assert client.post_training.job.status(job_uuid="unwanted").status == "cancelled"
-    assert deployment.task("unwanted")["start_date"] is None
+    unwanted = deployment.task("unwanted")
+    assert (unwanted["state"], unwanted["hostname"]) == ("skipped", "")  # no worker ever began it
 
 
 def _stored_step(deployment: Clustered, job_uuid: str) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,14 +124,7 @@ class Cluster:
             raise RuntimeError(f"a cluster is running under {self.home}: stop it first")
         try:
             self._forwarder.start()
-            deadline = monotonic() + self._timeout
-            while waiting := [name for name in self.replicas if not self._has_come_up(name)]:
-                self._start_what_can()
-                self._refuse_the_dead()
-                if monotonic() > deadline:
-                    tail = self._servers.log_tail(waiting[0]) if waiting[0] in self._started else ""
-                    raise RuntimeError(f"not well in {self._timeout:g} s: {', '.join(waiting)}\n{tail}")
-                sleep(_PAUSE)
+            self._wait_for(list(self.replicas))
         except BaseException:
             self.stop()
             raise
@@ -156,9 +149,12 @@ class Cluster:
         self._servers.kill(name, session=True)
 
     def start_again(self, name: str) -> None:
-        """Start a replica that was killed, and do not wait for it."""
-        self._started.append(name)
-        self._spawn(self.replicas[name])
+        """Start a replica that was killed, and wait until it is well.
+
+        :raises RuntimeError: as ``start``.
+        """
+        self._checks[name] = Check()
+        self._wait_for([name])
 
     def mend(self) -> list[str]:
         """Start again what has ended and is to run always; return its names."""
@@ -170,6 +166,20 @@ class Cluster:
         for name in ended:
             self._spawn(self.replicas[name])
         return ended
+
+    def _wait_for(self, names: Sequence[str]) -> None:
+        """Start what does not run yet, and wait until these are well or have done their work.
+
+        :raises RuntimeError: as ``start``.
+        """
+        deadline = monotonic() + self._timeout
+        while waiting := [name for name in names if not self._has_come_up(name)]:
+            self._start_what_can()
+            self._refuse_the_dead()
+            if monotonic() > deadline:
+                tail = self._servers.log_tail(waiting[0]) if waiting[0] in self._started else ""
+                raise RuntimeError(f"not well in {self._timeout:g} s: {', '.join(waiting)}\n{tail}")
+            sleep(_PAUSE)
 
     def _start_what_can(self) -> None:
         for replica in self.replicas.values():

@@ -173,24 +173,17 @@ def _assert_it_went_on(deployment: Clustered, stored: int) -> None:
 
 def test_a_workers_log_is_asked_for_where_it_is(deployment: Clustered) -> None:
     """The api-server sees the disk of the first worker alone."""
-    deployment.servers.start_again(_the_dead(deployment))
-    job_uuid = wait_until(lambda: _trained_by(deployment, WORKERS[1]), PATIENCE)
-    lines = deployment.log(job_uuid)
-    assert any("progress step 6/6" in line for line in lines), lines
-
-
-def _the_dead(deployment: Clustered) -> str:
-    """The worker that was lost; none of it is left."""
     survivor = deployment.worker_of("lost")
-    return next(name for name in WORKERS if name != survivor)
-
-
-def _trained_by(deployment: Clustered, worker: str) -> str | None:
-    """Ask for short jobs until one was trained by this worker; the other one may be faster."""
-    job_uuid = f"log-{os.urandom(3).hex()}"
-    deployment.client().post_training.supervised_fine_tune(**deployment.body(job_uuid))
-    assert deployment.wait(job_uuid).status == "completed"
-    return job_uuid if deployment.worker_of(job_uuid) == worker else None
+    deployment.servers.start_again(next(name for name in WORKERS if name != survivor))
+    jobs = ("log-1", "log-2")  # at once: each worker has one slot
+    for job_uuid in jobs:
+        deployment.client().post_training.supervised_fine_tune(**deployment.long_body(job_uuid))
+    workers = {}
+    for job_uuid in jobs:
+        assert deployment.wait(job_uuid).status == "completed"
+        workers[deployment.worker_of(job_uuid)] = job_uuid
+    lines = deployment.log(workers[WORKERS[1]])
+    assert any(f"progress step {EPOCHS * STEPS}/" in line for line in lines), lines
 
 
 def test_a_running_job_is_cancelled_on_its_worker(deployment: Clustered) -> None:
@@ -249,7 +242,7 @@ def test_the_page_filters_what_postgresql_holds(deployment: Clustered) -> None:
     assert shown() == listed
     assert shown(status="cancelled") == {"unwanted", "stopped"}
     assert shown(status="in_progress") == shown(status="failed") == set()
-    assert shown(text="LONG.jsonl") == {"lost", "kept", "stopped"}
+    assert shown(text="LONG.jsonl") == {"lost", "kept", "log-1", "log-2", "stopped"}
 
 
 def test_mlflow_and_airflow_ask_who_calls(deployment: Clustered) -> None:

@@ -15,7 +15,7 @@ EPOCHS, ROWS = 4, 2**13
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest micro-batch.
+    """The largest micro-batch of this process.
 
     :param tokens: in its tensors, padding included.
     :param width: tokens of its longest row.
@@ -64,9 +64,7 @@ def workload_of(loader: StepLoader, n_epochs: int) -> Workload:
 
 
 def _larger(largest: Largest, rows: Sequence[int], loader: StepLoader) -> Largest:
-    size = loader.batch_size
-    for at in range(0, len(rows), size):
-        micro = rows[at : at + size]
+    for micro in filter(None, loader.share.micros(rows, loader.batch_size)):
         width = max(micro)
         tokens = len(micro) * width if loader.arrangement in PADDING else sum(micro)
         largest = Largest(max(largest.tokens, tokens), max(largest.width, width))

@@ -18,7 +18,8 @@ Batch = dict[str, Any]
 hidden states predict them, and ``targets`` (n), their ids; ``tokens`` and ``scored``, the numbers of real and
 of scored tokens; ``units``, what the loss is a mean over: scored tokens, or pairs; where rows are shared
 ``position_ids`` (b, s), and without padding ``layout``; of pairs ``sequence`` (n), the number of each scored
-token's sequence, and ``reference`` (n) where it was computed, its reference log-probability."""
+token's sequence, and ``reference`` (n) where it was computed, its reference log-probability. A batch of no
+units is silent: it goes through the model, and nothing of it counts."""
 
 Row = Sequence[Item]
 """What stands together in a batch: one item, or several where rows are packed."""
@@ -64,6 +65,11 @@ def collate(rows: Sequence[Row], pad_id: int, arrangement: Arrangement) -> Batch
     batch["targets"] = torch.from_numpy(np.concatenate(targets))
     batch |= {"tokens": sum(map(len, sequences)), "scored": sum(counts), "units": sum(counts)}
     return batch | _of_pairs([item for item in items if isinstance(item, Pair)], counts)
+
+
+def silent(batch: Batch) -> Batch:
+    """Return a batch that does not count: a process has it whose peers have one more than its own rows."""
+    return batch | {"tokens": 0, "scored": 0, "units": 0}
 
 
 def _in_one_row(sequences: Sequence[Ids], *, share: bool) -> tuple[Batch, list[Ids]]:

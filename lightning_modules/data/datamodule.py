@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning_modules.data.batches import Arrangement
 from lightning_modules.data.loaders import BatchLoader, Seen, StepLoader
 from lightning_modules.data.shards import Shards
+from lightning_modules.data.share import WHOLE, Share
 
 
 class FineTuningData(pl.LightningDataModule):
@@ -16,8 +17,10 @@ class FineTuningData(pl.LightningDataModule):
 
     :param train: training rows.
     :param validation: validation rows, read in file order, never packed.
-    :param validation_batches: how many batches of them are read; None is all, 0 none.
+    :param batch_size: rows of a micro-batch on one device.
+    :param validation_batches: how many batches of them each device reads; None is all, 0 none.
     :param max_seq_length: tokens of a packed row for each sequence that an item has: a pair has two.
+    :param share: what of all batches this process takes.
     :ivar data_sets: by what they are for.
     :ivar max_row_length: tokens of the longest row that there can be.
     """
@@ -36,6 +39,7 @@ class FineTuningData(pl.LightningDataModule):
         shuffle: bool = False,
         seed: int = 0,
         steps_per_epoch: int | None = None,
+        share: Share = WHOLE,
     ) -> None:
         super().__init__()
         self.data_sets: dict[str, Shards] = {"training": train}
@@ -51,12 +55,14 @@ class FineTuningData(pl.LightningDataModule):
             steps_per_epoch=steps_per_epoch,
             pad_id=pad_id,
             capacity=self.max_row_length if packed else None,
+            share=share,
         )
-        read = None if validation_batches is None else validation_batches * batch_size
+        read = None if validation_batches is None else validation_batches * share.rows(batch_size)
         self._validation = [
             (validation, number, indices) for number, indices in _first(validation.counts, read).items()
         ]
         self._batch_size = batch_size
+        self._share = share
         self._pad_id = pad_id
 
     def arrange(self, arrangement: Arrangement) -> None:
@@ -95,7 +101,12 @@ class FineTuningData(pl.LightningDataModule):
         alone = self.train_loader.arrangement
         if alone is Arrangement.PACKED:
             alone = Arrangement.PADDED
-        return BatchLoader(parts, self._batch_size, self._pad_id, alone)
+        return BatchLoader(parts, self._batch_size, self._pad_id, alone, self._share)
+
+    def taken_by(self, rank: int, indices: Sequence[int]) -> list[int]:
+        """Return which items of a part the batches of a process hold, in their order."""
+        micros = self._share.of_rank(rank).micros(indices, self._batch_size)
+        return [index for micro in micros for index in micro]
 
     @property
     def validated(self) -> list[Seen]:

@@ -7,9 +7,10 @@ from itertools import islice
 
 import numpy as np
 
-from lightning_modules.data.batches import PADDING, Arrangement, Batch, collate
+from lightning_modules.data.batches import PADDING, Arrangement, Batch, collate, silent
 from lightning_modules.data.packing import pack
-from lightning_modules.data.shards import Shards
+from lightning_modules.data.shards import Shard, Shards
+from lightning_modules.data.share import WHOLE, Share
 
 SORT_WINDOW = 16
 """Optimizer steps among which rows of like length are brought together."""
@@ -43,7 +44,7 @@ def epoch_order(
 
 
 class StepLoader:
-    """Yields, for each optimizer step, the list of its micro-batches.
+    """Yields, for each optimizer step, the list of its micro-batches on this device.
 
     A step's tokens are then known before its first backward pass, and a checkpoint between steps is
     a checkpoint between batches. The state is the epoch and the position in it. A step has rows of one shard;
@@ -51,6 +52,7 @@ class StepLoader:
 
     :param capacity: tokens of a packed row; None packs none.
     :param steps_per_epoch: optimizer steps after which an epoch ends; None is all of them.
+    :param share: what of each step this process trains; the steps are the same for all.
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class StepLoader:
         steps_per_epoch: int | None,
         pad_id: int,
         capacity: int | None = None,
+        share: Share = WHOLE,
     ) -> None:
         self.shards = shards
         self.batch_size = batch_size
-        self.step_rows = batch_size * accumulation
+        self.share = share
+        self.step_rows = share.rows(batch_size) * accumulation
         self.shuffle = shuffle
         self.seed = seed
         self.pad_id = pad_id
@@ -95,13 +99,16 @@ class StepLoader:
                 if self.position == self.length:
                     self.epoch, self.position = self.epoch + 1, 0
                 yield [
-                    collate(
-                        [[shard[item] for item in rows[row]] for row in step[at : at + self.batch_size]],
-                        self.pad_id,
-                        self.arrangement,
-                    )
-                    for at in range(0, len(step), self.batch_size)
+                    self._batch(shard, [rows[row] for row in micro], rows[step[0]])
+                    for micro in self.share.micros(step, self.batch_size)
                 ]
+
+    def _batch(self, shard: Shard, rows: Sequence[Sequence[int]], any_row: Sequence[int]) -> Batch:
+        """Make a batch of rows; of none one that does not count, of any row."""
+        batch = collate(
+            [[shard[item] for item in row] for row in rows or [any_row]], self.pad_id, self.arrangement
+        )
+        return batch if rows else silent(batch)
 
     def seen(self, n_epochs: int) -> dict[int, list[int]]:
         """Return what so many epochs train on: the items of each shard, in file order."""
@@ -176,23 +183,31 @@ class BatchLoader:
     """Yields batches in a fixed order; Lightning would take a plain list for several loaders.
 
     :param parts: items of shards, in their order.
+    :param share: what of them this process takes.
     """
 
-    def __init__(self, parts: Sequence[Seen], batch_size: int, pad_id: int, arrangement: Arrangement) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Seen],
+        batch_size: int,
+        pad_id: int,
+        arrangement: Arrangement,
+        share: Share = WHOLE,
+    ) -> None:
         self._parts = parts
         self._batch_size = batch_size
         self._pad_id = pad_id
         self._arrangement = arrangement
+        self._share = share
 
     def __len__(self) -> int:
-        return -(-sum(len(indices) for _, _, indices in self._parts) // self._batch_size)
+        items = range(sum(len(indices) for _, _, indices in self._parts))
+        return len(self._share.micros(items, self._batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        items = (
-            [shard[index]]
-            for shards, number, indices in self._parts
-            for shard in [shards[number]]
-            for index in indices
-        )
-        while rows := list(islice(items, self._batch_size)):
-            yield collate(rows, self._pad_id, self._arrangement)
+        places = ((shards, number, index) for shards, number, indices in self._parts for index in indices)
+        while whole := list(islice(places, self._share.rows(self._batch_size))):
+            for micro in self._share.micros(whole, self._batch_size):
+                items = [[shards[number][index]] for shards, number, index in micro or whole[:1]]
+                batch = collate(items, self._pad_id, self._arrangement)
+                yield batch if micro else silent(batch)

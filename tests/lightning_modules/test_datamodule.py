@@ -12,6 +12,7 @@ import torch
 
 from lightning_modules.data.datamodule import FineTuningData
 from lightning_modules.data.loaders import epoch_order
+from lightning_modules.data.share import Share
 from lightning_modules.data.tokenize import Example, Item, Pair
 
 
@@ -155,3 +156,31 @@ def test_validation_is_in_file_order_and_limited() -> None:
     assert len(list(module(3, validation_batches=4).val_dataloader())) == 4
     assert len(module(validation_batches=None).val_dataloader()) == 6
     assert len(module(validation_batches=0).val_dataloader()) == 0
+
+
+def learned(batches: Iterable[dict[str, Any]]) -> list[int]:
+    """The tokens that count, in their order."""
+    return sorted(chain.from_iterable(batch["targets"].tolist() for batch in batches if batch["units"]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"packed": True}, {"size": 3}, {"accumulation": 1, "size": 5}])
+def test_processes_share_the_steps_of_one_with_all_of_their_rows(changes: dict[str, Any]) -> None:
+    whole = module(**changes, batch_size=4)
+    parts = [module(**changes, batch_size=2, share=Share(2, rank, 2)) for rank in range(2)]
+    for _ in range(2):
+        loaders = (data.train_dataloader() for data in parts)
+        for step, *shared in zip(whole.train_dataloader(), *loaders, strict=True):
+            assert learned(chain(*shared)) == learned(step)
+            assert sum(batch["units"] for part in shared for batch in part) == sum(b["units"] for b in step)
+            assert len(shared[0]) == len(shared[1])
+
+
+def test_processes_share_the_validation_of_one_with_all_of_their_rows() -> None:
+    whole = module(batch_size=4, validation_batches=None)
+    parts = [module(share=Share(2, rank, 2), validation_batches=None).val_dataloader() for rank in range(2)]
+    shared = [list(part) for part in parts]
+    assert [len(part) for part in shared] == list(map(len, parts)) == [3, 3]
+    assert learned(chain(*shared)) == learned(whole.val_dataloader())
+    limited = module(share=Share(2, 0, 2), validation_batches=2)
+    assert limited.validated[0][2] == list(range(8))
+    assert [limited.taken_by(rank, range(5)) for rank in range(2)] == [[0, 2, 4], [1, 3]]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_modules.checkpoint import RESUME_FILE, readable_step
-from lightning_modules.trained import write_whole
+from lightning_modules.ranks import Ranks
+from lightning_modules.trained import rename_whole, sha256_of, write_whole
 from post_training.schemas.trainer import RESUME_FOLDER, TrainerSpec
 
 if TYPE_CHECKING:
@@ -75,6 +76,26 @@ def keep_inputs(spec: TrainerSpec, inputs: Inputs) -> None:
     file = spec.work_dir / INPUTS_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, inputs.text)
+
+
+def share_state(ranks: Ranks, file: Path) -> None:
+    """Give every machine the state that the first process goes on from; all processes wait for it."""
+    if ranks.world == ranks.local_world:
+        ranks.wait()
+        return
+    own = sha256_of(file) if file.exists() else None
+    wanted = ranks.told(own)
+    if not ranks.any(own != wanted):
+        return
+    content = ranks.told(file.read_bytes() if ranks.first and wanted is not None else b"")
+    if own != wanted and ranks.leader:
+        file.unlink(missing_ok=True)
+        if wanted is not None:
+            draft = file.with_suffix(".tmp")
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(content)
+            rename_whole(draft, file)
+    ranks.wait()
 
 
 def fetch_newest_state(

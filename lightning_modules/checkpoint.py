@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.means import perplexity
 from lightning_modules.module import NLL, STATE_KEY, PostTraining, StopRequestedError
+from lightning_modules.ranks import ALONE, Ranks
 from lightning_modules.trained import rename_whole
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
@@ -130,13 +132,13 @@ def prune(parent: Path, keep: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Take the state of every random generator, in types that ``weights_only`` loading accepts."""
+    """Take the state of this process's random generators, in types that ``weights_only`` loading accepts."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(np.array(keys)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -147,8 +149,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy(), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def readable_step(file: Path) -> int | None:
@@ -189,6 +191,9 @@ class Checkpoints(CheckpointCallback):
     :param describe: writes what a checkpoint with these metrics is into its folder.
     :param upload: epochs whose checkpoint is uploaded: all, True for the last one, False for none.
     :param inputs: digest of what is trained, by which the record knows the resume state.
+    :param ranks: the processes that train, all of which have these callbacks; the first one writes.
+    :param whole: gives the first one the model to write, in all processes; where devices hold parts of it,
+        these are gathered.
     """
 
     def __init__(
@@ -205,7 +210,11 @@ class Checkpoints(CheckpointCallback):
         describe: Callable[[Path, PostTrainingMetric], None] = lambda folder, metrics: None,
         upload: bool | Literal["all"] = "all",
         clock: Callable[[], float] = time.monotonic,
+        ranks: Ranks = ALONE,
+        whole: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
     ) -> None:
+        self.ranks = ranks
+        self.whole = whole
         self.write = write
         self.describe = describe
         self.upload = upload
@@ -238,9 +247,11 @@ class Checkpoints(CheckpointCallback):
         stop = module.should_stop()
         last = batch_idx + 1 == module.steps_per_epoch  # the epoch's end saves, after its validation
         counted = self.interval.steps is not None and module.optimizer_steps % self.interval.steps == 0
-        if not last and (stop or counted or self.clock() >= self._next_save):
+        due = not last and (stop or counted or self.clock() >= self._next_save)
+        asked, wanted = self.ranks.sums([float(stop), float(due)])  # of one process, all must do it
+        if wanted:
             self._save_resume_state(trainer, module)
-        if stop:
+        if asked:
             raise StopRequestedError
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -263,12 +274,15 @@ class Checkpoints(CheckpointCallback):
     def _keep(self, module: PostTraining, epoch: int, *, upload: bool) -> None:
         folder = self.exports / f"epoch-{epoch}"
         metrics = checkpoint_metrics(module, epoch)
-        export(
-            lambda into: self.write(module.model, into),
-            self.tokenizer,
-            folder,
-            lambda into: self.describe(into, metrics),
-        )
+        with self.whole(module.model) as model:
+            if not self.ranks.first:
+                return
+            export(
+                lambda into: self.write(model, into),
+                self.tokenizer,
+                folder,
+                lambda into: self.describe(into, metrics),
+            )
         size = weights_size(folder)
         log.info("checkpoint of epoch %d: %.1f MB of weights", epoch, size / 1e6)
         module.log_metrics({names.METRIC_CHECKPOINT_BYTES: float(size)})
@@ -283,7 +297,7 @@ class Checkpoints(CheckpointCallback):
                 self.saved.append(self.record.note_checkpoint(copy, metrics=metrics))
 
     def _prune(self) -> None:
-        if self.keep is None:
+        if self.keep is None or not self.ranks.first:
             return
         prune(self.exports, self.keep)
         if self.copies is not None:
@@ -310,8 +324,13 @@ class Checkpoints(CheckpointCallback):
         """
         draft = self.resume_file.with_suffix(".tmp")
         try:
-            trainer.save_checkpoint(draft, weights_only=False)
-            rename_whole(draft, self.resume_file)
+            try:
+                trainer.save_checkpoint(draft, weights_only=False)
+            except OSError:
+                trainer.strategy.barrier()  # where the others wait for what was written
+                raise
+            if self.ranks.first:
+                rename_whole(draft, self.resume_file)
         except OSError as error:
             draft.unlink(missing_ok=True)
             if must:
@@ -321,13 +340,15 @@ class Checkpoints(CheckpointCallback):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the random state and the checkpoints so far; Lightning saves it."""
+        """Return the processes' random states and the checkpoints so far; Lightning saves it."""
         saved = [checkpoint.model_dump_json() for checkpoint in self.saved]
-        return {"random": random_state(), "saved": saved}
+        first, *others = self.ranks.gathered(random_state())
+        return {"random": first, "random_of_others": others, "saved": saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take both back; the random state is set when training begins."""
-        self._random_state = state_dict["random"]
+        """Take both back; the random state is set when training begins, unless there were fewer processes."""
+        states = [state_dict["random"], *state_dict.get("random_of_others", ())]
+        self._random_state = states[self.ranks.rank] if self.ranks.rank < len(states) else None
         self.saved = [Checkpoint.model_validate_json(text) for text in state_dict["saved"]]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -122,11 +123,15 @@ class SampleAnswers(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Answer, in the process that keeps the record, and log the table.
 
+        A model whose weights are divided among processes answers in all of them.
+
         :raises StopRequestedError: if the process is to stop.
         """
         module = cast(PostTraining, pl_module)
-        if trainer.is_global_zero and self._questions:
-            module.stop_if_asked()
+        if not self._questions:
+            return
+        module.stop_if_asked()
+        if trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy):
             try:
                 self._answer(trainer, module)
             except Exception as error:  # a device that has no memory for it

@@ -90,7 +90,7 @@ def check_memory(setting: Setting, outline: PreTrainedModel, held: int) -> Needs
     :param held: bytes that the process held when it began.
     :raises HardwareError: if the certain part is larger than all memory that the process can have.
     """
-    needs, host, device = certain(setting, outline), host_limit(), device_limit(setting.device)
+    needs, host, device = certain(setting, outline), _share(setting, host_limit()), _limit(setting)
     if needs.loading > host.bytes:
         _refuse(needs.loading, "its base model's weights", host, _remedies(setting))
     if needs.training > device.bytes:
@@ -99,6 +99,19 @@ def check_memory(setting: Setting, outline: PreTrainedModel, held: int) -> Needs
         quantized = setting.spec.request.adapters is not None and setting.spec.request.adapters.quantize_base
         _refuse(needs.training, what, device, _remedies(setting) + ["quantize_base"] * (not quantized))
     return Needs(needs, held)
+
+
+def _limit(setting: Setting) -> Limit:
+    """Return what this process can have on its device; those on CPUs have a part of their machine each."""
+    limit = device_limit(setting.device)
+    return _share(setting, limit) if setting.device == "cpu" else limit
+
+
+def _share(setting: Setting, limit: Limit) -> Limit:
+    processes = setting.ranks.local_world
+    if processes == 1:
+        return limit
+    return Limit(limit.bytes // processes, f"for each of {processes} processes of {limit.what}")
 
 
 def _refuse(size: int, what: str, limit: Limit, remedies: list[str]) -> NoReturn:
@@ -143,7 +156,7 @@ def estimate_of(
         file = outline.num_parameters() * outline.dtype.itemsize  # mapped while it is read
         memory = needs.held + max(memory, needs.certain.loading + file)
     seconds = None if speed is None else _seconds(setting, data, work, speed)
-    return Estimate(work, training.n_epochs, memory, device_limit(setting.device), seconds)
+    return Estimate(work, training.n_epochs, memory, _limit(setting), seconds)
 
 
 def peak_of_training(needs: Certain, activated: int, *, accumulating: bool) -> int:
@@ -221,5 +234,7 @@ def announce(
             f" ({estimate.limit.what}): a lower batch_size or max_seq_length, or"
             " enable_activation_checkpointing, would need less"
         )
-    stopwatch = Stopwatch()
+    if not setting.ranks.first:
+        return []
+    stopwatch = Stopwatch(processes=setting.ranks.world)
     return [stopwatch, Comparison(estimate, speeds, stopwatch)]

@@ -137,9 +137,11 @@ def build_data(
         shuffle=data.shuffle,
         seed=setting.runtime.seed,
         steps_per_epoch=training.max_steps_per_epoch,
+        share=setting.share,
     )
     _give_notice(setting, module, notices)
-    module.make_ahead()
+    if setting.ranks.leader:  # the others find its files
+        module.make_ahead()
     return module
 
 

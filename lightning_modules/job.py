@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig
 
-from lightning_modules.attempts import Inputs, begin
+from lightning_modules.attempts import Inputs, begin, share_state
 from lightning_modules.base_model import (
     Base,
     find_base,
@@ -34,6 +37,7 @@ from lightning_modules.closing import Figures, SampleAnswers
 from lightning_modules.data.batches import Arrangement
 from lightning_modules.data.datamodule import FineTuningData
 from lightning_modules.data.loaders import Seen
+from lightning_modules.data.shards import Shards
 from lightning_modules.description import Description
 from lightning_modules.dropout import has_dropout, switch_off_dropout
 from lightning_modules.engine.compiling import compile_layers, is_long
@@ -49,9 +53,11 @@ from lightning_modules.module import PostTraining
 from lightning_modules.objective import language_model
 from lightning_modules.optimization import Schedule, default_optimizer
 from lightning_modules.probes import check_logits, check_packing
+from lightning_modules.ranks import ALONE, Ranks
 from lightning_modules.samples import SamplePrompts
 from lightning_modules.setting import Notices, Setting
 from lightning_modules.speeds import Speeds
+from lightning_modules.spread import Spread
 from lightning_modules.workload import workload_of
 from post_training.errors import ModelError
 from post_training.record import run_params
@@ -122,6 +128,7 @@ def prepare_job(
     should_stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
     before_weights: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Read data and model, and put together what trains as the spec says.
 
@@ -129,11 +136,13 @@ def prepare_job(
 
     :param clock: tells when the resume state is saved.
     :param before_weights: called when all is checked, and the weights are read.
+    :param ranks: the processes that train; all of them prepare the job.
     :raises PostTrainingError: if data, model or machine do not allow it.
     """
     held, kept = resident_bytes(), Kept.of(spec)
-    base = find_base(spec.model, spec.work_dir / BASE_FOLDER, spec.tracking, spec.model_roots)
-    setting = Setting.of(_with_export_form(spec, base))
+    with ranks.leaders_first():
+        base = find_base(spec.model, spec.work_dir / BASE_FOLDER, spec.tracking, spec.model_roots)
+    setting = Setting.of(_with_export_form(spec, base), ranks)
     pl.seed_everything(setting.runtime.seed, verbose=False)
     packed, base = base, kept_beyond(spec.work_dir / BASE_FOLDER, unpacked(base, kept), kept)
     tokenizer, config = load_tokenizer(base.tokenizer_source), load_config(base.source)
@@ -141,9 +150,12 @@ def prepare_job(
     outline = meta_model(config)
     setting.algorithm.weights.check(outline, setting.spec.request)
     needs = check_memory(setting, outline, held)
-    datasets = read_inputs(spec)
+    with ranks.leaders_first():
+        datasets = read_inputs(spec)
     inputs = Inputs.of(spec, identity, [dataset.digest for dataset in datasets.values()])
-    begin(spec, inputs, record, should_stop)
+    if ranks.first:
+        begin(spec, inputs, record, should_stop)
+    share_state(ranks, spec.work_dir / RESUME_FILE)
     notices = Notices(record)
     length = cap_sequence_length(config, setting.runtime.max_seq_length)
     if length < setting.runtime.max_seq_length:
@@ -154,10 +166,13 @@ def prepare_job(
     del datasets  # before the weights: rows that were read from json or csv may take much memory
     before_weights()
     model, arrangement = build_model(setting, base, config, length)
+    if not ranks.first:  # every process has the same weights, and its own dropout
+        pl.seed_everything(setting.runtime.seed + ranks.rank, verbose=False)
     data.arrange(arrangement)
     work = workload_of(data.train_loader, spec.request.training_config.n_epochs)
-    _compile_if_long(setting, model, work.tokens, outline.num_parameters())
-    module = build_module(setting, model, data, record, should_stop)
+    _compile_if_long(setting, model, work.tokens // ranks.world, outline.num_parameters())
+    spread = Spread.of(setting, model)
+    module = build_module(setting, model, data, record, should_stop, spread.shard)
     params = _trained_params(setting, module, data, outline.num_parameters())
     record.log_params(params)
     checkpoints = Checkpoints(
@@ -174,6 +189,8 @@ def prepare_job(
         ),
         upload=setting.logger.log_model,
         clock=clock,
+        ranks=ranks,
+        whole=spread.whole,
     )
     for notice in setting.algorithm.method.notices(spec.request):
         notices.add(notice)
@@ -183,7 +200,7 @@ def prepare_job(
     speeds = Speeds.of(setting, kept, identity, length)
     compared = announce(setting, data, work, outline, needs, speeds, record, notices)
     closing = [Figures(record, spec.work_dir, data), SampleAnswers(questions, tokenizer, record)]
-    trainer = build_trainer(setting, [*callbacks, *compared, *closing, checkpoints])
+    trainer = build_trainer(setting, [*callbacks, *compared, *closing, checkpoints], spread.strategy)
     return Job(setting, data, module, checkpoints, trainer)
 
 
@@ -243,7 +260,11 @@ def _compile_if_long(setting: Setting, model: nn.Module, tokens: int, parameters
     adapters = setting.spec.request.adapters
     if not setting.algorithm.weights.frozen_base or adapters is None or adapters.quantize_base:
         return
-    if is_long(tokens, parameters):
+    if not is_long(tokens, parameters):
+        return
+    if setting.sharded:
+        log.info("the job is long, but layers that are divided among devices are not compiled")
+    else:
         compile_layers(language_model(model))
 
 
@@ -253,6 +274,7 @@ def build_module(
     data: FineTuningData,
     record: JobRecord,
     should_stop: Callable[[], bool],
+    shard: Callable[[nn.Module, DeviceMesh], None] | None = None,
 ) -> PostTraining:
     """Put model, objective, optimizer and schedule together."""
     training = setting.spec.request.training_config
@@ -261,7 +283,7 @@ def build_module(
     optimizer = training.optimizer_config or default_optimizer(setting.algorithm.learning_rate, total)
     return PostTraining(
         model,
-        setting.algorithm.method.objective(setting.spec.request),
+        setting.algorithm.method.objective(setting.spec.request, setting.ranks),
         optimizer_config=optimizer,
         schedule=Schedule(optimizer.lr, optimizer.num_warmup_steps, total, setting.runtime.scheduler),
         steps_per_epoch=steps_per_epoch,
@@ -270,15 +292,21 @@ def build_module(
         log_every_n_steps=setting.logger.log_every_n_steps,
         offload_activations=bool(setting.efficiency.enable_activation_offloading),
         should_stop=should_stop,
+        ranks=setting.ranks,
+        shard=shard,
     )
 
 
-def build_trainer(setting: Setting, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """Make Lightning's trainer: one device, no logger of its own, no progress bar."""
-    training = setting.spec.request.training_config
-    return pl.Trainer(
+def build_trainer(
+    setting: Setting, callbacks: list[pl.Callback], strategy: Strategy | Literal["auto"] = "auto"
+) -> pl.Trainer:
+    """Make Lightning's trainer: a device a process, no logger of its own, no progress bar."""
+    training, ranks = setting.spec.request.training_config, setting.ranks
+    trainer = pl.Trainer(
         accelerator=setting.device,
-        devices=1,
+        devices=ranks.local_world,
+        num_nodes=ranks.world // ranks.local_world,
+        strategy=strategy,
         precision=setting.precision,
         max_epochs=training.n_epochs,
         limit_val_batches=0 if training.max_validation_steps == 0 else None,
@@ -292,6 +320,10 @@ def build_trainer(setting: Setting, callbacks: list[pl.Callback]) -> pl.Trainer:
         use_distributed_sampler=False,
         default_root_dir=setting.spec.work_dir,
     )
+    if ranks.world > 1:
+        # Lightning's handler of SIGTERM waits for the other processes in the midst of whatever they do.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def compute_references(
@@ -304,23 +336,44 @@ def compute_references(
 
     :raises StopRequestedError: if the process is to stop.
     """
+    ranks = module.ranks
     for shards, number, indices in data.seen(n_epochs):
-        if not shards.without_reference(number, indices):
+        if not _without_reference(ranks, shards, number, indices):
             continue
-        with shards.computing_references(number, module.should_stop):
+        with shards.computing_references(number, module.should_stop) if ranks.first else nullcontext():
             module.stop_if_asked()
-            missing = shards.without_reference(number, indices)
+            missing = _without_reference(ranks, shards, number, indices)
             if missing:
                 log.info("computing the reference's log-probabilities of %d pairs", len(missing))
-                log_probs = references_of(trainer, module, data, [(shards, number, missing)])
-                shards.set_references(number, missing, log_probs)
+                log_probs = references_of(trainer, module, data, (shards, number, missing))
+                with ranks.leaders_first():
+                    if ranks.leader:
+                        shards.set_references(number, missing, log_probs)
+                    else:
+                        shards.forget(number)
+
+
+def _without_reference(ranks: Ranks, shards: Shards, number: int, indices: Sequence[int]) -> list[int]:
+    """Return which pairs have no reference's log-probabilities on one of the machines."""
+    found = ranks.gathered(shards.without_reference(number, indices))
+    return sorted({index for missing in found for index in missing})
 
 
 def references_of(
-    trainer: pl.Trainer, module: PostTraining, data: FineTuningData, parts: Sequence[Seen]
+    trainer: pl.Trainer, module: PostTraining, data: FineTuningData, part: Seen
 ) -> torch.Tensor:
     """Return the reference's log-probabilities of pairs' scored tokens, one pair after the other (n)."""
-    return torch.cat(cast(list[torch.Tensor], trainer.predict(module, data.batches_of(parts)))).cpu()
+    shards, number, indices = part
+    own = torch.cat(cast(list[torch.Tensor], trainer.predict(module, data.batches_of([part])))).cpu()
+    found = module.ranks.gathered(own)
+    if len(found) == 1:
+        return own
+    of_pair: dict[int, torch.Tensor] = {}
+    for rank, log_probs in enumerate(found):
+        taken = data.taken_by(rank, indices)
+        counts = [sum(len(s.scored_places) for s in shards[number][pair].sequences) for pair in taken]
+        of_pair |= dict(zip(taken, torch.split(log_probs, counts), strict=True))
+    return torch.cat([of_pair[index] for index in indices])
 
 
 def _facts(setting: Setting, base: Base, seen: Sequence[TrainedOn], params: Mapping[str, object]) -> Facts:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lightning_modules.ranks import Ranks
+
 MAX_PERPLEXITY_LOG = 700.0
 """exp of more is infinite in a double, and an infinity cannot be stored in the record."""
 
@@ -32,6 +34,14 @@ class Means:
         """Return every mean by its name."""
         return {name: self.mean(name) for name in self._sums}
 
+    def of_all(self, ranks: Ranks) -> Means:
+        """Return the means of what all processes have added, in the same order of names."""
+        if ranks.world == 1:
+            return self
+        own = self.sums()
+        total = ranks.sums([value for _, total, count in own for value in (total, count)])
+        return Means((name, total[2 * i], round(total[2 * i + 1])) for i, (name, _, _) in enumerate(own))
+
     def sums(self) -> list[tuple[str, float, int]]:
         """Return name, sum and count of each; ``Means(sums)`` goes on from there."""
         return [(name, float(total), count) for name, (total, count) in self._sums.items()]
@@ -54,6 +64,12 @@ class Values:
     def all(self) -> dict[str, Tensor]:
         """Return all values (n) by name, on the CPU."""
         return {name: torch.cat(parts).cpu() for name, parts in self._parts.items()}
+
+    def of_all(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Return the values of all processes, by rank."""
+        found = ranks.gathered(self.all())
+        names = dict.fromkeys(name for values in found for name in values)
+        return {name: torch.cat([values[name] for values in found if name in values]) for name in names}
 
 
 def perplexity(nll: float) -> float:

@@ -69,7 +69,9 @@ def certain(setting: Setting, outline: PreTrainedModel) -> Certain:
             weights -= int(quantized * (width - NF4))
     optimizer = request.training_config.optimizer_config
     moments = MOMENTS[OptimizerType.adamw if optimizer is None else optimizer.optimizer_type]
-    return Certain(weights, trained * FP32, trained * FP32 * moments, loading)
+    parts = setting.ranks.world if setting.sharded else 1
+    gradients = trained * FP32
+    return Certain(weights // parts, gradients // parts, gradients * moments // parts, loading)
 
 
 def adapter_parameters(setting: Setting, outline: PreTrainedModel) -> int:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from lightning_modules.callbacks import peak_bytes
@@ -21,6 +23,8 @@ from lightning_modules.objective import Objective, Outcome, language_model
 from lightning_modules.offloading import offloaded
 from lightning_modules.optimization import Schedule, make_optimizer
 from lightning_modules.preference import reference_log_probs
+from lightning_modules.ranks import ALONE, Ranks
+from lightning_modules.sharding import whole
 from post_training.errors import DivergenceError
 from post_training.schemas import record as names
 from post_training.schemas.training import OptimizerConfig
@@ -43,6 +47,9 @@ class PostTraining(pl.LightningModule):
     over the number of units in the whole list, so that accumulation changes memory and not the result, unless
     the objective itself compares the units of a micro-batch (kto_pair).
 
+    Where several processes train, the units are those of all of them: their gradients, which the strategy
+    averages, are then those of one process with all of the rows; so are the metrics.
+
     :param model: the model, its trained parameters requiring gradients.
     :param objective: the loss of a batch.
     :param optimizer_config: optimizer, peak rate and weight decay.
@@ -53,6 +60,8 @@ class PostTraining(pl.LightningModule):
     :param log_every_n_steps: optimizer steps between two points of the training metrics.
     :param offload_activations: keep activations in host memory between forward and backward.
     :param should_stop: asked between micro-batches; once true, training ends with an exception.
+    :param ranks: the processes that train.
+    :param shard: divides the model's weights among the devices of a mesh; None leaves each a whole model.
     :ivar distributions: by metric, the values of single units (n) in the last epoch or validation that ended.
     """
 
@@ -69,6 +78,8 @@ class PostTraining(pl.LightningModule):
         log_every_n_steps: int = 1,
         offload_activations: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
+        ranks: Ranks = ALONE,
+        shard: Callable[[nn.Module, DeviceMesh], None] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -84,6 +95,8 @@ class PostTraining(pl.LightningModule):
         self.log_every_n_steps = log_every_n_steps
         self.offload_activations = offload_activations
         self.should_stop = should_stop
+        self.ranks = ranks
+        self._shard = shard
         self.optimizer_steps = 0
         self.tokens_seen = 0
         self.last_loss = math.nan
@@ -104,6 +117,12 @@ class PostTraining(pl.LightningModule):
         """The transformers model, adapters inside."""
         return language_model(self.model)
 
+    def configure_model(self) -> None:
+        """Divide the weights among the devices, once; Lightning asks before each of its loops."""
+        if self._shard is not None:
+            shard, self._shard = self._shard, None
+            shard(self.model, cast(DeviceMesh, self.device_mesh)["data_parallel"])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make the optimizer over the trained parameters."""
         return make_optimizer(self.model.parameters(), self.optimizer_config)
@@ -115,20 +134,22 @@ class PostTraining(pl.LightningModule):
         :raises DivergenceError: if the loss is no longer a finite number.
         """
         started = time.perf_counter()
-        units = sum(micro["units"] for micro in batch)
+        own = [float(sum(micro[name] for micro in batch)) for name in ("units", "tokens")]
+        units, tokens = map(round, self.ranks.sums(own))
         step = Means()
         for i, micro in enumerate(batch):
             if i > 0:  # a step that is not begun yet ends with a saved state, one half done is dropped
                 self.stop_if_asked()
-            with self._activations():
-                outcome = self.objective(self.model, micro)
-            self.manual_backward(outcome.loss / units)
+            outcome = self._outcome(micro)
+            with self._apart(last=i + 1 == len(batch)):
+                self.manual_backward(outcome.loss / (units / self.ranks.world))  # the strategy averages
             _add(step, outcome, micro["units"])
             self._epoch_values.add(outcome.values)
+        step = step.of_all(self.ranks)
         self.last_loss = step.mean(names.METRIC_TRAIN_LOSS)
         self._check_finite(self.last_loss, f"at optimizer step {self.optimizer_steps + 1}")
         norm = self._optimizer_step()
-        self._count(step, sum(micro["tokens"] for micro in batch), time.perf_counter() - started)
+        self._count(step, tokens, time.perf_counter() - started)
         if self.optimizer_steps % self.log_every_n_steps == 0 or self.optimizer_steps == self.steps_total:
             self._log_training(norm)
 
@@ -139,12 +160,24 @@ class PostTraining(pl.LightningModule):
             )
 
     def stop_if_asked(self) -> None:
-        """Raise if the process is to stop.
+        """Raise if one of the processes is to stop; all of them must ask.
 
         :raises StopRequestedError: ends the fit; nothing catches it below the trainer's main.
         """
-        if self.should_stop():
+        if self.ranks.any(self.should_stop()):
             raise StopRequestedError
+
+    def _outcome(self, batch: Batch) -> Outcome:
+        with self._activations() if torch.is_grad_enabled() else nullcontext():
+            outcome = self.objective(self.model, batch)
+        return outcome if batch["units"] else outcome.silent()
+
+    def _apart(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Let the processes' gradients meet once a step, in the last micro-batch's backward pass."""
+        strategy = self.trainer.strategy
+        if last or not isinstance(strategy, DDPStrategy):
+            return nullcontext()
+        return cast(AbstractContextManager[Any], strategy.block_backward_sync())
 
     def _activations(self) -> AbstractContextManager[Any]:
         return offloaded(self.model) if self.offload_activations else nullcontext()
@@ -155,7 +188,7 @@ class PostTraining(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.schedule.rate(self.optimizer_steps + 1)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
         if (scaler := getattr(self.trainer.precision_plugin, "scaler", None)) is not None:
             norm /= scaler.get_scale()
         optimizer.step()
@@ -204,7 +237,7 @@ class PostTraining(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Keep the epoch's single values."""
-        self.distributions |= self._epoch_values.all()
+        self.distributions |= self._epoch_values.of_all(self.ranks)
 
     def on_validation_epoch_start(self) -> None:
         """Begin the validation's means."""
@@ -214,7 +247,7 @@ class PostTraining(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the validation's means."""
         self.stop_if_asked()
-        outcome = self.objective(self.model, batch)
+        outcome = self._outcome(batch)
         _add(self._validation, outcome, batch["units"])
         self._validation_values.add(outcome.values)
 
@@ -223,7 +256,8 @@ class PostTraining(pl.LightningModule):
 
         :raises DivergenceError: if the last step left weights whose loss is no finite number.
         """
-        means, values = self._validation.all(), self._validation_values.all()
+        means = self._validation.of_all(self.ranks).all()
+        values = self._validation_values.of_all(self.ranks)
         self.distributions |= {f"{names.VALIDATION_PREFIX}{name}": each for name, each in values.items()}
         loss, nll = means.pop(names.METRIC_TRAIN_LOSS), means.pop(NLL)
         if self.optimizer_steps > 0:
@@ -237,9 +271,10 @@ class PostTraining(pl.LightningModule):
         )
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the reference's log-probability of each scored token (n)."""
+        """Return the reference's log-probability of each scored token (n) of a batch that counts."""
         self.stop_if_asked()
-        return reference_log_probs(self.model, batch)
+        log_probs = reference_log_probs(self.model, batch)
+        return log_probs if batch["units"] else log_probs[:0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights only, and add the counters."""
@@ -252,7 +287,7 @@ class PostTraining(pl.LightningModule):
             "epoch_means": self.epoch_means.sums(),
             "window": [self._window.sums(), self._window_tokens, self._window_seconds],
             "metrics": dict(self.metrics),
-            "epoch_values": self._epoch_values.all(),
+            "epoch_values": self._epoch_values.of_all(self.ranks),
             "distributions": dict(self.distributions),
         }
 
@@ -265,7 +300,7 @@ class PostTraining(pl.LightningModule):
         sums, self._window_tokens, self._window_seconds = state["window"]
         self._window = Means(sums)
         self.metrics = dict(state["metrics"])
-        self._epoch_values = Values(state["epoch_values"])
+        self._epoch_values = Values(state["epoch_values"] if self.ranks.first else {})
         self.distributions = dict(state["distributions"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_modules.data.batches import Batch
 from lightning_modules.objective import Outcome, Sum, scored_log_probs
-from lightning_modules.preference_losses import PREFERENCE_LOSSES, kl_estimate, rewards
+from lightning_modules.preference_losses import PREFERENCE_LOSSES, Rewards, kl_estimate, rewards
+from lightning_modules.ranks import ALONE, Ranks
 from post_training.schemas import record as names
 from post_training.schemas.algorithms import DPOAlignmentConfig, DPOLossType
 from post_training.schemas.requests import PreferenceOptimizeRequest
@@ -28,10 +30,12 @@ class PreferenceOptimization:
     Reference: Rafailov et al., https://arxiv.org/abs/2305.18290, equation 7.
 
     :param config: loss type and its parameters.
+    :param ranks: the processes that share each batch.
     """
 
-    def __init__(self, config: DPOAlignmentConfig) -> None:
+    def __init__(self, config: DPOAlignmentConfig, ranks: Ranks = ALONE) -> None:
         self.config = config
+        self.ranks = ranks
 
     def __call__(self, model: nn.Module, batch: Batch) -> Outcome:
         """Sum the batch's losses; the metrics are TRL's, means over pairs but for ``kl``, over tokens."""
@@ -39,6 +43,8 @@ class PreferenceOptimization:
         reference = batch["reference"] if "reference" in batch else reference_log_probs(model, batch)
         ratios = policy - reference
         result = rewards(ratios, batch["sequence"], self.config)
+        if self.config.loss_type is DPOLossType.kto_pair and self.ranks.world > 1:
+            result = replace(result, of_all=self._means(result, batch["units"]))
         losses = PREFERENCE_LOSSES[self.config.loss_type](result, self.config)
         chosen, rejected, pairs = result.chosen.detach(), result.rejected.detach(), batch["units"]
         margins, of_chosen = chosen - rejected, batch["sequence"] % 2 == 0
@@ -55,6 +61,14 @@ class PreferenceOptimization:
             },
             values={names.METRIC_REWARD_MARGIN: margins},
         )
+
+    def _means(self, result: Rewards, pairs: int) -> tuple[Tensor, Tensor]:
+        """Return the mean rewards of the batch's pairs in all processes, of which this one has so many."""
+        chosen, rejected = (
+            float(side.detach().sum()) if pairs else 0.0 for side in (result.chosen, result.rejected)
+        )
+        chosen, rejected, count = self.ranks.sums([chosen, rejected, pairs])
+        return result.chosen.new_tensor(chosen / count), result.chosen.new_tensor(rejected / count)
 
 
 def notices(request: PreferenceOptimizeRequest) -> Iterator[str]:

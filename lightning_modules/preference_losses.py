@@ -25,11 +25,19 @@ class Rewards:
     :param chosen: (p).
     :param rejected: (p).
     :param clipped: share of the 2p rewards that the clamp changed; a scalar without gradient.
+    :param of_all: means of chosen and rejected rewards over all processes that share the batch; None is this
+        one alone.
     """
 
     chosen: Tensor
     rejected: Tensor
     clipped: Tensor
+    of_all: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean of each side's rewards, without gradient."""
+        return self.of_all or (self.chosen.detach().mean(), self.rejected.detach().mean())
 
     @property
     def margins(self) -> Tensor:
@@ -104,13 +112,13 @@ def ipo_loss(rewards: Rewards, config: DPOAlignmentConfig) -> Tensor:
 def kto_pair_loss(rewards: Rewards, config: DPOAlignmentConfig) -> Tensor:
     """Mean of 1 − σ(r_c − KL_r) and 1 − σ(KL_c − r_r).
 
-    KL is the batch mean of a side's rewards, at least 0, and has no gradient. 1 − σ(x) is computed
+    KL is the batch mean of a side's rewards, at least 0, and has no gradient; a batch that several processes
+    share has one mean. 1 − σ(x) is computed
     as σ(−x), which keeps its gradient where σ(x) rounds to 1.
 
     Reference: Ethayarajh et al., "KTO", https://arxiv.org/abs/2402.01306 .
     """
-    kl_chosen = rewards.chosen.detach().mean().clamp(min=0)
-    kl_rejected = rewards.rejected.detach().mean().clamp(min=0)
+    kl_chosen, kl_rejected = (mean.clamp(min=0) for mean in rewards.means)
     return ((kl_rejected - rewards.chosen).sigmoid() + (rewards.rejected - kl_chosen).sigmoid()) / 2
 
 

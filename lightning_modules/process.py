@@ -65,9 +65,12 @@ def is_permanent(error: Exception) -> bool:
     return isinstance(error, PERMANENT_ERRORS) and not isinstance(error.__cause__, OSError)
 
 
-def log_plainly() -> None:
-    """Write what is logged to standard output, a line each."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
+def log_plainly(level: int = logging.INFO) -> None:
+    """Write what is logged to standard output, a line each.
+
+    :param level: from which on it is written.
+    """
+    logging.basicConfig(level=level, stream=sys.stdout, format="%(levelname)s %(message)s")
     # of kernels for other machines or that are not used here, and of each other
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -21,6 +21,7 @@ from lightning_modules.nf4 import quantizable, quantize_base
 from lightning_modules.objective import Objective
 from lightning_modules.preference import PreferenceOptimization, notices
 from lightning_modules.quantization import check_group_size, prepare, quantized_copy
+from lightning_modules.ranks import Ranks
 from lightning_modules.supervised import SupervisedFineTuning
 from post_training.schemas.algorithms import LoraFinetuningConfig, QATFinetuningConfig
 from post_training.schemas.requests import (
@@ -60,7 +61,7 @@ class Method:
     :param title: what that is called.
     :param conversations: data_format -> reader of a row's conversations.
     :param item: a row's tokenized conversations -> what a batch is made of.
-    :param objective: makes the loss of a request.
+    :param objective: makes the loss of a request, for the processes that train it.
     :param notices: what the author of a request may not expect of its objective, in sentences.
     :param learning_rate: peak rate where the request has no optimizer_config; None is the weights' own.
     """
@@ -68,7 +69,7 @@ class Method:
     title: str
     conversations: Mapping[str, Conversations]
     item: Callable[..., Item]
-    objective: Callable[[Any], Objective]
+    objective: Callable[[Any, Ranks], Objective]
     notices: Callable[[Any], Iterable[str]] = lambda request: ()
     learning_rate: float | None = None
 
@@ -186,13 +187,13 @@ METHODS: Mapping[str, Method] = {
         "supervised fine-tuning",
         conversations={name: _alone(read) for name, read in FORMATS.items()},
         item=lambda example: example,
-        objective=lambda request: SupervisedFineTuning(),
+        objective=lambda request, ranks: SupervisedFineTuning(),
     ),
     PreferenceOptimizeRequest.method: Method(
         "direct preference optimization",
         conversations=PREFERENCE_FORMATS,
         item=Pair,
-        objective=lambda request: PreferenceOptimization(request.algorithm_config),
+        objective=lambda request, ranks: PreferenceOptimization(request.algorithm_config, ranks),
         notices=notices,
         learning_rate=5e-6,
     ),

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
+from lightning_modules.data.share import Share
 from lightning_modules.models import effective_dtype
+from lightning_modules.ranks import ALONE, Ranks
 from lightning_modules.registry import Algorithm, find_algorithm
 from post_training.errors import HardwareError
 from post_training.schemas.record import TAG_WARNING
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from lightning_modules.record import JobRecord
 
 log = logging.getLogger(__name__)
+
+OFF_A_GPU = {"enable_activation_offloading": "activations", "fsdp_cpu_offload": "weights"}
+"""Flags that mean nothing on a CPU, and what they move."""
 
 
 @dataclass
@@ -38,7 +43,10 @@ class Notices:
 
 @dataclass(frozen=True)
 class Setting:
-    """A spec's parts with their defaults filled in, and the device that trains."""
+    """A spec's parts with their defaults filled in, and the device that trains.
+
+    :param ranks: the processes that train it, a device each.
+    """
 
     spec: TrainerSpec
     data: DataConfig
@@ -48,9 +56,10 @@ class Setting:
     algorithm: Algorithm
     device: Literal["cpu", "cuda"]
     dtype: str
+    ranks: Ranks = ALONE
 
     @classmethod
-    def of(cls, spec: TrainerSpec) -> Setting:
+    def of(cls, spec: TrainerSpec, ranks: Ranks = ALONE) -> Setting:
         """Check what can be known before data and weights are read.
 
         :raises HardwareError: if the machine cannot do what the request asks.
@@ -58,10 +67,9 @@ class Setting:
         request, training = spec.request, spec.request.training_config
         efficiency = training.efficiency_config or EfficiencyConfig()
         device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-        if efficiency.enable_activation_offloading and device == "cpu":
-            raise HardwareError(
-                "enable_activation_offloading moves activations off a GPU: this machine has none"
-            )
+        for flag, what in OFF_A_GPU.items():
+            if getattr(efficiency, flag) and device == "cpu":
+                raise HardwareError(f"{flag} moves {what} off a GPU: this machine has none")
         return cls(
             spec=spec,
             data=cast(DataConfig, training.data_config),  # the request was validated
@@ -71,7 +79,19 @@ class Setting:
             algorithm=find_algorithm(request),
             device=device,
             dtype=effective_dtype(training.dtype, device),
+            ranks=ranks,
         )
+
+    @property
+    def share(self) -> Share:
+        """What of each batch this process takes."""
+        devices = self.runtime.devices * self.runtime.num_nodes
+        return Share(devices, self.ranks.rank, self.ranks.world)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each device holds a part of the weights only (FSDP)."""
+        return self.runtime.strategy == "fsdp" and self.ranks.world > 1
 
     @property
     def reference_once(self) -> bool:

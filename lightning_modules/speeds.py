@@ -62,6 +62,7 @@ class Speeds:
             setting.efficiency.model_dump(mode="json"),
             [setting.dtype, setting.runtime.attn_implementation, setting.reference_once],
             [length, setting.data.batch_size, bool(setting.data.packed)],
+            *([[setting.ranks.world, setting.sharded]] if setting.ranks.world > 1 else []),
         ]
         digest = digest_of(list(model), way, machine(setting.device))
         return cls(kept.place("speeds", digest) / "measured.json")
@@ -102,10 +103,14 @@ def machine(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Any]:
 
 
 class Stopwatch(pl.Callback):
-    """Measures an attempt's steps, but for the first, which warms up, and its forward passes."""
+    """Measures an attempt's steps, but for the first, which warms up, and its forward passes.
 
-    def __init__(self, clock: Clock = time.perf_counter) -> None:
+    :param processes: that train, each with as many tokens as this one.
+    """
+
+    def __init__(self, clock: Clock = time.perf_counter, processes: int = 1) -> None:
         self._clock = clock
+        self._processes = processes
         self._began = 0.0
         self._steps = 0
         self._training = self._forward = (0, 0.0)  # tokens, seconds
@@ -148,7 +153,7 @@ class Stopwatch(pl.Callback):
         return None if training is None else Speed(training, _rate(*self._forward))
 
     def _plus(self, so_far: tuple[int, float], tokens: int) -> tuple[int, float]:
-        return so_far[0] + tokens, so_far[1] + self._clock() - self._began
+        return so_far[0] + tokens * self._processes, so_far[1] + self._clock() - self._began
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from pydantic import ValidationError
 
-from lightning_modules.trained import rename_whole
+from lightning_modules.trained import rename_whole, sha256_of
 from post_training.schemas.record import ARTIFACT_RESUME, TAG_RESUME_STATE
 from post_training.schemas.trainer import StoredState
 
@@ -99,9 +98,3 @@ class StateStore:
     def _repository(self) -> ArtifactRepository:
         uri = self._client.get_run(self._run_id).info.artifact_uri
         return get_artifact_repository(uri, tracking_uri=self._tracking_uri)
-
-
-def sha256_of(file: Path) -> str:
-    """Return the digest of a file's content in hexadecimal digits."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

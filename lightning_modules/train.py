@@ -2,11 +2,16 @@
 
 Exit codes: 0 completed, 1 failed (the reason is in ``result.json``), 143 stopped by SIGTERM, or since a newer
 attempt at the job runs.
+
+torchrun starts one for each device. The first one then does what a process alone does. The others only
+compute: they end with 0 when the first has told them to stop, so that torchrun leaves it the time to end, and
+write a failure of theirs into a file of their own.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -24,6 +29,8 @@ from lightning_modules.process import (
     quieten_libraries,
     spec_file,
 )
+from lightning_modules.ranks import ALONE, Ranks, place_in
+from lightning_modules.silent_record import SilentRecord
 from lightning_modules.trained import Trained, job_of, read_trained, write_trained, write_whole
 from post_training.errors import DivergenceError, InputsChangedError
 from post_training.job_lock import newest_claim
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
 
 EXIT_STOPPED = 143
 PROGRESS_SECONDS = 5.0
+LAUNCHER = "POST_TRAINING_LAUNCHER"
+"""Environment variable: process id of the launcher that a trainer ends with."""
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     path = spec_file("lightning_modules.train", argv)
     if path is None:
         return EXIT_FAILED
-    attempt = Attempt(path.parent)
+    attempt = Attempt(path.parent, place_in(os.environ))
+    end_with_launcher()
     signal.signal(signal.SIGTERM, lambda signum, frame: attempt.stop.set())
     try:
         spec = attempt.spec = TrainerSpec.model_validate_json(path.read_bytes())
         if attempt.superseded():
             return attempt.stopped()
-        (spec.work_dir / RESULT_FILE).unlink(missing_ok=True)  # an earlier attempt's
+        attempt.result_file.unlink(missing_ok=True)  # an earlier attempt's
         result = _train(spec, attempt)
     except InputsChangedError as error:
         return attempt.leave(TrainerResult(status="inputs_changed", error=str(error)), EXIT_FAILED)
@@ -65,7 +75,15 @@ def main(argv: list[str] | None = None) -> int:
         return attempt.leave(failed, EXIT_FAILED)
     if attempt.should_stop():
         return attempt.stopped()
-    return attempt.leave(result, EXIT_COMPLETED)
+    return EXIT_COMPLETED if result is None else attempt.leave(result, EXIT_COMPLETED)
+
+
+def end_with_launcher() -> None:
+    """Be killed when the launcher that started this process is gone; whoever killed it meant the job."""
+    if LAUNCHER in os.environ and sys.platform == "linux":
+        from post_training.parent_death import die_with  # noqa: PLC0415 - of Linux alone
+
+        die_with(int(os.environ[LAUNCHER]))()
 
 
 @dataclass
@@ -73,6 +91,7 @@ class Attempt:
     """Whether this process is still wanted, and where it leaves its result."""
 
     folder: Path
+    place: Ranks = ALONE
     spec: TrainerSpec | None = None
     record: JobRecord | None = None
     stop: Event = field(default_factory=Event)
@@ -84,8 +103,9 @@ class Attempt:
 
     @property
     def result_file(self) -> Path:
-        """Where the operator looks for the result."""
-        return (self.spec.work_dir if self.spec is not None else self.folder) / RESULT_FILE
+        """Where the operator looks for the result, and the launcher for a failure of another process."""
+        folder = self.spec.work_dir if self.spec is not None else self.folder
+        return folder / (RESULT_FILE if self.place.first else failure_file(self.place.rank))
 
     def superseded(self) -> bool:
         """Whether a newer attempt has claimed the job's folder or its run."""
@@ -111,21 +131,38 @@ class Attempt:
 
     def stopped(self) -> int:
         """Say why it stops, and return the exit code."""
+        if not self.place.first:
+            return EXIT_COMPLETED
         reason = "stopped by SIGTERM" if self.stop.is_set() else "cancelled, or a newer attempt runs"
         print(reason, file=sys.stderr)
         return EXIT_STOPPED
 
 
-def _train(spec: TrainerSpec, attempt: Attempt) -> TrainerResult:
+def _train(spec: TrainerSpec, attempt: Attempt) -> TrainerResult | None:
+    """Train, alone or together with others; only the first of these has a result."""
+    log_plainly(logging.INFO if attempt.place.first else logging.ERROR)
+    if attempt.place.world == 1:
+        return _train_and_settle(spec, attempt, ALONE)
+    from lightning_modules.process_group import joined  # noqa: PLC0415 - imports torch
+
+    with joined(attempt.place) as ranks:
+        if ranks.first:
+            return _train_and_settle(spec, attempt, ranks)
+        if not ranks.told(False):
+            _fit(spec, SilentRecord(), attempt, ranks)
+        return None
+
+
+def _train_and_settle(spec: TrainerSpec, attempt: Attempt, ranks: Ranks) -> TrainerResult:
     """Train, or take what an earlier attempt has trained, and wait until the record holds it."""
-    log_plainly()
     from lightning_modules.record import open_record  # noqa: PLC0415
 
     record = attempt.record = open_record(spec)
     try:
         trained = read_trained(spec)
+        ranks.told(trained is not None)
         if trained is None:
-            trained = _fit(spec, record, attempt)
+            trained = _fit(spec, record, attempt, ranks)
             write_trained(spec.work_dir, trained)
         checkpoints = record.settled(trained.checkpoints, trained.uploaded, attempt.should_stop)
     finally:
@@ -135,7 +172,7 @@ def _train(spec: TrainerSpec, attempt: Attempt) -> TrainerResult:
     )
 
 
-def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt) -> Trained:
+def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt, ranks: Ranks) -> Trained:
     leave_out_unused(spec)
     # Seconds of imports: a spec that cannot be read must not wait for them.
     from lightning_modules.callbacks import Progress, Resources  # noqa: PLC0415
@@ -145,7 +182,9 @@ def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt) -> Trained:
     resources = Resources(record)
     callbacks = [Progress(PROGRESS_SECONDS), resources]
     try:
-        job = prepare_job(spec, record, callbacks, attempt.should_stop, before_weights=resources.begin)
+        job = prepare_job(
+            spec, record, callbacks, attempt.should_stop, before_weights=resources.begin, ranks=ranks
+        )
         finished = job.run()
     finally:
         resources.tell()
@@ -156,6 +195,11 @@ def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt) -> Trained:
         metrics=finished.metrics,
         resources=resources.summary(),
     )
+
+
+def failure_file(rank: int) -> str:
+    """Return the name of the file, in the job's folder, of a process's failure."""
+    return f"failure-{rank}.json"
 
 
 def write_result(path: Path, result: TrainerResult, attempt_id: str) -> None:

@@ -74,3 +74,9 @@ def rename_whole(draft: Path, file: Path) -> None:
         with part.open("rb") as written:
             os.fsync(written.fileno())
     os.replace(draft, file)
+
+
+def sha256_of(file: Path) -> str:
+    """Return the digest of a file's content in hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -16,7 +16,8 @@ from lightning_modules.fencing import RunFence
 from lightning_modules.logged_models import LoggedModels, Point
 from lightning_modules.sender import RefusedError
 from lightning_modules.spool import Event, Spool
-from lightning_modules.stored_state import StateStore, sha256_of
+from lightning_modules.stored_state import StateStore
+from lightning_modules.trained import sha256_of
 from post_training.schemas.jobs import PostTrainingMetric
 from post_training.schemas.trainer import UPLOADED, StoredState
 

@@ -121,7 +121,8 @@ def main() -> None:
             parts = job.data.seen(1)
             for _ in range(2):  # the first time is the warm-up that the rounds have too
                 started = time.perf_counter()
-                jobs.references_of(job.trainer, job.module, job.data, parts)
+                for part in parts:
+                    jobs.references_of(job.trainer, job.module, job.data, part)
                 reference = (time.perf_counter() - started) / task.options["rounds"]
             jobs.compute_references(job.trainer, job.module, job.data, 1)
         batches = [batch for step in list(job.data.train_loader)[:steps] for batch in step]

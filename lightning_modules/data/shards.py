@@ -102,6 +102,9 @@ class Shards(Protocol):
     def without_reference(self, number: int, indices: Sequence[int]) -> list[int]:
         """Return which pairs of a shard have no reference log-probabilities."""
 
+    def forget(self, number: int) -> None:
+        """Look again for a shard's reference log-probabilities: another process has computed some."""
+
     def set_references(self, number: int, indices: Sequence[int], log_probs: Tensor) -> None:
         """Keep reference log-probabilities.
 
@@ -259,8 +262,12 @@ class TokenizedRows:
         file = self._references_of(number)
         assert file is not None  # noqa: S101 - asked for by keep_references
         with alone(file, give_up):
-            self._open.pop(number, None)
+            self.forget(number)
             yield
+
+    def forget(self, number: int) -> None:
+        """Look again for a shard's reference log-probabilities: another process has computed some."""
+        self._open.pop(number, None)
 
     def without_reference(self, number: int, indices: Sequence[int]) -> list[int]:
         """Return which pairs of a shard have no reference log-probabilities."""

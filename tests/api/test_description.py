@@ -37,7 +37,8 @@ from tests.requests_of import LORA, QAT, dpo_body, rlhf_body, sft_body
                 ({"logger_config": {"wandb": True}}, False),
                 ({"logger_config": {"log_model": "some"}}, False),
                 ({"logger_config": {"sample_prompts": [""]}}, False),
-                ({"runtime": {"devices": 2}}, False),
+                ({"runtime": {"devices": 2, "strategy": "fsdp"}}, True),
+                ({"runtime": {"devices": 0}}, False),
             )
         ),
         *(

@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 
 from lightning_modules.mlflow_record import MLflowRecord, open_mlflow_record
 from lightning_modules.record import SPOOL_FILE, open_record
-from lightning_modules.stored_state import StateStore, sha256_of
+from lightning_modules.stored_state import StateStore
+from lightning_modules.trained import sha256_of
 from post_training.errors import RecordUnavailableError
 from post_training.schemas.record import TAG_RESUME_STATE
 from post_training.schemas.trainer import StoredState, TrainerSpec

@@ -93,7 +93,8 @@ def test_configs_may_be_json_strings() -> None:
             "must not start with post_training., airflow., mlflow., got 'mlflow.user'",
         ),
         ({"hyperparam_search_config": ...}, "hyperparam_search_config", "Field required"),
-        ({"runtime": {"devices": 2}}, "runtime.devices", "less than or equal to 1, got 2"),
+        ({"runtime": {"devices": 0}}, "runtime.devices", "greater than or equal to 1, got 0"),
+        ({"runtime": {"strategy": "deepspeed"}}, "runtime.strategy", "'auto', 'ddp' or 'fsdp'"),
         ({"training_config__optimizer_config": {"lr": float("nan")}}, None, None),
     ],
 )

@@ -156,6 +156,37 @@ def test_what_needs_several_devices_is_named(body_of: Any, flag: str) -> None:
     (problem,) = unsupported(read(body_of(training_config__efficiency_config={flag: True})))
     assert problem["loc"] == ["training_config", "efficiency_config", flag]
     assert "FSDP" in problem["msg"]
+    body = body_of(
+        training_config__efficiency_config={flag: True}, runtime={"devices": 2, "strategy": "fsdp"}
+    )
+    assert unsupported(read(body)) == []
+
+
+def test_a_deployment_starts_processes_on_one_node() -> None:
+    (problem,) = unsupported(read(sft_body(runtime={"num_nodes": 3})))
+    assert (problem["loc"], problem["msg"][-5:]) == (["runtime", "num_nodes"], "got 3")
+
+
+FSDP = {"devices": 2, "strategy": "fsdp"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"runtime": {"strategy": "ddp"}}, "must be auto on one device"),
+        ({"runtime": FSDP, "algorithm_config__quantize_base": True}, "with quantize_base"),
+        ({"runtime": FSDP, "training_config__dtype": "fp16"}, "with dtype fp16"),
+        (
+            {"runtime": FSDP, "training_config__efficiency_config": {"enable_activation_offloading": True}},
+            "with enable_activation_offloading",
+        ),
+    ],
+)
+def test_a_strategy_that_means_nothing_is_refused(changes: dict[str, Any], rule: str) -> None:
+    (message,) = broken(sft_body(**changes)).values()
+    assert rule in message
+    others = {name: value for name, value in changes.items() if name != "runtime"}
+    read(sft_body(**others, runtime={"devices": 2, "strategy": "ddp"}))
 
 
 @pytest.mark.parametrize(

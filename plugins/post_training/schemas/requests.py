@@ -194,6 +194,11 @@ class TrainingRequest(JobRequest):
         """The adapters that the job trains; None where it trains every weight."""
         return self.runtime.adapter if self.runtime is not None else None
 
+    @property
+    def devices(self) -> int:
+        """Devices that the job takes on each node."""
+        return self.runtime.devices if self.runtime is not None else 1
+
     def place_of(self, field: str) -> str:
         """Return where the caller's body has a field, given by its dotted path in this form of it."""
         return self._places.get(field, field)

@@ -159,7 +159,30 @@ def has_a_live_reference(request: PreferenceOptimizeRequest) -> Iterator[Broken]
         )
 
 
-_OF_BOTH_METHODS = (has_data, answers_at_validations, exports_what_it_trains)
+def spreads_over_devices(request: AnyTrainingRequest) -> Iterator[Broken]:
+    """A strategy is for several devices, and what divides weights cannot divide all of them."""
+    runtime, training = request.runtime, request.training_config
+    if runtime is None or runtime.strategy == "auto":
+        return
+    if runtime.devices * runtime.num_nodes == 1:
+        yield Broken("runtime.strategy", "must be auto on one device: it is how a job spreads over several")
+    elif runtime.strategy == "fsdp":
+        efficiency = training.efficiency_config
+        obstacles = {
+            "quantize_base: 4-bit weights cannot be divided": (
+                request.adapters is not None and request.adapters.quantize_base
+            ),
+            "dtype fp16: gradients that are divided are not scaled": training.dtype == "fp16",
+            "enable_activation_offloading: it would take gathered weights for activations": (
+                efficiency is not None and efficiency.enable_activation_offloading
+            ),
+        }
+        for obstacle, there in obstacles.items():
+            if there:
+                yield Broken("runtime.strategy", f"must be auto or ddp with {obstacle}")
+
+
+_OF_BOTH_METHODS = (has_data, answers_at_validations, exports_what_it_trains, spreads_over_devices)
 
 RULES: Mapping[str, tuple[Callable[[Any], Iterator[Broken]], ...]] = {
     "supervised_fine_tune": (
@@ -180,14 +203,27 @@ RULES: Mapping[str, tuple[Callable[[Any], Iterator[Broken]], ...]] = {
 
 
 def unsupported(request: AnyTrainingRequest) -> list[ErrorDetail]:
-    """List the fields whose value is valid in the schema and means nothing on one device."""
-    efficiency = request.training_config.efficiency_config
-    return [
-        {
-            "loc": ["training_config", "efficiency_config", flag],
-            "msg": "must be false: it shards over several devices (FSDP) and a job has one, got True",
-            "type": "unsupported",
-        }
-        for flag in ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload")
-        if efficiency is not None and getattr(efficiency, flag)
-    ]
+    """List the fields whose value is valid in the schema and means nothing for a job of a deployment."""
+    efficiency, runtime = request.training_config.efficiency_config, request.runtime
+    problems: list[ErrorDetail] = []
+    if efficiency is not None and (runtime is None or runtime.strategy != "fsdp"):
+        problems += [
+            {
+                "loc": ["training_config", "efficiency_config", flag],
+                "msg": "must be false: it shards over several devices (FSDP): runtime.strategy fsdp with"
+                " runtime.devices above 1, got True",
+                "type": "unsupported",
+            }
+            for flag in ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload")
+            if getattr(efficiency, flag)
+        ]
+    if runtime is not None and runtime.num_nodes > 1:
+        problems.append(
+            {
+                "loc": ["runtime", "num_nodes"],
+                "msg": "must be 1: a job's processes are started on one node; for more see"
+                f" docs/several-devices.md, got {runtime.num_nodes}",
+                "type": "unsupported",
+            }
+        )
+    return problems

@@ -47,8 +47,8 @@ class DataConfig(StrictModel):
     )
     batch_size: Count = Field(
         ge=1,
-        description="Rows of one micro-batch, which go through the model together: of preference data"
-        " pairs, and with packed those that sequences share.",
+        description="Rows of one micro-batch, which go through the model together on a device: of preference"
+        " data pairs, and with packed those that sequences share.",
     )
     shuffle: bool = Field(description="Whether each epoch has an order of its own, drawn from the seed.")
     data_format: DatasetFormat = Field(
@@ -108,13 +108,13 @@ class EfficiencyConfig(StrictModel):
     )
     memory_efficient_fsdp_wrap: bool | None = Field(
         default=False,
-        description="Shard embedding and head apart from the layers (FSDP). Refused while a job has one"
-        " device.",
+        description="Gather embedding and head only while they are used, apart from the layers; refused"
+        " without runtime.strategy fsdp.",
     )
     fsdp_cpu_offload: bool | None = Field(
         default=False,
-        description="Keep sharded parameters and optimizer state in host memory (FSDP). Refused while a job"
-        " has one device.",
+        description="Keep divided weights and the optimizer's state in host memory; refused without GPUs and"
+        " runtime.strategy fsdp.",
     )
 
 
@@ -129,7 +129,7 @@ class TrainingConfig(StrictModel):
         default=1, ge=1, description="Micro-batches summed into one optimizer step."
     )
     max_validation_steps: Count | None = Field(
-        default=1, ge=0, description="Batches of each validation; null is all of them, 0 is no validation."
+        default=1, ge=0, description="Batches of each validation on each device; null is all of them, 0 none."
     )
     data_config: DataConfig | None = Field(default=None, description="Data; required by the training routes.")
     optimizer_config: OptimizerConfig | None = Field(
@@ -165,11 +165,18 @@ class RuntimeConfig(StrictModel):
         lt=2**32,
         description="What adapters, order and dropout are drawn from: the same seed, the same training.",
     )
-    devices: int = Field(default=1, ge=1, le=1, description="Devices on each node; one in this version.")
-    num_nodes: int = Field(default=1, ge=1, le=1, description="Nodes; one in this version.")
-    strategy: Literal["auto"] = Field(
+    devices: Count = Field(
+        default=1,
+        ge=1,
+        description="Devices on each node, a process each: GPUs, or CPU cores where there is none.",
+    )
+    num_nodes: Count = Field(
+        default=1, ge=1, description="Nodes; more than one only where the trainer is started by torchrun."
+    )
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
         default="auto",
-        description="How the model spreads over devices; auto is the only way in this version.",
+        description="How a job spreads over several devices: each has the whole model (ddp, and auto), or a"
+        " part of the weights (fsdp).",
     )
     launcher: Literal["local"] = Field(
         default="local",

@@ -167,10 +167,31 @@ def offloads(bench: Bench) -> None:
             assert not bench.trial(value).job.module.offload_activations
 
 
+SEVERAL = {"runtime__devices": 2, "runtime__strategy": "fsdp"}
+
+
 def shards(bench: Bench) -> None:
+    """Refused where nothing is divided; what it does where something is, test_sharding.py shows."""
     assert [unsupported(bench.request(value)) for value in (False, None)] == [[], []]
+    assert unsupported(bench.request(True, **SEVERAL)) == []
     (problem,) = unsupported(bench.request(True))
     assert (".".join(map(str, problem["loc"])), "must be false" in problem["msg"]) == (bench.path, True)
+
+
+def offloads_weights(bench: Bench) -> None:
+    shards(bench)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        fails(HardwareError, "fsdp_cpu_offload moves weights off a GPU", True, **SEVERAL)(bench)
+
+
+def takes_rows(bench: Bench) -> None:
+    """Each step has the rows of all devices; what several processes make of them, test_several.py shows."""
+    shows(
+        trained_rows,
+        (1, [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]], [[8, 9]]]),
+        (2, [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]),
+    )(bench)
 
 
 def computes_in(bench: Bench) -> None:

@@ -1,0 +1,51 @@
+"""How a job spreads over its devices: Lightning's strategy, and what goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from peft import PeftModel
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_modules.process_group import TIMEOUT
+from lightning_modules.setting import Setting
+from lightning_modules.sharding import ShardedStrategy, Shell, shard
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What one process of a job needs to train together with the others.
+
+    :param shard: divides the weights among the devices; None leaves each a whole model.
+    :param whole: gives the first process the model to export, in all of them.
+    """
+
+    strategy: Strategy | Literal["auto"] = "auto"
+    shard: Callable[[nn.Module, DeviceMesh], None] | None = None
+    whole: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext
+
+    @classmethod
+    def of(cls, setting: Setting, model: nn.Module) -> Spread:
+        """Choose for a job, before anything of its model is divided."""
+        ranks, efficiency = setting.ranks, setting.efficiency
+        if ranks.world == 1:
+            return cls()
+        if not setting.sharded:
+            return cls(DDPStrategy(timeout=TIMEOUT, broadcast_buffers=False, gradient_as_bucket_view=True))
+        runtime = setting.spec.request.runtime
+        adapter_alone = isinstance(model, PeftModel) and (runtime is None or runtime.export != "merged")
+        shell = Shell.of(
+            model, first=ranks.first, wanted=lambda weight: weight.requires_grad or not adapter_alone
+        )
+        divide = partial(
+            shard,
+            apart=bool(efficiency.memory_efficient_fsdp_wrap),
+            offload=bool(efficiency.fsdp_cpu_offload),
+        )
+        return cls(ShardedStrategy(ranks.world, TIMEOUT), divide, shell.filled)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from post_training.launch import local
-from post_training.launch.local import TRAIN, worker_argv, worker_environment
+from post_training.launch.local import TRAIN, trainer_of, worker_argv, worker_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,6 +21,13 @@ def test_the_trainer_is_started_by_name() -> None:
         "-m",
         "lightning_modules.train",
         "/jobs/1/spec.json",
+    ]
+
+
+def test_several_devices_have_a_launcher_of_their_trainers() -> None:
+    assert [trainer_of(devices) for devices in (1, 2)] == [
+        "lightning_modules.train",
+        "lightning_modules.elastic",
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from post_training.cli.output import console
 from post_training.cli.progress import shown
 from post_training.job_lock import note_holder
-from post_training.launch.local import TRAIN, worker_argv, worker_environment
+from post_training.launch.local import trainer_of, worker_argv, worker_environment
 from post_training.launch.process import WorkerProcess
 from post_training.schemas.trainer import SPEC_FILE, TrainerSpec
 
@@ -32,7 +32,7 @@ def run_trainer(spec: TrainerSpec, log: Path, lock: int) -> tuple[int, bool]:
     stop = _Stop()
     with _handled(stop), shown(console(stderr=True)) as show:
         process = WorkerProcess(
-            worker_argv(sys.executable, TRAIN, spec.work_dir / SPEC_FILE),
+            worker_argv(sys.executable, trainer_of(spec.request.devices), spec.work_dir / SPEC_FILE),
             worker_environment(os.environ, {}),
             log,
             pass_fds=(lock,),

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import post_training
 
-TRAIN, EVALUATE, PREPARE = (f"lightning_modules.{name}" for name in ("train", "evaluate", "prepare"))
+TRAIN, TRAIN_TOGETHER, EVALUATE, PREPARE = (
+    f"lightning_modules.{name}" for name in ("train", "elastic", "evaluate", "prepare")
+)
 """Programs, started by their name: each reads the spec that it is given."""
 
 _KEPT_BACK = "AIRFLOW"
@@ -28,6 +30,11 @@ _DEFAULTS = {
 }
 _TCMALLOC = ("tcmalloc_minimal", "tcmalloc")
 _SITE_FOLDERS = ("site-packages", "dist-packages")
+
+
+def trainer_of(devices: int) -> str:
+    """Return the program that trains on so many devices: one process, or torchrun with one for each."""
+    return TRAIN if devices == 1 else TRAIN_TOGETHER
 
 
 def worker_argv(python: str, program: str, spec: Path) -> list[str]:

@@ -20,7 +20,7 @@ from post_training.errors import (
     TrainerError,
 )
 from post_training.job_lock import claim, locked, note_holder
-from post_training.launch.local import TRAIN
+from post_training.launch.local import trainer_of
 from post_training.launch.results import read_result
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.request import with_runtime_defaults
@@ -239,7 +239,7 @@ class SearchTrialsOperator(SearchOperator):
         log_file = folder / f"train-{spec.attempt}.log"
         try:
             code = self._run_process(
-                TRAIN,
+                trainer_of(spec.request.devices),
                 folder / SPEC_FILE,
                 log_file,
                 pass_fds=(lock,),

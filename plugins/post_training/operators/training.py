@@ -12,7 +12,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 from post_training.errors import InvalidRequestError, PostTrainingError, SupersededError, TrainerError
 from post_training.job_ids import TRAINING_OPERATORS, TaskKey, job_uuid_of
 from post_training.job_lock import claim, locked, newest_claim, note_holder
-from post_training.launch.local import TRAIN
+from post_training.launch.local import trainer_of
 from post_training.launch.results import read_result
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.links import CheckpointLink, JobLink, MLflowRunLink
@@ -32,6 +32,7 @@ from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest
+from post_training.schemas.rules import unsupported
 from post_training.schemas.trainer import BASE_FOLDER, SPEC_FILE, UPLOADED, TrainerResult, TrainerSpec
 from post_training.search import NoSearchError, Search
 from post_training.search_parts import SearchUnavailableError
@@ -264,6 +265,8 @@ class TrainingOperator(WorkerOperator):
     ) -> TrainerSpec:
         conn_id = self.post_training_conn_id or load_settings().post_training_conn_id
         request = with_runtime_defaults(request, PostTrainingHook(conn_id).runtime_defaults())
+        if problems := unsupported(request):
+            raise InvalidRequestError(problems)
         return write_spec(request, run, work_dir, record.ti, self.tracking)
 
     def _train(self, spec: TrainerSpec, record: TaskRecord, lock: int) -> TrainerResult:
@@ -275,7 +278,7 @@ class TrainingOperator(WorkerOperator):
         log_file = spec.work_dir / f"train-{spec.attempt}.log"
         try:
             code = self._run_process(
-                TRAIN,
+                trainer_of(spec.request.devices),
                 spec.work_dir / SPEC_FILE,
                 log_file,
                 pass_fds=(lock,),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from post_training.schemas.training import OptimizerConfig, OptimizerType
@@ -40,7 +41,9 @@ def make_optimizer(parameters: Iterable[Parameter], config: OptimizerConfig) -> 
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return OPTIMIZERS[config.optimizer_type](groups, lr=config.lr, fused=True)
+    divided = any(isinstance(parameter, DTensor) for parameter in trained)
+    fused = not divided or config.optimizer_type is not OptimizerType.sgd  # torch 2.13 divides no fused SGD
+    return OPTIMIZERS[config.optimizer_type](groups, lr=config.lr, fused=fused)
 
 
 def _cosine(share: float) -> float:

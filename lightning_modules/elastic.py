@@ -75,6 +75,7 @@ class Launch:
     def __init__(self, spec: TrainerSpec, path: Path, trainer: str, stop: Event) -> None:
         self._spec, self._path, self._trainer, self._stop = spec, path, trainer, stop
         self._devices = spec.request.devices
+        self._code = EXIT_COMPLETED
 
     def run(self) -> int:
         """Run them to their end, started again where one is killed; return the exit code."""
@@ -120,6 +121,7 @@ class Launch:
         try:
             elastic_launch(config, sys.executable)("-m", self._trainer, str(self._path))
         except ChildFailedError as error:
+            self._code = error.get_first_failure()[1].exitcode
             killed = [(rank, -one.exitcode) for rank, one in error.failures.items() if one.exitcode < 0]
             return f"process {killed[0][0]} was killed by signal {killed[0][1]}" if killed else None
         finally:
@@ -136,10 +138,8 @@ class Launch:
         if failures and (result is None or _written(failures[0]) < _written(own)):
             # The first one tells of lost connections then, if of anything.
             result = self._read(failures[0])
-        if self._stop.is_set() and result is None:
-            return EXIT_STOPPED
-        if result is None:
-            return EXIT_FAILED
+        if result is None:  # they were asked to stop, or the first has seen that nobody wants them
+            return EXIT_STOPPED if self._stop.is_set() else self._code
         write_result(own, result, self._spec.attempt_id)
         return EXIT_FAILED
 

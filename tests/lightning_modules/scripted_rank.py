@@ -4,6 +4,7 @@
 has an act for each rank:
 
 - ``complete``, ``fail``: end with such a result,
+- ``leave``: end as one that nobody wants any more,
 - ``end``: end well without one, as all but the first do,
 - ``die``: be killed,
 - ``wait``: until it is killed, or asked to stop,
@@ -45,6 +46,8 @@ def main() -> int:
         return attempt.leave(
             TrainerResult(status="failed", error=f"rank {rank}", permanent=True), EXIT_FAILED
         )
+    if act == "leave":
+        return EXIT_STOPPED
     if act.startswith("wait"):
         (Event() if act == "wait deaf" else attempt.stop).wait()
         return EXIT_STOPPED if attempt.place.first else EXIT_COMPLETED

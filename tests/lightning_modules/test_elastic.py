@@ -66,6 +66,12 @@ def test_the_job_s_result_is_that_of_the_first_to_fail(
     assert not (spec.work_dir / "torchrun").exists()
 
 
+def test_an_attempt_that_nobody_wants_leaves_no_result(make_spec: Any) -> None:
+    spec = make_spec(**SEVERAL)
+    assert elastic.main([scripted(spec, "leave", "end")], trainer=SCRIPTED) == 143
+    assert not (spec.work_dir / RESULT_FILE).exists()
+
+
 def test_more_devices_than_there_are_fail_before_anything_starts(make_spec: Any) -> None:
     here, what = devices_here()
     spec = make_spec(runtime={"devices": here + 1})

@@ -156,7 +156,7 @@ class Chart {
           size: 28,
           values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick : "")),
         },
-        { ...axis, size: 62, values: (_, ticks) => this.tickLabels(ticks) },
+        { ...axis, size: widthOf, values: (_, ticks) => this.tickLabels(ticks) },
       ],
       series: [
         {},
@@ -191,4 +191,9 @@ class Chart {
     this.drawn?.destroy();
     this.drawn = null;
   }
+}
+
+/** Return the pixels that the longest label of the values' axis takes. */
+function widthOf(_, labels) {
+  return Math.max(62, 16 + 6.5 * Math.max(...(labels ?? [""]).map((label) => String(label).length)));
 }

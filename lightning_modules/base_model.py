@@ -134,15 +134,21 @@ def unpacked(base: Base, kept: Kept) -> Base:
 def kept_beyond(folder: Path, base: Base, kept: Kept) -> Base:
     """Return the same base where it stays when a job's own folder goes: its adapter is loaded upon it.
 
+    One that cannot be kept is used where it is: the adapter's users must then say where the base is.
+
     :param folder: the job's, for models from MLflow.
     """
     source = Path(base.source)
     if not source.is_relative_to(folder):
         return base
     place = kept.place("models", fingerprint(source)) / FILES
-    with alone(place):
-        if not place.exists():
-            make(place, partial(link_tree, source))
+    try:
+        with alone(place):
+            if not place.exists():
+                make(place, partial(link_tree, source))
+    except OSError as error:  # no room for a copy, where there are no links
+        log.warning("the base %s is not kept for those who load its adapters: %s", base.name, error)
+        return base
     tokenizer = str(place) if base.tokenizer_source == base.source else base.tokenizer_source
     return replace(base, source=str(place), tokenizer_source=tokenizer)
 

@@ -123,22 +123,22 @@ class SampleAnswers(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Answer, in the process that keeps the record, and log the table.
 
-        A model whose weights are divided among processes answers in all of them.
+        A model whose weights are divided does not: if one process failed, the others would wait for it.
 
         :raises StopRequestedError: if the process is to stop.
         """
         module = cast(PostTraining, pl_module)
-        if not self._questions:
+        if not self._questions or isinstance(trainer.strategy, ModelParallelStrategy):
             return
         module.stop_if_asked()
-        if trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy):
+        if trainer.is_global_zero:
             try:
                 self._answer(trainer, module)
             except Exception as error:  # a device that has no memory for it
                 log.warning("the sample questions cannot be answered: %s", error)
 
     def _answer(self, trainer: pl.Trainer, module: PostTraining) -> None:
-        module.eval()
+        module.to(trainer.strategy.root_device).eval()  # Lightning has moved it to the CPU
         with trainer.precision_plugin.val_step_context():  # of the weights' types, as in validation
             given = answers_of(
                 module.language_model,

@@ -20,7 +20,8 @@ from peft.utils import CONFIG_NAME
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME as CONFIG_FILE
 
-MODEL_FILE = "MLmodel"
+from lightning_modules.model_card import MODEL_FILE
+
 REQUIREMENTS_FILE, ENVIRONMENT_FILE = "requirements.txt", "python_env.yaml"
 COMPONENTS = "components"
 """Where MLflow looks for the tokenizer; others look for it beside the weights."""

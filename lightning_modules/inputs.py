@@ -35,6 +35,9 @@ Context = Literal["training", "validation"]
 ANSWERED_ROWS, LOOKED_AT_ROWS = 3, 50
 """How many rows the trained model answers, and among how many these are looked for."""
 
+LONGEST_QUESTION = 1024
+"""Tokens: an answer costs each job memory and time, also where nobody looks."""
+
 DEFAULT_STEPS_PER_EPOCH = TrainingConfig.model_fields["max_steps_per_epoch"].default
 
 
@@ -64,14 +67,19 @@ def sample_questions(
     """Return the first questions of the validation data, else of the training data, by their row's number.
 
     :param length: the longest prompt in tokens.
-    :returns: none where the request has prompts of its own, be they none.
+    :returns: none where the request has prompts of its own, be they none, or holds the rows itself, which the
+        record withholds.
     """
-    if setting.logger.sample_prompts is not None:
-        return {}
     dataset = datasets.get("validation", datasets["training"])
+    if setting.logger.sample_prompts is not None or dataset.source.startswith("data:"):
+        return {}
     rows = next(iter(blocks(dataset, LOOKED_AT_ROWS)), [])
     found = questions_of(rows, setting.algorithm.method.conversations[setting.data.data_format.value])
-    fitting = {number: each for number, each in found.items() if _fits(each, tokenizer, length)}
+    fitting = {
+        number: each
+        for number, each in found.items()
+        if _fits(each, tokenizer, min(length, LONGEST_QUESTION))
+    }
     return dict(islice(fitting.items(), ANSWERED_ROWS))
 
 

@@ -54,6 +54,7 @@ from lightning_modules.objective import language_model
 from lightning_modules.optimization import Schedule, default_optimizer
 from lightning_modules.probes import check_logits, check_packing
 from lightning_modules.ranks import ALONE, Ranks
+from lightning_modules.registry import WEIGHTS
 from lightning_modules.samples import SamplePrompts
 from lightning_modules.setting import Notices, Setting
 from lightning_modules.speeds import Speeds
@@ -144,7 +145,9 @@ def prepare_job(
         base = find_base(spec.model, spec.work_dir / BASE_FOLDER, spec.tracking, spec.model_roots)
     setting = Setting.of(_with_export_form(spec, base), ranks)
     pl.seed_everything(setting.runtime.seed, verbose=False)
-    packed, base = base, kept_beyond(spec.work_dir / BASE_FOLDER, unpacked(base, kept), kept)
+    packed, base = base, unpacked(base, kept)
+    if _leaves_adapter(setting):
+        base = kept_beyond(spec.work_dir / BASE_FOLDER, base, kept)
     tokenizer, config = load_tokenizer(base.tokenizer_source), load_config(base.source)
     identity = identity_of(packed)
     outline = meta_model(config)
@@ -202,6 +205,11 @@ def prepare_job(
     closing = [Figures(record, spec.work_dir, data), SampleAnswers(questions, tokenizer, record)]
     trainer = build_trainer(setting, [*callbacks, *compared, *closing, checkpoints], spread.strategy)
     return Job(setting, data, module, checkpoints, trainer)
+
+
+def _leaves_adapter(setting: Setting) -> bool:
+    """Whether the checkpoints are adapters, which need their base."""
+    return setting.algorithm.weights is WEIGHTS["LoRA"] and setting.runtime.export != "merged"
 
 
 def _with_export_form(spec: TrainerSpec, base: Base) -> TrainerSpec:

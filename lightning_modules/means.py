@@ -48,7 +48,7 @@ class Means:
 
 
 class Values:
-    """Single values by name, in the order of their arrival; they stay on their device until asked for.
+    """Single values by name, in the order of their arrival, kept on the CPU.
 
     :param there: those that came before (n).
     """
@@ -59,11 +59,12 @@ class Values:
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add values (b)."""
         for name, more in values.items():
-            self._parts.setdefault(name, []).append(more.detach().float())
+            self._parts.setdefault(name, []).append(more.detach().float().cpu())
 
     def all(self) -> dict[str, Tensor]:
-        """Return all values (n) by name, on the CPU."""
-        return {name: torch.cat(parts).cpu() for name, parts in self._parts.items()}
+        """Return all values (n) by name."""
+        self._parts = {name: [torch.cat(parts)] for name, parts in self._parts.items()}
+        return {name: values for name, [values] in self._parts.items()}
 
     def of_all(self, ranks: Ranks) -> dict[str, Tensor]:
         """Return the values of all processes, by rank."""

@@ -96,9 +96,10 @@ class MLflowRecord(LocalRecord):
         self._upload_delivery = UploadDelivery(
             self._fence, self._models, self._states, metrics=spool, uploads=self._uploads
         )
+        self._tables_sender = Sender(self._tables, self._delivery)
         self._senders = [
             Sender(spool, self._delivery, watch=self._fence.check),
-            Sender(self._tables, self._delivery),
+            self._tables_sender,
             Sender(self._uploads, self._upload_delivery),
         ]
         self._started = False
@@ -199,11 +200,14 @@ class MLflowRecord(LocalRecord):
         return self._persist(self._models.ready, monotonic() + self._patience, give_up)
 
     def _wait_until_sent(self, give_up: Callable[[], bool]) -> None:
-        if not all(sender.drained(self._patience, give_up) for sender in self._senders):
+        needed = (sender for sender in self._senders if sender is not self._tables_sender)
+        if not all(sender.drained(self._patience, give_up) for sender in needed):
             raise RecordUnavailableError(
                 f"MLflow did not take its record in {self._patience:g} s:"
                 " another attempt sends the rest without training it again."
             )
+        if not self._tables_sender.drained(self._close_timeout, give_up):
+            _log.warning("MLflow did not take all tables and pictures: they stay in the job's folder")
 
     def _upload_again(self, missing: Collection[int]) -> set[int]:
         """Have the checkpoints of these epochs uploaded once more; return those whose folder is there."""

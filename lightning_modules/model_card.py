@@ -17,6 +17,9 @@ from post_training.schemas.jobs import PostTrainingMetric
 CARD_FILE = "README.md"
 """Where people and the hub look for it."""
 
+MODEL_FILE = "MLmodel"
+"""Where MLflow looks for what it is."""
+
 
 @dataclass(frozen=True)
 class TrainedOn:

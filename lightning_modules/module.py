@@ -300,8 +300,8 @@ class PostTraining(pl.LightningModule):
         sums, self._window_tokens, self._window_seconds = state["window"]
         self._window = Means(sums)
         self.metrics = dict(state["metrics"])
-        self._epoch_values = Values(state["epoch_values"] if self.ranks.first else {})
-        self.distributions = dict(state["distributions"])
+        self._epoch_values = Values(state.get("epoch_values", {}) if self.ranks.first else {})
+        self.distributions = dict(state.get("distributions", {}))
 
 
 def _add(means: Means, outcome: Outcome, units: int) -> None:

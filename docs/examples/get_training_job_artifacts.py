@@ -19,8 +19,9 @@ with DAG(
 
     @task
     def best(checkpoints: Any) -> str:
-        """Return the path of the checkpoint whose validation loss is the lowest."""
-        found = min(checkpoints, key=lambda checkpoint: checkpoint["training_metrics"]["validation_loss"])
-        return str(found["path"])
+        """Return the path of the checkpoint with the lowest validation loss; of the last, if none has one."""
+        losses = {one["path"]: (one["training_metrics"] or {}).get("validation_loss") for one in checkpoints}
+        measured = [(loss, path) for path, loss in losses.items() if loss is not None]
+        return str(min(measured)[1] if measured else checkpoints[-1]["path"])
 
     best(checkpoints.output)

@@ -58,7 +58,8 @@ def test_no_secret_stands_in_a_file_and_each_is_explained(pod: Any) -> None:
     named = {entry["secretName"] for entry in VALUES["secret"]}
     named |= {value for key, value in VALUES.items() if key.endswith("SecretName") or key == "jwtSecretName"}
     named |= {VALUES["data"]["metadataSecretName"]}
-    named |= {volume["secret"]["secretName"] for volume in VALUES["apiServer"]["extraVolumes"]}
+    volumes = VALUES["apiServer"]["extraVolumes"]
+    named |= {volume["secret"]["secretName"] for volume in volumes if "secret" in volume}
     named |= {
         entry.value_from.secret_key_ref.name for entry in pod.spec.containers[0].env if entry.value_from
     }

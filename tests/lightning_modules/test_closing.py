@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from mlflow import MlflowClient
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lightning_modules import closing
+from lightning_modules import closing, flavor
+from lightning_modules.checkpoint import RESUME_FILE
 from lightning_modules.closing import MAX_NEW_TOKENS
 from lightning_modules.generation import answers, prompt_ids
 from lightning_modules.job import prepare_job
@@ -25,6 +27,7 @@ from tests.lightning_modules.tiny import PAIRS, ROWS
 
 SpecMaker = Callable[..., TrainerSpec]
 OF_ALL = {"loss.png", "learning_rate.png", "gradient_norm.png", "row_lengths.png"}
+CSV = "question,answer\n" + "\n".join(f"{row['question']},{row['answer']}" for row in ROWS)
 ALL_PAIRS = {"max_validation_steps": None, "n_epochs": 2}
 
 
@@ -118,6 +121,45 @@ def test_the_trained_model_answers_rows_of_the_data(
     for _, question, _, answer in table:
         ids = prompt_ids(tokenizer, [{"role": "user", "content": question}])
         assert [answer] == answers(model, tokenizer, [ids], MAX_NEW_TOKENS)
+
+
+def test_rows_that_a_request_holds_are_not_shown(make_spec: SpecMaker, rows_file: Path) -> None:
+    inline = f"data:text/csv;base64,{b64encode(CSV.encode()).decode()}"
+    spec = make_spec(train_data=inline)
+    assert prepare_job(spec, open_record(spec)).run().checkpoints
+    assert not (spec.work_dir / "tables" / "sample_answers.json").exists()
+
+
+def test_a_flavor_that_cannot_be_written_fails_no_job(
+    make_spec: SpecMaker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, spec: TrainerSpec
+) -> None:
+    def broken(folder: Path, **options: Any) -> None:
+        (folder / "MLmodel").write_text("half of")
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(flavor, "write_flavor", broken)
+    tracked = make_spec(tracking=spec.tracking)
+    record = open_record(tracked)
+    with caplog.at_level(logging.WARNING):
+        (checkpoint,) = prepare_job(tracked, record).run().checkpoints
+    record.close()
+    assert not (Path(checkpoint.path) / "MLmodel").exists()
+    assert "MLflow's loader will not know the checkpoint: no such library" in caplog.messages
+
+
+def test_a_state_of_the_release_before_is_gone_on_from(make_spec: SpecMaker) -> None:
+    spec = make_spec()
+    cut = prepare_job(spec, open_record(spec), should_stop=lambda: cut.module.optimizer_steps >= 2)
+    with pytest.raises(StopRequestedError):
+        cut.run()
+    file = spec.work_dir / RESUME_FILE
+    state = torch.load(file, weights_only=True)
+    for name in ("epoch_values", "distributions"):
+        del state["post_training"][name]
+    torch.save(state, file)
+    job = prepare_job(spec, open_record(spec))
+    assert job.run().checkpoints
+    assert job.module.optimizer_steps == 5
 
 
 @pytest.mark.parametrize("prompts", [[], ["how many?"]])

@@ -52,6 +52,7 @@ class Reader:
         self._meant = {
             "http://127.0.0.1:8080": servers.airflow_url,
             '"password": "…"': f'"password": "{servers.password()}"',
+            '"SmolLM2-135M-Instruct.Q4_1.gguf"': f'"{deployment.model}"',
             "SERVERS=.post-training": f"SERVERS={servers.layout.home}",
         }
 

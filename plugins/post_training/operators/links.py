@@ -6,16 +6,20 @@ so that it can be followed at once; one that leads nowhere yet is empty, and Air
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlencode
 
 from airflow.sdk import BaseOperatorLink
+from airflow.sdk.exceptions import AirflowRuntimeError
 
 from post_training.job_ids import TaskKey, job_uuid_of
 
 if TYPE_CHECKING:
     from airflow.sdk import BaseOperator
     from airflow.sdk.types import TaskInstanceKey
+
+log = logging.getLogger(__name__)
 
 JOB_PAGE = "post-training/ui/job"
 """Below Airflow's own address, to which its pages relate what has no host: the origin is the browser's."""
@@ -33,7 +37,7 @@ class NotedLink(BaseOperatorLink):
         :param ti: the running task instance.
         """
         setattr(operator, self.attribute, url)
-        ti.xcom_push(key=self.xcom_key, value=url)
+        _push(ti, self.xcom_key, url)
 
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
         """Return the address that the task has noted; empty if it has none."""
@@ -68,7 +72,7 @@ class JobLink(BaseOperatorLink):
 
     def note(self, operator: BaseOperator, ti: Any) -> None:
         """Let the task lead there from now on."""
-        ti.xcom_push(key=self.xcom_key, value=self.get_link(operator, ti_key=ti))
+        _push(ti, self.xcom_key, self.get_link(operator, ti_key=ti))
 
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
         """Return the page's address below Airflow's own."""
@@ -76,3 +80,11 @@ class JobLink(BaseOperatorLink):
         mapped = ti_key.map_index if ti_key.map_index is not None and job_task_id is None else -1
         key = TaskKey(ti_key.dag_id, ti_key.run_id, job_task_id or ti_key.task_id, mapped)
         return f"{JOB_PAGE}?{urlencode({'job_uuid': job_uuid_of(key)})}"
+
+
+def _push(ti: Any, key: str, url: str) -> None:
+    """Store a link's address; nothing hangs on it."""
+    try:
+        ti.xcom_push(key=key, value=url)
+    except AirflowRuntimeError as error:
+        log.warning("Airflow does not keep the link to %s: %s", url, error)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRuntimeError
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from post_training.errors import InvalidRequestError, PostTrainingError, SupersededError, TrainerError
 from post_training.job_ids import TRAINING_OPERATORS, TaskKey, job_uuid_of
@@ -193,17 +193,14 @@ class TrainingOperator(WorkerOperator):
             self._lead_to(newest.path, record)
 
     def _lead_to(self, checkpoint: str, record: TaskRecord) -> None:
-        """Let the task lead to a checkpoint, if MLflow has it; nothing hangs on it.
+        """Let the task lead to a checkpoint, if MLflow has it.
 
         :param checkpoint: its path or URI.
         """
         assert record.run is not None  # noqa: S101
         url = self.tracking.server.checkpoint_url(record.run.experiment_id, checkpoint)
         if url is not None:
-            try:
-                CheckpointLink().note(self, record.ti, url)
-            except AirflowRuntimeError as error:
-                self.log.warning("Airflow does not keep the link to the checkpoint: %s", error)
+            CheckpointLink().note(self, record.ti, url)
 
     def _attempt(
         self,

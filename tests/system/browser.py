@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from tests.system.conftest import Deployment
 
 WIDE, NARROW = (1400, 900), (390, 844)
-PAGE_SECONDS = 30
+PAGE_SECONDS = 120
 
 
 class Visits:
@@ -68,6 +68,7 @@ def visiting(deployment: Deployment) -> Iterator[Visits]:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("the machine has no chromium: apt-get install chromium")
+    expect.set_options(timeout=PAGE_SECONDS * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         try:

@@ -127,8 +127,7 @@ def unpacked(base: Base, kept: Kept) -> Base:
         if not folder.exists():
             log.info("unpacking %s, once", base.source)
             make(folder, partial(unpack, base.source))
-    tokenizer = str(folder) if base.tokenizer_source == base.source else base.tokenizer_source
-    return replace(base, source=str(folder), tokenizer_source=tokenizer)
+    return _moved(base, folder)
 
 
 def kept_beyond(folder: Path, base: Base, kept: Kept) -> Base:
@@ -149,8 +148,13 @@ def kept_beyond(folder: Path, base: Base, kept: Kept) -> Base:
     except OSError as error:  # no room for a copy, where there are no links
         log.warning("the base %s is not kept for those who load its adapters: %s", base.name, error)
         return base
-    tokenizer = str(place) if base.tokenizer_source == base.source else base.tokenizer_source
-    return replace(base, source=str(place), tokenizer_source=tokenizer)
+    return _moved(base, place)
+
+
+def _moved(base: Base, folder: Path) -> Base:
+    """Return the same base at another place; a tokenizer of its own stays where it is."""
+    tokenizer = str(folder) if base.tokenizer_source == base.source else base.tokenizer_source
+    return replace(base, source=str(folder), tokenizer_source=tokenizer)
 
 
 def identity_of(base: Base) -> list[str]:

@@ -23,7 +23,7 @@ from lightning_modules.model_card import TrainedOn
 from lightning_modules.setting import Notices, Setting
 from post_training.schemas.evaluation import WorkerSpec
 from post_training.schemas.trainer import TrainerSpec
-from post_training.schemas.training import TrainingConfig
+from post_training.schemas.training import DataConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from lightning_modules.record import JobRecord
@@ -54,9 +54,13 @@ def read_inputs(spec: TrainerSpec) -> dict[Context, RawDataset]:
 
 def trained_on(setting: Setting, datasets: Mapping[Context, RawDataset]) -> list[TrainedOn]:
     """Return what people may see of the job's data sets."""
-    ids = {"training": setting.data.dataset_id, "validation": setting.data.validation_dataset_id}
     return [
-        TrainedOn(context, public_name(_name(ids[context], dataset)), dataset.digest, len(dataset.rows))
+        TrainedOn(
+            context,
+            public_name(_name(setting.data, context, dataset)),
+            dataset.digest,
+            len(dataset.rows),
+        )
         for context, dataset in datasets.items()
     ]
 
@@ -90,8 +94,9 @@ def _fits(question: Question, tokenizer: PreTrainedTokenizerBase, length: int) -
         return False
 
 
-def _name(dataset_id: str | None, dataset: RawDataset) -> str:
+def _name(data: DataConfig, context: Context, dataset: RawDataset) -> str:
     """Return a data set's id, or where it lies: a URI in its place may hold the rows, or a secret."""
+    dataset_id = data.dataset_id if context == "training" else data.validation_dataset_id
     return dataset.source if dataset_id is None or ":" in dataset_id else dataset_id
 
 
@@ -215,10 +220,8 @@ class _Reader:
         self._record.log_table(f"bad_{context}_rows.json", ["row", "reason"], sorted(bad.items()))
 
     def _log_dataset(self, dataset: RawDataset, context: Context) -> None:
-        data = self._setting.data
-        dataset_id = data.dataset_id if context == "training" else data.validation_dataset_id
         self._record.log_dataset(
-            name=_name(dataset_id, dataset),
+            name=_name(self._setting.data, context, dataset),
             digest=dataset.digest,
             source=dataset.source,
             rows=len(dataset.rows),

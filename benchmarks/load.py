@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 from mlflow import MlflowClient
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from benchmarks.orchestration import API, ROOT, body, show
 from post_training.schemas.record import TAG_JOB_UUID, TAG_METHOD
@@ -90,9 +91,27 @@ def main() -> None:
 def pause(servers: Standalone, *, paused: bool = True) -> None:
     """Keep the request DAGs from running what is submitted, or let them again."""
     headers = {"Authorization": f"Bearer {servers.token()}"}
-    for dag_id in DAG_IDS:
-        url = f"{servers.airflow_url}/api/v2/dags/{dag_id}"
-        httpx.patch(url, json={"is_paused": paused}, headers=headers, timeout=30).raise_for_status()
+    with httpx.Client(base_url=servers.airflow_url, headers=headers, timeout=30) as http:
+        for dag_id in DAG_IDS:
+            done(http, "PATCH", f"/api/v2/dags/{dag_id}", json={"is_paused": paused})
+
+
+@retry(
+    retry=retry_if_exception_type(httpx.HTTPError),
+    wait=wait_fixed(1),
+    stop=stop_after_delay(60),
+    reraise=True,
+)
+def done(http: httpx.Client, method: str, url: str, **request: Any) -> None:
+    """Have Airflow's own API do what may be asked twice, again while SQLite is locked by many clients.
+
+    What is to be deleted and is gone was deleted by the request before.
+
+    :raises httpx.HTTPError: when it is not done within a minute.
+    """
+    answer = http.request(method, url, **request)
+    if not (method == "DELETE" and answer.status_code == 404):
+        answer.raise_for_status()
 
 
 def submit_at_once(servers: Standalone, bodies: Sequence[dict[str, Any]]) -> list[Answer]:

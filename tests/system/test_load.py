@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.load import Jobs, jobs, pause, poll, submit_at_once
+from benchmarks.load import Jobs, done, jobs, pause, poll, submit_at_once
 from post_training.standalone import DAG_IDS
 from tests.system.conftest import Deployment
 
@@ -22,7 +22,7 @@ def before(deployment: Deployment) -> Iterator[Jobs]:
     yield held
     with deployment.http() as http:
         for run_id in jobs(deployment.servers).dag_runs - held.dag_runs:
-            http.delete(f"/api/v2/dags/{DAG_IDS[0]}/dagRuns/{run_id}").raise_for_status()
+            done(http, "DELETE", f"/api/v2/dags/{DAG_IDS[0]}/dagRuns/{run_id}")
     pause(deployment.servers, paused=False)
 
 

@@ -107,24 +107,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         spec = specification(task, Path(folder))
         leave_out_unused(spec)
-        from lightning_modules import job as jobs
         from lightning_modules.callbacks import Progress, Resources
         from lightning_modules.engine import compiling
+        from lightning_modules.job import prepare_job
+        from lightning_modules.references import compute_references, references_of
 
         compiling.LONG_JOB = 0 if task.options.get("compiled") else float("inf")
         record = open_record(spec)
         steps = -(-task.rows // task.batch_size)
         callbacks = [ask_for_rounds(rounds, steps), Progress(PROGRESS_SECONDS), Resources()]
-        job = jobs.prepare_job(spec, record, callbacks)
+        job = prepare_job(spec, record, callbacks)
         reference = 0.0
         if task.method == "dpo":  # what the job does first, timed apart: rounds share it
             parts = job.data.seen(1)
             for _ in range(2):  # the first time is the warm-up that the rounds have too
                 started = time.perf_counter()
                 for part in parts:
-                    jobs.references_of(job.trainer, job.module, job.data, part)
+                    references_of(job.trainer, job.module, job.data, part)
                 reference = (time.perf_counter() - started) / task.options["rounds"]
-            jobs.compute_references(job.trainer, job.module, job.data, 1)
+            compute_references(job.trainer, job.module, job.data, 1)
         batches = [batch for step in list(job.data.train_loader)[:steps] for batch in step]
         job.data.train_loader.load_state_dict({"epoch": 0, "position": 0})
         rounds.ready(

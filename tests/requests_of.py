@@ -17,6 +17,9 @@ LORA: dict[str, Any] = {
 
 QAT: dict[str, Any] = {"type": "QAT", "quantizer_name": "int4_weight_only", "group_size": 32}
 
+PLAIN_END: dict[str, Any] = {"log_figures": False, "sample_prompts": []}
+"""A ``logger_config`` for jobs of tests that look at neither: they take longer than to train a tiny model."""
+
 OPTIMIZER: dict[str, Any] = {
     "optimizer_type": "adamw",
     "lr": 1e-4,

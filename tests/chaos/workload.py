@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.requests_of import PLAIN_END
 from tests.tiny_model import write_tiny_model
 
 LORA = {
@@ -93,7 +94,7 @@ class Workload:
             "finetuned_model" if dpo else "model": str(self.folder / "model"),
             "training_config": training,
             "hyperparam_search_config": {},
-            "logger_config": {},
+            "logger_config": dict(PLAIN_END),
             **fields,
             "runtime": {"save_every_n_steps": 2, **fields.get("runtime", {})},
         }

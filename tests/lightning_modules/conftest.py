@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from mlflow import MlflowClient
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +19,7 @@ from lightning_modules.record import open_record
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.schemas.trainer import TrackingTarget, TrainerSpec
 from tests.lightning_modules.tiny import LORA, PAIRS, ROWS
-from tests.requests_of import sft_body
+from tests.requests_of import PLAIN_END, sft_body
 from tests.tiny_model import train_tokenizer, write_tiny_model
 
 if TYPE_CHECKING:
@@ -41,6 +43,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(HERE):
             for rule in reversed(("error", *LIBRARY_WARNINGS)):
                 item.add_marker(pytest.mark.filterwarnings(rule), append=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plugins_are_looked_for_once() -> Iterator[None]:
+    """Each of Lightning's trainers looks through all installed packages for callbacks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", cache(registry.entry_points))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +131,7 @@ def make_spec(tiny_model_dir: Path, rows_file: Path, pairs_file: Path, tmp_path:
             "job_uuid": "job",
             "training_config": training_config | dict(training),
             "hyperparam_search_config": {},
-            "logger_config": dict(logger),
+            "logger_config": {**PLAIN_END, **logger},
             "runtime": {"seed": 7, "max_seq_length": 128} | dict(runtime),
             "algorithm_config": algorithm,
         }

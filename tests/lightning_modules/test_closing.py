@@ -32,6 +32,17 @@ ALL_PAIRS = {"max_validation_steps": None, "n_epochs": 2}
 
 
 @pytest.fixture
+def make_spec(make_spec: SpecMaker) -> SpecMaker:
+    """Make specs whose record ends as it does by default."""
+
+    def make(**changes: Any) -> TrainerSpec:
+        logger = {"log_figures": True, "sample_prompts": None, **changes.pop("logger", {})}
+        return make_spec(**changes, logger=logger)
+
+    return make
+
+
+@pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The pictures' axes by the files' names, as they are saved."""
     found: dict[str, Any] = {}

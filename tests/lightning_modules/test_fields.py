@@ -135,6 +135,7 @@ LOGGER: dict[str, Proof] = {
         shows(readers.answered, ([], []), (["a", "b"], [[0, "a"], [0, "b"], [5, "a"], [5, "b"]])),
         refuses("max_validation_steps is 0", ["a"], training_config__max_validation_steps=0),
     ),
+    "log_figures": shows(readers.draws, (True, True), (False, False)),
 }
 
 BOTH: dict[str, Proof] = {

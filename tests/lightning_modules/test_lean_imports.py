@@ -38,7 +38,11 @@ print(json.dumps([status, sorted(loaded)]))
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_trainer_imports_what_its_job_uses(quantized: bool, make_spec: Any, tmp_path: Path) -> None:
-    spec = make_spec(algorithm=LORA | {"quantize_base": quantized}, training={"max_validation_steps": 1})
+    spec = make_spec(
+        algorithm=LORA | {"quantize_base": quantized},
+        training={"max_validation_steps": 1},
+        logger={"log_figures": True},
+    )
     file = tmp_path / "spec.json"
     file.write_text(spec.model_dump_json())
     answer = subprocess.run(

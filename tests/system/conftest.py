@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from post_training.standalone import DAG_IDS, Standalone
+from tests.requests_of import PLAIN_END
 from tests.tiny_model import write_tiny_model
 from tests.waiting import wait_until
 
@@ -103,7 +105,7 @@ class Deployment:
                 "alpha": 8,
             },
             "hyperparam_search_config": {},
-            "logger_config": {},
+            "logger_config": dict(PLAIN_END),
         }
 
     def wait(self, job_uuid: str, *statuses: str, seconds: float = 300.0) -> Any:
@@ -179,17 +181,37 @@ def home_of(factory: pytest.TempPathFactory, name: str) -> Path:
     return factory.mktemp(name)
 
 
+RUNNING = pytest.StashKey[ExitStack]()
+"""The servers of the tests in this folder."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """End the servers with the last test of this folder: idle ones take a fifth of a core from all others."""
+    yield
+    if RUNNING in item.config.stash and (nextitem is None or not nextitem.path.is_relative_to(HERE)):
+        item.config.stash[RUNNING].close()
+
+
 @pytest.fixture(scope="session")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def running(pytestconfig: pytest.Config) -> Iterator[ExitStack]:
+    """Ends the servers of all tests of this folder that this process runs."""
+    with ExitStack() as stack:
+        pytestconfig.stash[RUNNING] = stack
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def deployment(tmp_path_factory: pytest.TempPathFactory, running: ExitStack) -> Deployment:
     """Airflow and MLflow, running; beside our DAGs those of the docs, as a user would copy them."""
     deployment = deploy(home_of(tmp_path_factory, "servers"))
     shutil.copytree(ROOT / "docs" / "examples", deployment.servers.layout.dags_folder / "examples")
-    with deployment.servers:
-        yield deployment
+    running.enter_context(deployment.servers)
+    return deployment
 
 
 @pytest.fixture(scope="session")
-def frail(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def frail(tmp_path_factory: pytest.TempPathFactory, running: ExitStack) -> Deployment:
     """Others, for what would break those, or takes so long that it should go on beside them.
 
     MLflow's disk has 64 MiB and ends with it.
@@ -202,5 +224,5 @@ def frail(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     program.chmod(0o700)
     path = os.pathsep.join(map(str, (program.parent, beside, os.environ.get("PATH", os.defpath))))
     deployment = deploy(home, {"PATH": path} if CAN_MOUNT else None)
-    with deployment.servers:
-        yield deployment
+    running.enter_context(deployment.servers)
+    return deployment

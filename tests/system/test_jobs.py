@@ -76,7 +76,7 @@ def form_of(deployment: Deployment) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def lora_job(deployment: Deployment) -> Any:
     """A LoRA job that has completed, and the statuses that it was seen in."""
-    body = deployment.body("lora-1")
+    body = deployment.body("lora-1") | {"logger_config": {}}
     client = deployment.client()
     assert client.post_training.supervised_fine_tune(**body).job_uuid == "lora-1"
     seen = [client.post_training.job.status(job_uuid="lora-1").status]

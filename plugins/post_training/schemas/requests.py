@@ -152,7 +152,7 @@ class JobRequest(StrictModel):
     logger_config: LoggerConfigDict = Field(
         description="MLflow's names and intervals, {} takes the defaults: experiment_name, run_name, tags,"
         " log_every_n_steps (optimizer steps; 1), log_model (all checkpoints; true: the last; false: none),"
-        " sample_prompts (answered at each validation)."
+        " sample_prompts (answered at each validation), log_figures (pictures at the end; true)."
     )
     runtime: JsonRuntime = Field(
         default=None,

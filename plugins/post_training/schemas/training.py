@@ -272,6 +272,11 @@ class LoggerConfig(StrictModel):
         description="Prompts that the model answers at each validation; the answers are a table of the run."
         " null: it answers three rows of the validation data, at the job's end; [] answers none.",
     )
+    log_figures: bool = Field(
+        default=True,
+        description="Whether the run has pictures at the job's end: curves, the rows' lengths, of preference"
+        " jobs the reward margins.",
+    )
 
     @field_validator("tags")
     @classmethod

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torchao.quantization.qat.linear import FakeQuantizedLinear
 from transformers import AutoModelForCausalLM
 
+from lightning_modules.figures import FIGURES
 from lightning_modules.module import STATE_KEY
 from post_training.job_ids import TaskKey
 from post_training.record import new_run
@@ -160,6 +161,12 @@ def answered(trial: Trial) -> list[list[Any]]:
     """Step and prompt of each answer."""
     assert trial.finished is not None
     return [row[:2] for row in read_table(trial.spec.work_dir, "samples.json")]
+
+
+def draws(trial: Trial) -> bool:
+    """Whether there are pictures at the end."""
+    assert trial.finished is not None
+    return (trial.spec.work_dir / FIGURES).exists()
 
 
 def new_run_of(trial: Trial) -> dict[str, Any]:

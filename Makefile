@@ -11,6 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 help:
 	@echo "make demo           start Airflow and MLflow, fine-tune a model over HTTP, show the result"
 	@echo "make demo DETACH=1  the same, and leave the servers running"
+	@echo "make demo EPOCHS=1  with so many passes over its questions instead of two"
 	@echo "make stop           end the servers that were left running"
 	@echo "make cluster        the services of docker/compose.yaml as processes: PostgreSQL, Redis, Celery workers"
 	@echo "make test           every test, the slow system tests too"
@@ -42,7 +43,7 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m demo $(if $(DETACH),--detach)
+	$(BIN)/python -m demo $(if $(DETACH),--detach) $(if $(EPOCHS),--epochs $(EPOCHS))
 
 stop: $(VENV)/.demo
 	$(BIN)/python -m demo --stop

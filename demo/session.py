@@ -83,14 +83,14 @@ class Job:
         return dict(httpx.post(f"{self._api}/{path}", json=body).raise_for_status().json())
 
 
-def submit(servers: Standalone, *, model: Path, train: Path, validation: Path) -> Job:
+def submit(servers: Standalone, *, model: Path, train: Path, validation: Path, epochs: int) -> Job:
     """Start the demo's LoRA job."""
     client = LlamaStackClient(base_url=servers.service_url, api_key=servers.token())
     job = client.post_training.supervised_fine_tune(
         job_uuid=f"demo-{datetime.now():%Y%m%d-%H%M%S}",
         model=str(model),
         training_config={
-            "n_epochs": 2,
+            "n_epochs": epochs,
             "max_steps_per_epoch": 0,
             "gradient_accumulation_steps": 1,
             "max_validation_steps": 12,

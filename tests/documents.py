@@ -78,6 +78,11 @@ def inline_code(document: Path) -> list[str]:
     return _CODE.findall(prose(document))
 
 
+DOCUMENTED_TORCHRUN = (
+    "torchrun --nnodes 1:2 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint NODE0:29400 --rdzv-id JOB"
+    " -m lightning_modules.train spec.json"
+)
+
 ELSEWHERE: dict[str, tuple[str, ...]] = {
     "make demo": (".ci/run::make demo DETACH=1",),
     "make demo DETACH=1": (".ci/run::make demo DETACH=1",),
@@ -104,6 +109,10 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "sudo apt-get install libtcmalloc-minimal4": (".ci/run::apt-get install --yes libtcmalloc-minimal4",),
     "mlflow models serve --model-uri models:/m-… --env-manager local --port 8008": (
         "tests/system/test_jobs.py::test_mlflow_serves_a_checkpoint",
+    ),
+    DOCUMENTED_TORCHRUN: (
+        "tests/lightning_modules/test_several_nodes.py::"
+        "test_two_nodes_and_then_one_train_what_one_process_trains",
     ),
     "airflow db migrate": ("tests/test_standalone.py::test_both_servers_start_run_a_dag_and_leave_nothing",),
 }

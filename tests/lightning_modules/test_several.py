@@ -222,12 +222,6 @@ def samples(spec: TrainerSpec) -> list[list[Any]]:
 def test_two_processes_train_what_one_trains(name: str, pair_of: Any) -> None:
     several, one = pair_of(name)
     expected, found = points(one), points(several)
-    print(
-        {
-            k: (list(expected[k].values()), list(found.get(k, {}).values()))
-            for k in ("train_loss", "validation_loss", "gradient_norm")
-        }
-    )
     of_pairs = OF_PAIRS if "preference" in CASES[name].changes else ()
     for key in (*SAME, *of_pairs, *(f"{names.VALIDATION_PREFIX}{key}" for key in of_pairs)):
         assert found[key] == pytest.approx(expected[key], rel=CASES[name].tolerance, abs=1e-6), key

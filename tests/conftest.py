@@ -21,6 +21,7 @@ for inherited in [name for name in os.environ if name.startswith(("AIRFLOW", "ML
 os.environ |= {
     "AIRFLOW_HOME": str(AIRFLOW_HOME),
     "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # its thread changes the environment while others read it
 }
 
 

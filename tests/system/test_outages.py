@@ -36,26 +36,27 @@ def disk_of_mlflow(deployment: Deployment) -> Path:
 
 
 @contextmanager
-def full(disk: Path) -> Iterator[None]:
-    """Fill the disk to its last byte; at the end there is room again."""
-    ballast = disk / "ballast"
-    try:
-        with ballast.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-        assert shutil.disk_usage(disk).free == 0
-        yield
-    finally:
-        ballast.unlink()
-
-
-@contextmanager
 def locked(database: Path) -> Iterator[None]:
     """Hold SQLite's one lock, so that nobody else writes."""
     with closing(sqlite3.connect(database, isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         yield
         connection.execute("ROLLBACK")
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """Fill the disk to its last byte; at the end there is room again."""
+    ballast = disk / "ballast"
+    try:
+        # a transaction that goes on would free its journal's room when the disk is full
+        with locked(disk / "mlflow.db"), ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        assert shutil.disk_usage(disk).free == 0
+        yield
+    finally:
+        ballast.unlink()
 
 
 def long_body(deployment: Deployment, job_uuid: str) -> dict[str, Any]:

@@ -209,6 +209,33 @@ def test_a_page_is_some_of_the_list_and_says_how_many_there_are(runs: Any) -> No
     assert page_of(runs, "unknown") == ([], 0)
 
 
+@contextmanager
+def statements() -> Iterator[list[str]]:
+    """What is asked of the database meanwhile."""
+    from sqlalchemy import Engine, event
+
+    asked: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        asked.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        yield asked
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+
+
+def test_every_conf_is_searched_once_and_none_is_read_to_count(runs: Any) -> None:
+    with statements() as asked:
+        page_of(runs, "supervised_fine_tune", text="no such text")
+    assert sum("LIKE" in statement for statement in asked) == 1
+    with statements() as asked:
+        page_of(runs, "supervised_fine_tune")
+    (counts,) = [statement for statement in asked if "count(" in statement]
+    assert "dag_run" not in counts
+
+
 def test_a_page_is_of_one_dag_run(runs: Any) -> None:
     runs.trigger("team.nightly", "tab", {}, None)
     found, total = page_of(runs, "team.nightly", run_id="tab")

@@ -19,6 +19,8 @@ import psycopg2
 import pytest
 from mlflow import MlflowClient
 
+from benchmarks.growth import Servers, check_copies
+from benchmarks.seeding import pattern_of
 from cluster.cluster import Cluster
 from post_training.schemas.record import METRIC_TRAIN_LOSS, TAG_RESUME_STATE
 from post_training.schemas.trainer import StoredState
@@ -242,6 +244,15 @@ def test_the_page_filters_what_postgresql_holds(deployment: Clustered) -> None:
     assert shown(status="cancelled") == {"unwanted", "stopped"}
     assert shown(status="in_progress") == shown(status="failed") == set()
     assert shown(text="LONG.jsonl") == {"lost", "kept", "log-1", "log-2", "stopped"}
+
+
+def test_copies_of_a_job_are_answered_as_the_job_is(deployment: Clustered) -> None:
+    """What ``benchmarks.growth`` measures with is like what jobs leave."""
+    servers = Servers.of(deployment.servers, deployment.model, deployment.data)
+    pattern = pattern_of(servers.airflow, servers.mlflow, "log-1", "copied-")
+    servers.copy(pattern, range(1, 4))
+    with servers.client() as http:
+        check_copies(http, pattern, 3)
 
 
 def test_mlflow_and_airflow_ask_who_calls(deployment: Clustered) -> None:

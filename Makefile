@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stop cluster test lint bench bench-algorithms bench-orchestration load chaos docs clean
+.PHONY: help demo stop cluster test lint bench bench-algorithms bench-orchestration bench-growth bench-sizing load chaos docs clean
 
 help:
 	@echo "make demo           start Airflow and MLflow, fine-tune a model over HTTP, show the result"
@@ -18,6 +18,8 @@ help:
 	@echo "make bench          speed and memory against TRL on GSM8K's files in DATA=DIR, and what the orchestration costs"
 	@echo "make bench-algorithms  what each algorithm learns and costs, on the same files"
 	@echo "make bench-orchestration  what the orchestration costs, with 1,000 jobs"
+	@echo "make bench-growth   submit, list, status and the page with up to 100,000 jobs on PostgreSQL"
+	@echo "make bench-sizing   what jobs take of memory, against what they say before their first step"
 	@echo "make load           submit 500 jobs at once, 500 times the same, and poll with 200 clients"
 	@echo "make chaos          kill everything 100 times while 50 jobs train; JOBS=, KILLS=, SEED= choose other"
 	@echo "make docs           write the tables in docs/ of fields, routes, settings and operators anew"
@@ -63,6 +65,12 @@ bench-algorithms: $(VENV)/.dev
 
 bench-orchestration: $(VENV)/.dev
 	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.orchestration
+
+bench-growth: $(VENV)/.dev
+	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.growth
+
+bench-sizing: $(VENV)/.dev
+	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.sizing
 
 load: $(VENV)/.dev
 	PYTHONPATH=plugins:. $(BIN)/python -m benchmarks.load

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
+from docs import sizing
 from post_training.api.app import create_app, description
 from post_training.get_provider_info import OPTIONS
 from post_training.jobs import JobService
@@ -134,6 +135,7 @@ def table(name: str) -> str:
         "routes": routes,
         "operators": operators,
         "parameters": parameters,
+        "memory": memory,
     }
     return "".join(f"{line}\n" for line in made[kind](rest))
 
@@ -290,6 +292,14 @@ def parameters(name: str) -> Iterator[str]:
         default = "required" if parameter.default is parameter.empty else shown_in_python(parameter.default)
         mark = " (templated)" if parameter.name in templated else ""
         yield row(f"`{parameter.name}`{mark}", default, meanings[parameter.name])
+
+
+def memory(_: str) -> Iterator[str]:
+    """Yield the table of what trainings need of a GPU, as jobs estimate it."""
+    lengths = [f"{length:,} tokens" for length in sizing.LENGTHS]
+    yield from head("model", "method", *lengths, f"{lengths[-1]}, checkpointing")
+    for cells in sizing.rows():
+        yield row(*cells)
 
 
 def shown_in_python(value: Any) -> str:

@@ -16,6 +16,8 @@ from airflow.sdk import BaseOperator
 from typer.main import get_command
 
 from docs.reference import MODELS, OPERATORS, OTHER_OPERATORS, example_of, written
+from docs.sizing import MODELS as SIZED
+from lightning_modules.base_model import meta_model
 from post_training import __version__
 from post_training.cli.app import app
 from post_training.cli.request_file import method_of, read_body
@@ -63,6 +65,18 @@ def test_every_group_of_fields_that_a_caller_sends_has_its_table() -> None:
     }
     assert names & MODELS.keys() - tables == set()
     assert {"LoggerConfig", "SearchConfig", "RegisterDatasetRequest", "EvaluationConfig"} <= tables
+
+
+def test_models_that_are_sized_have_the_published_numbers_of_parameters() -> None:
+    parameters = {name: meta_model(config).num_parameters() for name, config in SIZED.items()}
+    assert parameters == {
+        "SmolLM2 135M": 134_515_008,
+        "SmolLM2 360M": 361_821_120,
+        "Llama 3.2 1B": 1_235_814_400,
+        "Llama 3.2 3B": 3_212_749_824,
+        "Llama 3.1 8B": 8_030_261_248,
+        "Llama 3.3 70B": 70_553_706_496,
+    }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)

@@ -27,6 +27,7 @@ from lightning_modules.objective import language_model
 from lightning_modules.optimization import Schedule, default_optimizer
 from lightning_modules.probes import check_logits, check_packing
 from lightning_modules.setting import Setting
+from lightning_modules.spread import environment
 from post_training.schemas.requests import PreferenceOptimizeRequest
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def build_trainer(
         max_epochs=training.n_epochs,
         limit_val_batches=0 if training.max_validation_steps == 0 else None,
         callbacks=callbacks,
-        plugins=[FileCheckpointIO()],
+        plugins=[FileCheckpointIO(), *environment(setting)],
         logger=False,
         num_sanity_val_steps=0,
         enable_progress_bar=False,

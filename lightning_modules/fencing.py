@@ -9,7 +9,7 @@ from time import monotonic
 from mlflow import MlflowClient
 
 from post_training.errors import SupersededError
-from post_training.schemas.record import TAG_ATTEMPT_ID, TAG_CANCELLED_ATTEMPT
+from post_training.schemas.record import TAG_ATTEMPT_ID, TAG_CANCELLED_ATTEMPT, TAG_FOLLOWED
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class RunFence:
     def check(self, *, now: bool = False) -> None:
         """Look, unless that was done a moment ago.
 
+        A newer attempt may follow this one's trainer, where that is a job of a Ray cluster.
         A run that an older attempt has claimed last is claimed back.
 
         :param now: look in any case, before something is written that readers rely on.
@@ -50,7 +51,8 @@ class RunFence:
             self._looked_at = self._clock()
             newest = tags.get(TAG_ATTEMPT_ID, "")
             cancelled = tags.get(TAG_CANCELLED_ATTEMPT, "") >= self._attempt_id  # or a later one was
-            self.superseded = cancelled or newest > self._attempt_id
+            followed = tags.get(TAG_FOLLOWED) == self._attempt_id
+            self.superseded = cancelled or (newest > self._attempt_id and not followed)
             if newest < self._attempt_id:  # an older attempt's slow claim came after this one's
                 self._client.set_tag(self._run_id, TAG_ATTEMPT_ID, self._attempt_id)
         if self.superseded:

@@ -76,12 +76,15 @@ def check_devices(wanted: int) -> None:
 
 @contextmanager
 def joined(place: Ranks) -> Iterator[Ranks]:
-    """Join the other processes of the job, if there are any.
+    """Join the other processes of the job, if there are any; Ray Train has brought them together already.
 
     :raises HardwareError: if there is no device for this one.
     """
     if place.world == 1:
         yield ALONE
+        return
+    if distributed.is_initialized():
+        yield Together(place.rank, place.world, place.local_rank, place.local_world)
         return
     check_devices(place.local_world)
     backend = "gloo"

@@ -94,6 +94,11 @@ class Setting:
         return self.runtime.strategy == "fsdp" and self.ranks.world > 1
 
     @property
+    def on_ray(self) -> bool:
+        """Whether Ray Train has started the processes."""
+        return self.runtime.launcher == "ray"
+
+    @property
     def reference_once(self) -> bool:
         """Whether a reference's log-probabilities are computed before training and kept."""
         preference = isinstance(self.spec.request, PreferenceOptimizeRequest)

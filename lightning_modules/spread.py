@@ -6,8 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from peft import PeftModel
 from torch import nn
@@ -37,7 +38,7 @@ class Spread:
         if ranks.world == 1:
             return cls()
         if not setting.sharded:
-            return cls(DDPStrategy(timeout=TIMEOUT, broadcast_buffers=False, gradient_as_bucket_view=True))
+            return cls(_whole_models(setting))
         runtime = setting.spec.request.runtime
         adapter_alone = isinstance(model, PeftModel) and (runtime is None or runtime.export != "merged")
         shell = Shell.of(
@@ -49,3 +50,26 @@ class Spread:
             offload=bool(efficiency.fsdp_cpu_offload),
         )
         return cls(ShardedStrategy(ranks.world, TIMEOUT), divide, shell.filled)
+
+
+def _whole_models(setting: Setting) -> DDPStrategy:
+    """Return the strategy that leaves each device a whole model: Ray's own, where Ray gives the devices."""
+    options: dict[str, Any] = {
+        "timeout": TIMEOUT,
+        "broadcast_buffers": False,
+        "gradient_as_bucket_view": True,
+    }
+    if not setting.on_ray:
+        return DDPStrategy(**options)
+    from ray.train.lightning import RayDDPStrategy  # noqa: PLC0415 - where it is installed, and takes seconds
+
+    return cast(DDPStrategy, RayDDPStrategy(**options))
+
+
+def environment(setting: Setting) -> list[ClusterEnvironment]:
+    """Return what tells Lightning its place among the processes; nothing where torchrun's variables do."""
+    if not setting.on_ray:
+        return []
+    from ray.train.lightning import RayLightningEnvironment  # noqa: PLC0415
+
+    return [RayLightningEnvironment()]

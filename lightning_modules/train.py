@@ -60,22 +60,26 @@ def main(argv: list[str] | None = None) -> int:
         if attempt.superseded():
             return attempt.stopped()
         attempt.result_file.unlink(missing_ok=True)  # an earlier attempt's
-        result = _train(spec, attempt)
-    except InputsChangedError as error:
-        return attempt.leave(TrainerResult(status="inputs_changed", error=str(error)), EXIT_FAILED)
+        result = take_part(spec, attempt)
     except Exception as error:
-        if attempt.should_stop():
+        if attempt.should_stop() and not isinstance(error, InputsChangedError):
             return attempt.stopped()
-        failed = TrainerResult(
-            status="failed",
-            error=describe(error),
-            permanent=is_permanent(error),
-            diverged=isinstance(error, DivergenceError),
-        )
-        return attempt.leave(failed, EXIT_FAILED)
+        return attempt.leave(failure_of(error), EXIT_FAILED)
     if attempt.should_stop():
         return attempt.stopped()
     return EXIT_COMPLETED if result is None else attempt.leave(result, EXIT_COMPLETED)
+
+
+def failure_of(error: Exception) -> TrainerResult:
+    """Return the result of an attempt that an error has ended."""
+    if isinstance(error, InputsChangedError):
+        return TrainerResult(status="inputs_changed", error=str(error))
+    return TrainerResult(
+        status="failed",
+        error=describe(error),
+        permanent=is_permanent(error),
+        diverged=isinstance(error, DivergenceError),
+    )
 
 
 def end_with_launcher() -> None:
@@ -138,7 +142,7 @@ class Attempt:
         return EXIT_STOPPED
 
 
-def _train(spec: TrainerSpec, attempt: Attempt) -> TrainerResult | None:
+def take_part(spec: TrainerSpec, attempt: Attempt) -> TrainerResult | None:
     """Train, alone or together with others; only the first of these has a result."""
     log_plainly(logging.INFO if attempt.place.first else logging.ERROR)
     if attempt.place.world == 1:

@@ -22,6 +22,7 @@ OF_AN_ATTEMPT = {
     "keep_state_in_mlflow",
     "max_cache_bytes",
     "max_data_bytes",
+    "node_patience",
 }
 """What in a spec may differ between two attempts at the same."""
 

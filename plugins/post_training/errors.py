@@ -16,6 +16,7 @@
     ├── HardwareError                   the machine cannot do what was asked
     ├── DivergenceError                 the loss is no longer a finite number
     ├── TrainerError                    the trainer process ended without a result
+    ├── ClusterUnavailableError         the Ray cluster does not answer, or refuses the call
     ├── InputsChangedError              data or model are no longer what the job's run was trained from
     └── SupersededError                 a newer attempt at the job runs: this one stops and writes nothing
 
@@ -108,6 +109,10 @@ class DivergenceError(PostTrainingError):
 
 class TrainerError(PostTrainingError):
     """The trainer process ended without the result it owes."""
+
+
+class ClusterUnavailableError(PostTrainingError):
+    """The Ray cluster of the settings does not answer, or refuses what it is asked."""
 
 
 class InputsChangedError(PostTrainingError):

@@ -49,6 +49,23 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "Pod template that the KubernetesExecutor makes such tasks' pods from, a path in the scheduler's pod;"
         " empty is the executor's own.",
     ),
+    "ray_address": (
+        "string",
+        "",
+        "Address of a Ray cluster's dashboard, http://HOST:8265, for jobs with runtime.launcher ray; empty"
+        " refuses them.",
+    ),
+    "ray_token": (
+        "string",
+        "",
+        "Token of that cluster (RAY_AUTH_TOKEN); empty where it has no authentication.",
+    ),
+    "ray_patience": (
+        "integer",
+        "300",
+        "Seconds for which such a job waits for nodes that the cluster has not, or has lost, and its task for"
+        " a cluster that does not answer.",
+    ),
     "keep_state_in_mlflow": (
         "boolean",
         "True",
@@ -83,8 +100,8 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
 }
 """Setting -> (type, default, description)."""
 
-SENSITIVE = frozenset({"search_storage"})
-"""Settings that may hold a password."""
+SENSITIVE = frozenset({"ray_token", "search_storage"})
+"""Settings that may hold a secret."""
 
 
 def get_provider_info() -> dict[str, Any]:

@@ -24,6 +24,9 @@ class Settings:
     pool: str
     queue: str | None
     pod_template_file: str | None
+    ray_address: str | None
+    ray_token: str | None
+    ray_patience: int
     keep_state_in_mlflow: bool
     max_body_bytes: int
     max_data_uri_bytes: int
@@ -36,7 +39,7 @@ class Settings:
 def load_settings() -> Settings:
     """Read ``[post_training]``; the defaults hold too where the provider is not installed but only a folder.
 
-    :raises ValueError: if a size is no positive number of bytes.
+    :raises ValueError: if a size or a time is not positive.
     """
     home = Path(_get("home").replace("{AIRFLOW_HOME}", AIRFLOW_HOME)).expanduser()
     return Settings(
@@ -49,6 +52,9 @@ def load_settings() -> Settings:
         pool=_get("pool"),
         queue=_get("queue") or None,
         pod_template_file=_get("pod_template_file") or None,
+        ray_address=_get("ray_address") or None,
+        ray_token=_get("ray_token") or None,
+        ray_patience=_positive("ray_patience"),
         keep_state_in_mlflow=conf.getboolean(
             SECTION, "keep_state_in_mlflow", fallback=OPTIONS["keep_state_in_mlflow"][1] == "True"
         ),

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from lightning_modules.fencing import CHECK_SECONDS, RunFence
 from lightning_modules.record import open_record
 from post_training.errors import RecordUnavailableError, SupersededError
-from post_training.schemas.record import TAG_ATTEMPT_ID, TAG_CANCELLED_ATTEMPT
+from post_training.schemas.record import TAG_ATTEMPT_ID, TAG_CANCELLED_ATTEMPT, TAG_FOLLOWED
 from post_training.schemas.trainer import TrainerSpec
 from tests.lightning_modules.recorded import (
     EPOCH_0,
@@ -47,6 +47,17 @@ def clock() -> Clock:
 @pytest.fixture
 def fence_of(client: MlflowClient, run_id: str, clock: Clock) -> Any:
     return lambda attempt_id: RunFence(client, run_id, attempt_id, clock)
+
+
+def test_a_job_on_ray_goes_on_for_the_attempt_that_follows_it(
+    client: MlflowClient, run_id: str, fence_of: Any
+) -> None:
+    client.set_tag(run_id, TAG_FOLLOWED, OLDER)
+    client.set_tag(run_id, TAG_ATTEMPT_ID, NEWER)
+    fence_of(OLDER).check(now=True)
+    client.set_tag(run_id, TAG_CANCELLED_ATTEMPT, NEWER)
+    with pytest.raises(SupersededError, match="cancelled"):
+        fence_of(OLDER).check(now=True)
 
 
 def test_the_newest_attempt_and_one_that_has_no_id_go_on(

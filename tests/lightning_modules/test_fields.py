@@ -96,8 +96,9 @@ RUNTIME: dict[str, Proof] = {
         shows(lambda trial: trial.job.trainer.world_size, ("auto", 1)),
         refuses("must be auto on one device", "ddp", "fsdp"),
     ),
+    # What ray does, test_ray.py shows.
     "launcher": every(
-        shows(readers.steps, ("local", 5)), refuses("should be 'local', got 'torchrun'", "torchrun")
+        shows(readers.steps, ("local", 5)), refuses("should be 'local' or 'ray', got 'torchrun'", "torchrun")
     ),
     "attn_implementation": shows(readers.attention, ("sdpa", TREE), ("eager", "eager")),
     "save_total_limit": shows(

@@ -18,6 +18,7 @@ from post_training.record import new_run
 from post_training.schemas.requests import SupervisedFineTuneRequest
 from post_training.search import Search
 from tests.mlflow_server import MLflowServer
+from tests.operators.conftest import connect
 from tests.operators.searches import DAG_ID, RANK, SearchWorkplace
 from tests.operators.workplace import attempt_id
 from tests.waiting import wait_until
@@ -112,7 +113,15 @@ def test_each_trial_is_a_run_below_the_jobs(searches: SearchWorkplace) -> None:
     assert searches.run_trials(body, attempt=2) == [], "what has ended is not trained again"
 
 
-def test_what_a_trainer_is_told_is_a_request_of_the_trials_values(searches: SearchWorkplace) -> None:
+def test_what_a_trainer_is_told_is_a_request_of_the_trials_values(
+    searches: SearchWorkplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = {
+        "launcher": "ray",
+        "num_nodes": 2,
+        "seed": 7,
+    }  # trials train on their worker all the same
+    connect(monkeypatch, host="http://airflow/post-training", extra={"runtime": defaults})
     kept = searches.data.parent / "specs"
     kept.mkdir()
     searches.trains(
@@ -131,6 +140,8 @@ def test_what_a_trainer_is_told_is_a_request_of_the_trials_values(searches: Sear
     assert set(specs) == {2, 4, 8}
     for spec in specs.values():
         assert spec["request"]["hyperparam_search_config"] == {}
+        runtime = spec["request"]["runtime"]
+        assert [runtime[name] for name in ("launcher", "num_nodes", "seed")] == ["local", 1, 7]
         assert spec["request"]["checkpoint_dir"] is spec["checkpoint_dir"] is None
         assert spec["request"]["logger_config"] == {"log_model": True}
     assert len({spec["cache_dir"] for spec in specs.values()}) == 1, "trials share what they make once"

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from post_training.schemas.requests import REQUESTS, AnyTrainingRequest, error_details
-from post_training.schemas.rules import RULES, unsupported
+from post_training.schemas.rules import RULES, unsupported, unsupported_here
 from tests.requests_of import LORA, QAT, dpo_body, sft_body
 
 
@@ -162,9 +162,16 @@ def test_what_needs_several_devices_is_named(body_of: Any, flag: str) -> None:
     assert unsupported(read(body)) == []
 
 
-def test_a_deployment_starts_processes_on_one_node() -> None:
+def test_only_ray_starts_processes_on_several_nodes() -> None:
     (problem,) = unsupported(read(sft_body(runtime={"num_nodes": 3})))
     assert (problem["loc"], problem["msg"][-5:]) == (["runtime", "num_nodes"], "got 3")
+    assert unsupported(read(sft_body(runtime={"num_nodes": 3, "launcher": "ray"}))) == []
+
+
+def test_only_a_jobs_own_task_submits_to_ray() -> None:
+    (problem,) = unsupported_here(read(sft_body(runtime={"launcher": "ray"})))
+    assert (problem["loc"], problem["msg"][-9:]) == (["runtime", "launcher"], "got 'ray'")
+    assert unsupported_here(read(sft_body(runtime={"devices": 2}))) == []
 
 
 FSDP = {"devices": 2, "strategy": "fsdp"}

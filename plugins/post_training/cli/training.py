@@ -31,7 +31,7 @@ from post_training.schemas.record import (
 )
 from post_training.schemas.requests import AnyTrainingRequest, SupervisedFineTuneRequest, error_details
 from post_training.schemas.rlhf import read_request
-from post_training.schemas.rules import unsupported
+from post_training.schemas.rules import unsupported_here
 from post_training.schemas.trainer import (
     CACHE_FOLDER,
     RESULT_FILE,
@@ -101,7 +101,7 @@ def read(file: Path, job_uuid: str | None) -> AnyTrainingRequest:
         request = read_request(method_of(body), body)
     except ValidationError as error:
         raise InvalidRequestError(error_details(error.errors())) from None
-    if problems := unsupported(request):
+    if problems := unsupported_here(request):
         raise InvalidRequestError(problems)
     if request.search is not None:
         raise InvalidRequestError.of(

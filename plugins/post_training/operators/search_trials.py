@@ -30,7 +30,7 @@ from post_training.operators.trial_progress import Pruning, TrialProgress
 from post_training.operators.worker import PermanentFailureError, task_key, work_dir_of
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest, error_details
-from post_training.schemas.rules import unsupported
+from post_training.schemas.rules import OF_A_CLUSTER, unsupported_here
 from post_training.schemas.search_rules import with_values
 from post_training.schemas.trainer import SPEC_FILE, TrainerResult, TrainerSpec
 from post_training.search import ATTEMPTS, DATA, RUN, Search, Trial
@@ -190,10 +190,12 @@ class SearchTrialsOperator(SearchOperator):
             built = with_values(request, values)
         except ValidationError as error:
             raise InvalidRequestError(error_details(error.errors())) from None
-        if problems := unsupported(built):
+        if problems := unsupported_here(built):
             raise InvalidRequestError(problems)
         conn_id = self.post_training_conn_id or load_settings().post_training_conn_id
-        return with_runtime_defaults(built, PostTrainingHook(conn_id).runtime_defaults())
+        defaults = PostTrainingHook(conn_id).runtime_defaults()
+        here = {name: value for name, value in defaults.items() if name not in OF_A_CLUSTER}
+        return with_runtime_defaults(built, here)
 
     def _train(self, begun: _Begun, request: AnyTrainingRequest, lock: int) -> str:
         """Train, again where the trainer ended without a word; return how the trial ended.

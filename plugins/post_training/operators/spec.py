@@ -54,6 +54,7 @@ def write_spec(
         max_data_bytes=settings.max_data_bytes,
         cache_dir=settings.home / CACHE_FOLDER,
         max_cache_bytes=settings.max_cache_bytes,
+        node_patience=settings.ray_patience,
         tracking=TrackingTarget(tracking_uri=tracking.server.uri, run_id=run.run_id),
     )
     draft = work_dir / f"{SPEC_FILE}.tmp"

@@ -22,6 +22,9 @@ TAG_ATTEMPT: Final = "post_training.attempt"
 TAG_ATTEMPT_ID: Final = "post_training.attempt_id"
 """Airflow's id of the newest attempt's task instance, a UUID of version 7: a later attempt's is greater."""
 
+TAG_FOLLOWED: Final = "post_training.followed_attempt"
+"""Id of the attempt whose job on a Ray cluster the newest attempt follows, instead of one of its own."""
+
 TAG_MAX_TRIES: Final = "post_training.max_tries"
 """Airflow's limit of tries when the job was finished; clearing the task raises it, a retry does not."""
 

@@ -217,12 +217,31 @@ def unsupported(request: AnyTrainingRequest) -> list[ErrorDetail]:
             for flag in ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload")
             if getattr(efficiency, flag)
         ]
-    if runtime is not None and runtime.num_nodes > 1:
+    if runtime is not None and runtime.num_nodes > 1 and runtime.launcher == "local":
         problems.append(
             {
                 "loc": ["runtime", "num_nodes"],
-                "msg": "must be 1: a job's processes are started on one node; for more see"
-                f" docs/several-devices.md, got {runtime.num_nodes}",
+                "msg": "must be 1 with runtime.launcher local, which starts all processes on one node, and"
+                f" may be more with ray, got {runtime.num_nodes}",
+                "type": "unsupported",
+            }
+        )
+    return problems
+
+
+OF_A_CLUSTER = frozenset({"launcher", "num_nodes"})
+"""Defaults of the runtime block that mean nothing for what trains in a process of its own."""
+
+
+def unsupported_here(request: AnyTrainingRequest) -> list[ErrorDetail]:
+    """List the same for what trains in a process of its own alone: the command line, a search's trials."""
+    problems = unsupported(request)
+    if request.runtime is not None and request.runtime.launcher == "ray":
+        problems.append(
+            {
+                "loc": ["runtime", "launcher"],
+                "msg": "must be local for trials and on the command line: only a job's own task submits to a"
+                " Ray cluster, got 'ray'",
                 "type": "unsupported",
             }
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from post_training.schemas.flat import leaves
-from post_training.schemas.rules import Broken, unsupported
+from post_training.schemas.rules import Broken, unsupported_here
 from post_training.schemas.search import (
     ACCURACY,
     PREFERENCE_METRICS,
@@ -106,7 +106,7 @@ def _refusal(request: AnyTrainingRequest, values: Mapping[str, Any]) -> tuple[st
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"] if part not in ("LoRA", "QAT"))
         return field, f"{field}: {problem['msg']}"
-    for detail in unsupported(trial):
+    for detail in unsupported_here(trial):
         field = ".".join(map(str, detail["loc"]))
         return field, f"{field}: {detail['msg']}"
     return None

@@ -31,6 +31,10 @@ UPLOADED = "checkpoint in MLflow: "
 """Stands in a trainer's line of output before the URI of a checkpoint that has arrived."""
 
 
+RESULT_LINE = "result of the attempt: "
+"""Stands in a Ray job's output before the JSON of its result: nobody reads its disk."""
+
+
 class TrackingTarget(LenientModel):
     """The MLflow run that a trainer writes to. Credentials travel in the environment."""
 
@@ -81,6 +85,9 @@ class TrainerSpec(LenientModel):
     )
     max_cache_bytes: int = Field(
         default=20 * 2**30, description="What that folder may hold; what was used longest ago is removed."
+    )
+    node_patience: float = Field(
+        default=300.0, description="Seconds for which nodes are waited for that a Ray cluster has not."
     )
     tracking: TrackingTarget | None = Field(description="Null trains without a record.")
 

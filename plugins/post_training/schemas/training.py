@@ -171,17 +171,17 @@ class RuntimeConfig(StrictModel):
         description="Devices on each node, a process each: GPUs, or CPU cores where there is none.",
     )
     num_nodes: Count = Field(
-        default=1, ge=1, description="Nodes; more than one only where the trainer is started by torchrun."
+        default=1, ge=1, description="Nodes that train one job together; more than one needs launcher ray."
     )
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         default="auto",
         description="How a job spreads over several devices: each has the whole model (ddp, and auto), or a"
         " part of the weights (fsdp).",
     )
-    launcher: Literal["local"] = Field(
+    launcher: Literal["local", "ray"] = Field(
         default="local",
-        description="What starts the trainer process; local, on the worker itself, is the only one in this"
-        " version.",
+        description="What starts the trainer: local, a process of the task's on its worker, or ray, a job of"
+        " the deployment's Ray cluster; while that trains the task takes no slot.",
     )
     attn_implementation: Literal["sdpa", "eager"] = Field(
         default="sdpa",

@@ -17,7 +17,7 @@ TRAIN, TRAIN_TOGETHER, EVALUATE, PREPARE = (
 """Programs, started by their name: each reads the spec that it is given."""
 
 _KEPT_BACK = "AIRFLOW"
-_DEFAULTS = {
+TUNING = {
     # How long OpenMP's waiting threads spin. By default so long that two trainers on one processor starve
     # each other; this costs a lone one nothing that could be measured.
     "GOMP_SPINCOUNT": "1000",
@@ -28,6 +28,8 @@ _DEFAULTS = {
     # A tensor of more than a gigabyte is nothing that tcmalloc has to report.
     "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(2**62),
 }
+"""Environment variables of a process that computes, where nobody has set others."""
+
 _TCMALLOC = ("tcmalloc_minimal", "tcmalloc")
 _SITE_FOLDERS = ("site-packages", "dist-packages")
 
@@ -55,7 +57,7 @@ def worker_environment(inherited: Mapping[str, str], credentials: Mapping[str, s
     }
     search_path = [*_source_folders(), *filter(None, [inherited.get("PYTHONPATH")])]
     return {
-        **_DEFAULTS,
+        **TUNING,
         **environment,
         **credentials,
         "PYTHONPATH": os.pathsep.join(search_path),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
 
 from post_training.errors import InvalidRequestError, PostTrainingError, SupersededError, TrainerError
 from post_training.job_ids import TRAINING_OPERATORS, TaskKey, job_uuid_of
@@ -16,11 +16,13 @@ from post_training.launch.local import trainer_of
 from post_training.launch.results import read_result
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.links import CheckpointLink, JobLink, MLflowRunLink
+from post_training.operators.on_ray import Ended, OnRay, ray_jobs
 from post_training.operators.request import build_request, was_there, with_runtime_defaults
 from post_training.operators.search_outcome import SearchOutcome
 from post_training.operators.search_task import search_that_ran
 from post_training.operators.spec import run_of, write_spec
 from post_training.operators.task_record import TaskRecord
+from post_training.operators.triggers import RayJobTrigger
 from post_training.operators.worker import (
     PermanentFailureError,
     WorkerOperator,
@@ -42,6 +44,9 @@ from post_training.tracking import JobRun
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
+
+RAY_POLL_SECONDS = 5.0
+"""Between two looks at a job on a Ray cluster."""
 
 PERMANENT = (SupersededError, PermanentFailureError, SearchUnavailableError, NoSearchError)
 """Errors that another attempt would meet again, or that end this one alone; a request's apart."""
@@ -146,11 +151,24 @@ class TrainingOperator(WorkerOperator):
                 permanent = permanent or record.is_cancelled()
                 record.fail(str(error), permanent=permanent)
             raise (AirflowFailException if permanent else AirflowException)(str(error)) from None
+        except TaskDeferred:
+            raise
         except BaseException as error:
             record.fail(f"The task was interrupted: {type(error).__name__}.")
             raise
         finally:
             self.mlflow_run_url = record.url
+
+    def execute_complete(self, context: Context, event: Mapping[str, Any]) -> dict[str, Any]:
+        """Go on when the trainer's job on a Ray cluster has ended: ``execute`` finds it again.
+
+        :param event: of the trigger, whose error says why it waits no longer.
+        :raises AirflowFailException: if another attempt would fail the same way.
+        :raises AirflowException: if it may succeed.
+        """
+        if event["error"] is not None:
+            self.log.warning("%s", event["error"])
+        return self.execute(context)
 
     def _run_job(self, key: TaskKey, record: TaskRecord) -> dict[str, Any]:
         """Train the task's job, or find that it has been done."""
@@ -224,11 +242,17 @@ class TrainingOperator(WorkerOperator):
                 record.conclude("FINISHED")
                 return result
             request = best.request
+        request = self._with_defaults(request)
         if run_of(work_dir) != run.run_id:  # what lies there is of another training
             shutil.rmtree(work_dir, ignore_errors=True)
         work_dir.mkdir(exist_ok=True, mode=0o700)
-        spec = record.persist(lambda: self._write_spec(request, run, work_dir, record))
-        result = self._train(spec, record, lock)
+        if request.runtime is not None and request.runtime.launcher == "ray":
+            result = self._train_on_ray(request, run, work_dir, record)
+        else:
+            if run.tags.get(names.TAG_FOLLOWED):  # a job on Ray, which stops when it sees that
+                record.persist(lambda: self.tracking.set_tags(run.run_id, {names.TAG_FOLLOWED: ""}))
+            spec = record.persist(lambda: write_spec(request, run, work_dir, record.ti, self.tracking))
+            result = self._train(spec, record, lock)
         if result.status == "failed" and not result.permanent:
             raise TrainerError(_reason(result))
         if result.status == "completed":
@@ -257,14 +281,42 @@ class TrainingOperator(WorkerOperator):
         fields = {name: getattr(self, name) for name in self.request_fields}
         return build_request(self.method, job_uuid_of(key), self.request, fields)
 
-    def _write_spec(
-        self, request: AnyTrainingRequest, run: JobRun, work_dir: Path, record: TaskRecord
-    ) -> TrainerSpec:
+    def _with_defaults(self, request: AnyTrainingRequest) -> AnyTrainingRequest:
+        """Return the request with the deployment's defaults.
+
+        :raises InvalidRequestError: if they do not go together.
+        """
         conn_id = self.post_training_conn_id or load_settings().post_training_conn_id
         request = with_runtime_defaults(request, PostTrainingHook(conn_id).runtime_defaults())
         if problems := unsupported(request):
             raise InvalidRequestError(problems)
-        return write_spec(request, run, work_dir, record.ti, self.tracking)
+        return request
+
+    def _train_on_ray(
+        self, request: AnyTrainingRequest, run: JobRun, work_dir: Path, record: TaskRecord
+    ) -> TrainerResult:
+        """Read the result of the attempt's job on the Ray cluster, or leave the worker until there is one.
+
+        :raises TaskDeferred: while it runs.
+        :raises TrainerError: if it was stopped, or ended without a result.
+        :raises ClusterUnavailableError: if the cluster does not answer.
+        """
+        on_ray = OnRay(ray_jobs(), self.tracking, record, run)
+        found = on_ray.find()
+        if isinstance(found, Ended):
+            return on_ray.read(
+                found,
+                work_dir / f"train-{record.ti.try_number}.log",
+                lambda file: record.add_file(file, names.ARTIFACT_LOGS),
+            )
+        if found is None:
+            found = on_ray.submit(
+                record.persist(lambda: write_spec(request, run, work_dir, record.ti, self.tracking))
+            )
+        if self._stopped:
+            on_ray.jobs.stop(found)
+            raise TrainerError("The job was stopped.")
+        self.defer(trigger=RayJobTrigger(found, RAY_POLL_SECONDS), method_name="execute_complete")
 
     def _train(self, spec: TrainerSpec, record: TaskRecord, lock: int) -> TrainerResult:
         """Run the trainer to its end, its output in the task's log.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from time import monotonic
 from typing import Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from post_training.errors import RecordUnavailableError
+from post_training.errors import ClusterUnavailableError, RecordUnavailableError
+from post_training.launch.ray_jobs import without_result
 from post_training.operators.hooks import PostTrainingHook
+from post_training.operators.on_ray import ray_jobs
 from post_training.schemas.jobs import PostTrainingJobStatusResponse
+from post_training.settings import load_settings
 
 
 class PostTrainingJobTrigger(BaseTrigger):
@@ -56,3 +60,59 @@ class PostTrainingJobTrigger(BaseTrigger):
 
     def _status(self) -> PostTrainingJobStatusResponse:
         return PostTrainingHook(self.post_training_conn_id).get_conn().job_status(self.job_uuid)
+
+
+class RayJobTrigger(BaseTrigger):
+    """Fires when a job on the deployment's Ray cluster has ended; until then its output is the task's log.
+
+    A triggerer that starts anew shows the output from its beginning.
+
+    :param submission_id: the job's id on the cluster.
+    :param poll_interval: seconds between two looks, of which each costs at most a tenth of the time.
+    """
+
+    def __init__(self, submission_id: str, poll_interval: float) -> None:
+        super().__init__()
+        self.submission_id = submission_id
+        self.poll_interval = poll_interval
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Return the class's path and its arguments."""
+        return (
+            f"{type(self).__module__}.{type(self).__qualname__}",
+            {"submission_id": self.submission_id, "poll_interval": self.poll_interval},
+        )
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Look until the job has ended, or the cluster has not answered for too long."""
+        jobs, patience = ray_jobs(), load_settings().ray_patience
+        shown, answered = 0, monotonic()
+        while True:
+            asked = monotonic()
+            try:
+                job = await asyncio.to_thread(jobs.find, self.submission_id)
+                shown = self._show(
+                    await asyncio.to_thread(jobs.log, self.submission_id) if job else "", shown
+                )
+            except ClusterUnavailableError as error:
+                self.log.warning("%s", error)
+                if asked - answered > patience:
+                    yield TriggerEvent({"status": None, "error": str(error)})
+                    return
+            else:
+                answered = monotonic()
+                if job is None or job.ended:
+                    yield TriggerEvent({"status": job and job.status, "error": None})
+                    return
+            await asyncio.sleep(max(self.poll_interval, 10 * (monotonic() - asked)))
+
+    async def on_kill(self) -> None:
+        """Stop the job: somebody has ended the task, or clears it. A triggerer that stops leaves it alone."""
+        await asyncio.to_thread(ray_jobs().stop, self.submission_id)
+
+    def _show(self, log: str, shown: int) -> int:
+        """Log the whole lines behind what was shown; return how much is."""
+        end = log.rfind("\n") + 1
+        for line in filter(without_result, log[shown:end].splitlines()):
+            self.log.info("%s", line)
+        return max(shown, end)

@@ -1,0 +1,98 @@
+"""A Ray cluster on loopback: a head that trains nothing, and nodes, a process group each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import httpx
+
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "a-token-of-the-tests-alone"
+STORE = 80 * 2**20
+"""Bytes of each node's object store, the least that Ray takes."""
+
+
+class RayCluster:
+    """A cluster with token authentication, in a folder with a short name: it is part of sockets' paths."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ray"))
+        self.port, self.dashboard = free_port(), free_port()
+        self.address = f"http://127.0.0.1:{self.dashboard}"
+        self._groups: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        """Start the head, and wait until it takes jobs."""
+        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}"]
+        self._start("head", ["--head", *ports, "--num-cpus=0"])
+        wait_until(self._answers)
+
+    def add(self, name: str, devices: int = 1) -> None:
+        """Start a node with so many devices."""
+        self._start(name, [f"--address=127.0.0.1:{self.port}", f"--num-cpus={devices}"])
+
+    def home(self, name: str) -> Path:
+        """Return a node's folder for jobs' working files, which no other node uses."""
+        return self.folder / name / "home"
+
+    @property
+    def nodes(self) -> list[str]:
+        """The nodes that run, the head among them."""
+        return list(self._groups)
+
+    def kill(self, name: str) -> None:
+        """Kill a node, with all that runs on it, at once."""
+        process = self._groups.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def stop(self) -> None:
+        """Kill all nodes, and leave nothing."""
+        for name in [*self._groups]:
+            self.kill(name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, name: str, options: list[str]) -> None:
+        folder = self.folder / name
+        folder.mkdir()
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
+        command += [f"--temp-dir={folder}", f"--object-store-memory={STORE}", "--node-ip-address=127.0.0.1"]
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": os.pathsep.join(map(str, [ROOT / "plugins", ROOT])),
+            "POST_TRAINING_HOME": str(self.home(name)),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+        }
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self._groups[name] = subprocess.Popen(
+                [*command, *options], stdout=log, stderr=log, start_new_session=True, env=environment
+            )
+
+    def _answers(self) -> bool:
+        head = self._groups["head"]
+        assert head.poll() is None, (self.folder / "head.log").read_text()
+        try:
+            return httpx.get(f"{self.address}/api/version", headers=HEADERS, timeout=5).is_success
+        except httpx.HTTPError:
+            return False
+
+
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from benchmarks.algorithms import MODEL_FILE
 from benchmarks.machine import machine
 from benchmarks.trainers import train
-from docs.sizing import GIB, METHODS, MODELS, Method
+from docs.sizing import METHODS, MODELS, Method
+from lightning_modules.estimate import GIB
 from lightning_modules.models import load_tokenizer
 from post_training.schemas.record import METRIC_ESTIMATED_MEMORY_BYTES
 from post_training.schemas.trainer import RESULT_FILE
@@ -68,7 +69,8 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, An
 def write_model(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """Write a model of one of the shapes, in bf16 as they are published; return its folder."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(MODELS[name], dtype=torch.bfloat16)
+    from_config: Any = AutoModelForCausalLM.from_config
+    model = from_config(MODELS[name], dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,30 +85,32 @@ def train_on_nodes(spec: TrainerSpec) -> TrainerResult | None:
 def _round(spec: TrainerSpec, nodes: Sequence[str]) -> TrainerResult | None:
     """Train on these nodes until all processes have ended."""
     _, kind = nodes_of_cluster()
+    scaling: dict[str, Any] = {
+        "num_workers": len(nodes) * spec.request.devices,
+        "use_gpu": kind == "GPU",
+        "resources_per_worker": {kind: 1},
+        "label_selector": [{NODE_LABEL: node} for node in nodes for _ in range(spec.request.devices)],
+    }
+    at_once: dict[str, Any] = {
+        "max_failures": 0,
+        "controller_failure_limit": 0,
+        "max_preemption_failures": 0,
+    }
     trainer = TorchTrainer(
-        take_part_on_node,
+        take_part_on_node,  # type: ignore[arg-type]  # it returns the run's value
         train_loop_config={"spec": spec.model_dump_json()},
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if kind == "GPU" else "gloo", timeout_s=int(TIMEOUT.total_seconds())
         ),
-        scaling_config=ScalingConfig(
-            num_workers=len(nodes) * spec.request.devices,
-            use_gpu=kind == "GPU",
-            resources_per_worker={kind: 1},
-            label_selector=[{NODE_LABEL: node} for node in nodes for _ in range(spec.request.devices)],
-        ),
-        run_config=RunConfig(
-            storage_path=str(home() / "ray-train"),
-            failure_config=FailureConfig(
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-            ),
-        ),
+        scaling_config=ScalingConfig(**scaling),
+        run_config=RunConfig(storage_path=str(home() / "ray-train"), failure_config=FailureConfig(**at_once)),
     )
     try:
-        found = trainer.fit().return_value
+        finished: Any = trainer.fit()  # whose types are those of Ray Train's first version
     except TrainingFailedError as error:
         failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
         return why_ended({rank: _cause(failure) for rank, failure in failures.items()}, str(error))
+    found = finished.return_value
     return TrainerResult.model_validate_json(found) if found is not None else None
 
 
@@ -142,9 +144,10 @@ def nodes_for(spec: TrainerSpec) -> list[str]:
 
 def nodes_of_cluster() -> tuple[list[Node], str]:
     """Return the nodes that are alive, and which of Ray's resources a device is there."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
+    every: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node for node in every if node["Alive"]]
     kind = "GPU" if any("GPU" in node["Resources"] for node in alive) else "CPU"
-    free = available_resources_per_node()
+    free = available_resources_per_node()  # type: ignore[no-untyped-call]
 
     def of(node_id: str, there: float) -> Node:
         return Node(node_id, there, free.get(node_id, {}).get(kind, 0.0))
@@ -152,7 +155,7 @@ def nodes_of_cluster() -> tuple[list[Node], str]:
     return [of(node["NodeID"], node["Resources"].get(kind, 0.0)) for node in alive], kind
 
 
-def take_part_on_node(config: Mapping[str, str]) -> str | None:
+def take_part_on_node(config: dict[str, str]) -> str | None:
     """Be one of the job's processes: what Ray Train calls in each; return JSON of the first one's result.
 
     :raises FailedWorkerError: if it failed.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from peft import PeftModel
 from torch import nn
@@ -63,7 +63,7 @@ def _whole_models(setting: Setting) -> DDPStrategy:
         return DDPStrategy(**options)
     from ray.train.lightning import RayDDPStrategy  # noqa: PLC0415 - where it is installed, and takes seconds
 
-    return cast(DDPStrategy, RayDDPStrategy(**options))
+    return cast(DDPStrategy, RayDDPStrategy(**options))  # type: ignore[no-untyped-call]
 
 
 def environment(setting: Setting) -> list[ClusterEnvironment]:
@@ -72,4 +72,4 @@ def environment(setting: Setting) -> list[ClusterEnvironment]:
         return []
     from ray.train.lightning import RayLightningEnvironment  # noqa: PLC0415
 
-    return [RayLightningEnvironment()]
+    return [RayLightningEnvironment()]  # type: ignore[no-untyped-call]

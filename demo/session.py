@@ -83,15 +83,18 @@ class Job:
         return dict(httpx.post(f"{self._api}/{path}", json=body).raise_for_status().json())
 
 
-def submit(servers: Standalone, *, model: Path, train: Path, validation: Path, epochs: int) -> Job:
-    """Start the demo's LoRA job."""
+def submit(servers: Standalone, *, model: Path, train: Path, validation: Path, steps: int) -> Job:
+    """Start the demo's LoRA job.
+
+    :param steps: optimizer steps of each epoch; 0 trains on all questions.
+    """
     client = LlamaStackClient(base_url=servers.service_url, api_key=servers.token())
     job = client.post_training.supervised_fine_tune(
         job_uuid=f"demo-{datetime.now():%Y%m%d-%H%M%S}",
         model=str(model),
         training_config={
-            "n_epochs": epochs,
-            "max_steps_per_epoch": 0,
+            "n_epochs": 2,
+            "max_steps_per_epoch": steps,
             "gradient_accumulation_steps": 1,
             "max_validation_steps": 12,
             "data_config": {

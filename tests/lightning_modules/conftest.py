@@ -30,9 +30,10 @@ LIBRARY_WARNINGS = (
     r"ignore:.*treespec, LeafSpec.* is deprecated",
     r"ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
     r"ignore:unclosed <socket:ResourceWarning",
+    r"ignore:unclosed event loop:ResourceWarning",
 )
-"""What lightning and peft do to torch and transformers, and MLflow's client to connections that it forgets;
-nothing of ours."""
+"""What lightning and peft do to torch and transformers, MLflow's client to connections that it forgets, and
+other folders' tests to event loops, which are found when memory is collected here; nothing of ours."""
 
 torch.set_num_threads(1)  # more threads only wait for each other on a model of this size
 

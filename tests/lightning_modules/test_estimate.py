@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from lightning_modules import estimate, job
+from lightning_modules import building, estimate
 from lightning_modules.base_model import meta_model
 from lightning_modules.checkpoint import RESUME_FILE
 from lightning_modules.estimate import Estimate, check_memory, estimate_of, gib, peak_of_training
+from lightning_modules.job import prepare_job
 from lightning_modules.memory_limits import Limit
 from lightning_modules.memory_needs import Certain
 from lightning_modules.record import open_record
@@ -121,7 +122,7 @@ def test_what_cannot_fit_is_refused_before_a_weight_is_read(
     make_spec: Any, limited: Limited, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    monkeypatch.setattr(job, "load_model", lambda source, **options: read.append(source))
+    monkeypatch.setattr(building, "load_model", lambda source, **options: read.append(source))
     limited(10_000)
     spec = make_spec()
     assert main([str(write(spec))]) == 1
@@ -189,7 +190,7 @@ def foreseen(make_spec: Any, tmp_path: Path) -> Callable[..., tuple[float, int]]
     def seconds(speed: Speed, **changes: Any) -> tuple[float, int]:
         folder = tmp_path / f"job-{len(list(tmp_path.iterdir()))}"
         spec = make_spec(**changes, work_dir=folder, cache_dir=tmp_path / "cache")
-        made = job.prepare_job(spec, open_record(spec))
+        made = prepare_job(spec, open_record(spec))
         outline = meta_model(made.module.language_model.config)
         epochs = spec.request.training_config.n_epochs
         work = workload_of(made.data.train_loader, epochs)

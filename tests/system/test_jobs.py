@@ -73,10 +73,15 @@ def form_of(deployment: Deployment) -> dict[str, Any]:
     }
 
 
+def lora_body(deployment: Deployment, **training: Any) -> dict[str, Any]:
+    """The request of a job whose record has all that it has by default."""
+    return deployment.body("lora-1", **training) | {"logger_config": {}}
+
+
 @pytest.fixture(scope="module")
 def lora_job(deployment: Deployment) -> Any:
     """A LoRA job that has completed, and the statuses that it was seen in."""
-    body = deployment.body("lora-1") | {"logger_config": {}}
+    body = lora_body(deployment)
     client = deployment.client()
     assert client.post_training.supervised_fine_tune(**body).job_uuid == "lora-1"
     seen = [client.post_training.job.status(job_uuid="lora-1").status]
@@ -121,7 +126,7 @@ def test_the_adapter_in_mlflow_is_the_trained_model(
             self.model = pl_module.model
 
     spec = TrainerSpec(
-        request=SupervisedFineTuneRequest.model_validate(deployment.body("lora-1")),
+        request=SupervisedFineTuneRequest.model_validate(lora_body(deployment)),
         model=str(deployment.model),
         train_data=str(deployment.data / "train.jsonl"),
         validation_data=None,
@@ -245,9 +250,9 @@ def test_every_path_family_speaks_of_the_same_job(deployment: Deployment, lora_j
 
 def test_the_same_request_again_is_the_same_job(deployment: Deployment, lora_job: Any) -> None:
     client = deployment.client()
-    assert client.post_training.supervised_fine_tune(**deployment.body("lora-1")).job_uuid == "lora-1"
+    assert client.post_training.supervised_fine_tune(**lora_body(deployment)).job_uuid == "lora-1"
     with pytest.raises(llama_stack_client.ConflictError) as caught:
-        client.post_training.supervised_fine_tune(**deployment.body("lora-1", n_epochs=7))
+        client.post_training.supervised_fine_tune(**lora_body(deployment, n_epochs=7))
     assert caught.value.response.headers["x-should-retry"] == "false"
     with pytest.raises(llama_stack_client.ConflictError, match="has ended: completed"):
         client.post_training.job.cancel(job_uuid="lora-1")

@@ -29,10 +29,9 @@ from rich.table import Table
 from sqlalchemy import URL, create_engine
 
 from benchmarks.machine import machine
-from benchmarks.orchestration import API, body, read_status, submit, timed, wait_until_ended
+from benchmarks.orchestration import API, body, read_status, submit, timed, wait_until_ended, write_data
 from benchmarks.seeding import AIRFLOW, FAILED_OF, MLFLOW, Database, Pattern, pattern_of
 from cluster.cluster import Cluster
-from tests.tiny_model import write_tiny_model
 from tests.waiting import wait_until
 
 PAGE = "/post-training/ui/data"
@@ -109,11 +108,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        data.mkdir()
-        rows = [{"question": f"How many are {i}?", "answer": f"There are {i}."} for i in range(64)]
-        (data / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        model = write_tiny_model(data / "tiny-llama")
+        model, data = write_data(Path(folder))
         figures: dict[str, dict[str, Any]] = {"machine": machine()}
         with Cluster(Path(folder) / "home", variables={"DATA": str(data)}, timeout=1800) as cluster:
             for kind, name, found in measured(Servers.of(cluster, model, data), options):

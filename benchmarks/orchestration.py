@@ -57,11 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     figures: dict[str, Any] = import_cost()
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        data.mkdir()
-        rows = [{"question": f"How many are {i}?", "answer": f"There are {i}."} for i in range(64)]
-        (data / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        model = write_tiny_model(data / "tiny-llama")
+        model, data = write_data(Path(folder))
         home = Path(folder) / "home"
         with Standalone(home, dags_folder=ROOT / "dags", allowed_roots=[data]) as servers:
             figures |= first_step(servers, model, data)
@@ -237,6 +233,15 @@ def body(job_uuid: str, model: Path, data: Path) -> dict[str, Any]:
         "hyperparam_search_config": {},
         "logger_config": {},
     }
+
+
+def write_data(folder: Path) -> tuple[Path, Path]:
+    """Write rows to train on, and a tiny model beside them; return the model's folder and the data's."""
+    data = folder / "data"
+    data.mkdir()
+    rows = [{"question": f"How many are {i}?", "answer": f"There are {i}."} for i in range(64)]
+    (data / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return write_tiny_model(data / "tiny-llama"), data
 
 
 def show(figures: dict[str, Any]) -> None:

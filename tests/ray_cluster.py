@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,10 +12,11 @@ from pathlib import Path
 
 import httpx
 
+from post_training.standalone_layout import free_ports
+from tests.ray_api import TOKEN
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
-TOKEN = "a-token-of-the-tests-alone"
 STORE = 80 * 2**20
 """Bytes of each node's object store, the least that Ray takes."""
 
@@ -26,7 +26,7 @@ class RayCluster:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray"))
-        self.port, self.dashboard = free_port(), free_port()
+        self.port, self.dashboard = free_ports(2)
         self.address = f"http://127.0.0.1:{self.dashboard}"
         self._groups: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -89,10 +89,3 @@ class RayCluster:
 
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

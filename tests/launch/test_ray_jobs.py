@@ -9,8 +9,8 @@ import pytest
 
 from post_training.errors import ClusterUnavailableError, TrainerError
 from post_training.launch.ray_jobs import RayJob, RayJobs, result_in
+from post_training.standalone_layout import free_ports
 from tests.ray_api import TOKEN, RayApi
-from tests.ray_cluster import free_port
 
 SPEC = json.dumps({"attempt": 1})
 
@@ -56,7 +56,7 @@ def test_jobs_are_found_read_and_stopped(api: RayApi) -> None:
 
 
 def test_an_address_that_does_not_answer_is_named() -> None:
-    address = f"http://127.0.0.1:{free_port()}"
+    address = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(ClusterUnavailableError) as caught:
         RayJobs(address).find("one")
     sentence = str(caught.value)

@@ -13,10 +13,10 @@ from airflow.triggers.base import TriggerEvent
 
 from post_training.operators.triggers import RayJobTrigger
 from post_training.schemas.trainer import RESULT_LINE
+from post_training.standalone_layout import free_ports
 from tests.operators.conftest import connect
 from tests.operators.workplace import Workplace, attempt_id
 from tests.ray_api import TOKEN, RayApi
-from tests.ray_cluster import free_port
 
 ON_RAY = {"launcher": "ray", "num_nodes": 2}
 FOLLOWED = "post_training.followed_attempt"
@@ -153,7 +153,7 @@ def test_a_task_that_is_killed_while_it_submits_stops_the_job(workplace: Workpla
 def test_a_cluster_that_does_not_answer_fails_the_attempt(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = f"http://127.0.0.1:{free_port()}"
+    address = f"http://127.0.0.1:{free_ports(1)[0]}"
     monkeypatch.setenv("AIRFLOW__POST_TRAINING__RAY_ADDRESS", address)
     with pytest.raises(AirflowException, match=f"ray_address must lead to .* got '{address}'") as caught:
         workplace.operator(runtime=ON_RAY).execute(workplace.context())

@@ -26,7 +26,8 @@ from post_training.tracking import Tracking, TrackingServer
 from tests.mlflow_server import MLflowServer
 from tests.operators.conftest import connect
 from tests.operators.workplace import Workplace
-from tests.ray_cluster import TOKEN, RayCluster
+from tests.ray_api import TOKEN
+from tests.ray_cluster import RayCluster
 from tests.requests_of import LORA
 from tests.tiny_model import write_tiny_model
 from tests.waiting import wait_until

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torchao.quantization import NF4Tensor, to_nf4
 from transformers import PreTrainedModel
 
 from lightning_modules.adapters import linear_layers
@@ -151,6 +150,8 @@ class NF4Linear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        from torchao.quantization import to_nf4  # noqa: PLC0415 - a second, in every trainer
+
         nn.Module.__init__(self)  # nn.Linear's would make a full weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         blocks, rest = divmod(linear.weight.numel(), BLOCK)
@@ -172,6 +173,8 @@ class NF4Linear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dequantized weight (out_features, in_features), a new tensor each time."""
+        from torchao.quantization import NF4Tensor  # noqa: PLC0415 - as above
+
         packed = NF4Tensor.__tensor_unflatten__(dict(self.packed), self.layout, None, None)
         weight: Tensor = packed.get_original_weight().to(self.compute_dtype)
         return weight

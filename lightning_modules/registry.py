@@ -20,7 +20,6 @@ from lightning_modules.models import save_model
 from lightning_modules.nf4 import quantizable, quantize_base
 from lightning_modules.objective import Objective
 from lightning_modules.preference import PreferenceOptimization, notices
-from lightning_modules.quantization import check_group_size, prepare, quantized_copy
 from lightning_modules.ranks import Ranks
 from lightning_modules.supervised import SupervisedFineTuning
 from post_training.schemas.algorithms import LoraFinetuningConfig, QATFinetuningConfig
@@ -104,6 +103,8 @@ def _check_adapters(model: PreTrainedModel, request: AnyTrainingRequest) -> None
 
 
 def _check_quantization(model: PreTrainedModel, request: AnyTrainingRequest) -> None:
+    from lightning_modules.quantization import check_group_size  # noqa: PLC0415 - torchao: a second
+
     check_group_size(model, _quantization(request))
     if request.adapters is not None:
         target_modules(model, request.adapters)
@@ -121,6 +122,8 @@ def _train_adapters(model: PreTrainedModel, request: AnyTrainingRequest, base_mo
 
 
 def _train_quantized(model: PreTrainedModel, request: AnyTrainingRequest, base_model: str) -> nn.Module:
+    from lightning_modules.quantization import prepare  # noqa: PLC0415 - as above
+
     prepare(model, _quantization(request), request.adapters)
     return model
 
@@ -139,6 +142,8 @@ def _export_adapters(request: AnyTrainingRequest, model: nn.Module, folder: Path
 
 
 def _export_quantized(request: AnyTrainingRequest, model: nn.Module, folder: Path) -> None:
+    from lightning_modules.quantization import quantized_copy  # noqa: PLC0415 - as above
+
     save_model(quantized_copy(cast(PreTrainedModel, model), _quantization(request)), folder)
 
 

@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import psutil  # type: ignore[import-untyped]
 
-from tests.waiting import wait_until
+from tests.waiting import answers, wait_until
 
 
 class MLflowServer:
@@ -66,7 +65,4 @@ class MLflowServer:
     def _answers(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, (self.home / "server.log").read_text()
-        try:
-            return httpx.get(f"{self.uri}/health", timeout=2).is_success
-        except httpx.HTTPError:
-            return False
+        return answers(f"{self.uri}/health")

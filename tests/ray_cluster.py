@@ -10,11 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import httpx
-
 from post_training.standalone_layout import free_ports
 from tests.ray_api import TOKEN
-from tests.waiting import wait_until
+from tests.waiting import answers, wait_until
 
 ROOT = Path(__file__).parents[1]
 STORE = 80 * 2**20
@@ -82,10 +80,7 @@ class RayCluster:
     def _answers(self) -> bool:
         head = self._groups["head"]
         assert head.poll() is None, (self.folder / "head.log").read_text()
-        try:
-            return httpx.get(f"{self.address}/api/version", headers=HEADERS, timeout=5).is_success
-        except httpx.HTTPError:
-            return False
+        return answers(f"{self.address}/api/version", headers=HEADERS)
 
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}

@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from post_training.certificates import certificates
 from post_training.processes import SessionRecord, end_sessions, kill_leader, kill_session, session_alive
 from post_training.standalone import SERVERS_FILE, Standalone, main
 from post_training.standalone_layout import AIRFLOW_SERVERS, Layout, Ports, free_ports, server_environment
@@ -256,6 +257,6 @@ def trigger(url: str, token: str) -> int:
 
 def reachable(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=5).status_code < 500
+        return httpx.get(url, timeout=5, verify=certificates()).status_code < 500
     except httpx.HTTPError:
         return False

@@ -1,10 +1,14 @@
-"""Waiting for a condition, never for a time."""
+"""Waiting for a condition, never for a time; one of them is that a server answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic, sleep
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import httpx
+
+from post_training.certificates import certificates
 
 T = TypeVar("T")
 
@@ -24,3 +28,11 @@ def wait_until(condition: Callable[[], T], seconds: float = 300.0) -> T:
         sleep(min(max(0.05, 5 * (now - asked)), 1.0))
         asked = monotonic()
     return found
+
+
+def answers(url: str, seconds: float = 5.0, **request: Any) -> bool:
+    """Whether a server answers so soon, and not with an error."""
+    try:
+        return httpx.get(url, timeout=seconds, verify=certificates(), **request).is_success
+    except httpx.HTTPError:
+        return False

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from post_training.certificates import certificates
 from post_training.errors import (
     ForbiddenError,
     InvalidRequestError,
@@ -181,6 +182,7 @@ class PostTrainingClient:
             auth=self._auth,
             timeout=TIMEOUT_SECONDS,
             transport=self._transport,
+            verify=certificates(),
         )
 
 

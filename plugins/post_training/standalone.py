@@ -18,6 +18,7 @@ from time import monotonic, sleep
 
 import httpx
 
+from post_training.certificates import certificates
 from post_training.standalone_layout import (
     AIRFLOW_SERVERS,
     MIGRATE,
@@ -194,14 +195,15 @@ class Standalone:
         :raises httpx.HTTPError: if Airflow does not answer or refuses.
         """
         body = {"username": user, "password": self.password(user)}
-        answer = httpx.post(f"{self.airflow_url}/auth/token", json=body, timeout=30)
+        answer = httpx.post(f"{self.airflow_url}/auth/token", json=body, timeout=30, verify=certificates())
         return str(answer.raise_for_status().json()["access_token"])
 
     def _wait_until_ready(self, deadline: float) -> None:
         self._wait_for("mlflow", lambda: _healthy(f"{self.mlflow_url}/health"), deadline)
         self._wait_for("api-server", lambda: _healthy(f"{self.airflow_url}{_AIRFLOW_HEALTH}"), deadline)
         headers = {"Authorization": f"Bearer {self.token()}"}
-        with httpx.Client(base_url=f"{self.airflow_url}/api/v2", headers=headers, timeout=30) as api:
+        url = f"{self.airflow_url}/api/v2"
+        with httpx.Client(base_url=url, headers=headers, timeout=30, verify=certificates()) as api:
             waiting = set(self._dag_ids)
 
             def all_on() -> bool:
@@ -246,7 +248,7 @@ class Standalone:
 def _healthy(url: str) -> bool:
     """Whether the server answers, and every component that it lists is well."""
     try:
-        answer = httpx.get(url, timeout=5)
+        answer = httpx.get(url, timeout=5, verify=certificates())
     except httpx.HTTPError:
         return False
     if not answer.is_success or not answer.headers.get("content-type", "").startswith("application/json"):

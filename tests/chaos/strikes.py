@@ -14,10 +14,12 @@ from pathlib import Path
 import httpx
 import psutil
 
+from post_training.certificates import certificates
 from post_training.standalone import SERVERS_FILE, Standalone
 from post_training.standalone_layout import AIRFLOW_SERVERS
 from tests.chaos.processes import idle_orphans, of_home, running_jobs
 from tests.chaos.progress import progress_after, trains
+from tests.waiting import answers
 
 PROCESSES_OF_A_JOB = ("trainer", "task", "supervisor")
 _MLFLOW = "mlflow"
@@ -214,18 +216,11 @@ def send_all(pids: list[int], number: signal.Signals) -> None:
             continue
 
 
-def answers(url: str) -> bool:
-    """Whether a server answers within two seconds."""
-    try:
-        return httpx.get(url, timeout=2).is_success
-    except httpx.HTTPError:
-        return False
-
-
 def scheduler_beats(servers: Standalone, since: datetime) -> bool:
     """Whether a scheduler has sent a heartbeat since then."""
     try:
-        health = httpx.get(f"{servers.airflow_url}/api/v2/monitor/health", timeout=2).json()
+        url = f"{servers.airflow_url}/api/v2/monitor/health"
+        health = httpx.get(url, timeout=2, verify=certificates()).json()
     except (httpx.HTTPError, ValueError):
         return False
     beat = health["scheduler"]["latest_scheduler_heartbeat"]

@@ -24,22 +24,32 @@ from lightning_modules.train import main
 
 def watch(event, details):
     if event == "import" and details[0] == "matplotlib":
-        trained = any(pathlib.Path(sys.argv[2]).rglob("adapter_model.safetensors"))
+        trained = any(pathlib.Path(sys.argv[2]).rglob("*model.safetensors"))
         loaded.add(f"matplotlib {'when' if trained else 'before it has'} trained")
 
 loaded = set()
 sys.addaudithook(watch)
 status = main([sys.argv[1]])
-names = {"bitsandbytes", "scipy", "mlflow", "datasets", "pyarrow"}
+names = {"bitsandbytes", "scipy", "torchao", "mlflow", "datasets", "pyarrow"}
 loaded |= {name for name in names if sys.modules.get(name) is not None}
 print(json.dumps([status, sorted(loaded)]))
 """
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_trainer_imports_what_its_job_uses(quantized: bool, make_spec: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "used"),
+    [
+        (LORA, []),
+        (LORA | {"quantize_base": True}, ["bitsandbytes", "scipy", "torchao"]),
+        ({"type": "QAT", "quantizer_name": "int4_weight_only", "group_size": 8}, ["torchao"]),
+    ],
+    ids=["LoRA", "QLoRA", "QAT"],
+)
+def test_a_trainer_imports_what_its_job_uses(
+    algorithm: dict[str, Any], used: list[str], make_spec: Any, tmp_path: Path
+) -> None:
     spec = make_spec(
-        algorithm=LORA | {"quantize_base": quantized},
+        algorithm=algorithm,
         training={"max_validation_steps": 1},
         logger={"log_figures": True},
     )
@@ -54,4 +64,4 @@ def test_a_trainer_imports_what_its_job_uses(quantized: bool, make_spec: Any, tm
     )
     status, loaded = json.loads(answer.stdout.splitlines()[-1])
     assert status == 0, answer.stderr
-    assert loaded == [*(["bitsandbytes"] if quantized else []), PICTURES, *(["scipy"] if quantized else [])]
+    assert loaded == sorted([*used, PICTURES])

@@ -16,10 +16,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from llama_stack_client import LlamaStackClient
+from llama_stack_client import DefaultHttpxClient, LlamaStackClient
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from post_training.certificates import certificates
 from post_training.standalone import DAG_IDS, Standalone
 from tests.requests_of import PLAIN_END
 from tests.tiny_model import write_tiny_model
@@ -60,12 +61,18 @@ class Deployment:
 
     def client(self, user: str = "admin") -> LlamaStackClient:
         """The published client, logged in."""
-        return LlamaStackClient(base_url=self.servers.service_url, api_key=self.servers.token(user))
+        return LlamaStackClient(
+            base_url=self.servers.service_url,
+            api_key=self.servers.token(user),
+            http_client=DefaultHttpxClient(verify=certificates()),
+        )
 
     def http(self, user: str = "admin") -> httpx.Client:
         """Plain HTTP below Airflow's address, logged in."""
         headers = {"Authorization": f"Bearer {self.servers.token(user)}"}
-        return httpx.Client(base_url=self.servers.airflow_url, headers=headers, timeout=120)
+        return httpx.Client(
+            base_url=self.servers.airflow_url, headers=headers, timeout=120, verify=certificates()
+        )
 
     @property
     def mlflow(self) -> MlflowClient:

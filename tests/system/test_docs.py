@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
@@ -23,7 +22,7 @@ from post_training.standalone import Standalone
 from post_training.standalone_layout import server_environment
 from tests.documents import DOCUMENTS, ELSEWHERE, ROOT, Block, blocks
 from tests.system.conftest import Deployment
-from tests.waiting import wait_until
+from tests.waiting import answers, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -141,10 +140,3 @@ def test_operations_and_what_is_restored(deployment: Deployment, reader: Reader,
         assert (Path(folder) / "adapter_model.safetensors").stat().st_size > 0
     finally:
         restored.stop()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).is_success
-    except httpx.HTTPError:
-        return False

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from post_training.certificates import certificates
 from post_training.errors import ClusterUnavailableError, TrainerError
 from post_training.launch.local import TUNING
 from post_training.schemas.trainer import RESULT_LINE, SPEC_FILE, TrainerResult
@@ -128,7 +129,12 @@ class RayJobs:
     def _call(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
             answer = httpx.request(
-                method, f"{self._address}{path}", headers=self._headers, timeout=TIMEOUT_SECONDS, **content
+                method,
+                f"{self._address}{path}",
+                headers=self._headers,
+                timeout=TIMEOUT_SECONDS,
+                verify=certificates(),
+                **content,
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unavailable(f"{type(error).__name__}: {error}") from None

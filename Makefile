@@ -3,7 +3,8 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# What is imported compiles itself; of what is installed that is a small part.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo stop cluster test lint bench bench-algorithms bench-orchestration bench-growth bench-sizing load chaos docs clean

@@ -60,20 +60,25 @@ Call = Callable[[int], httpx.Response]
 class Servers:
     """What is measured, and where its records are.
 
-    :param bodies: yields a request that was not submitted yet.
+    :param new_body: makes a request that was not submitted yet, for whichever thread asks.
     """
 
     cluster: Cluster
     airflow: Database
     mlflow: Database
-    bodies: Iterator[dict[str, Any]]
+    new_body: Callable[[], dict[str, Any]]
 
     @classmethod
     def of(cls, cluster: Cluster, model: Path, data: Path) -> Servers:
         """Find the databases of a cluster that runs."""
-        bodies = (body(f"submitted-{number}", model, data) for number in count())
+        numbers = count()
         airflow, mlflow = (create_engine(_database_url(cluster, name)) for name in ("airflow", "mlflow"))
-        return cls(cluster, Database(airflow, AIRFLOW), Database(mlflow, MLFLOW), bodies)
+        return cls(
+            cluster,
+            Database(airflow, AIRFLOW),
+            Database(mlflow, MLFLOW),
+            lambda: body(f"submitted-{next(numbers)}", model, data),
+        )
 
     @contextmanager
     def client(self) -> Iterator[httpx.Client]:
@@ -146,11 +151,11 @@ def make_patterns(servers: Servers) -> tuple[Pattern, Pattern]:
     names = [f"pattern-of-{kind}" for kind in (ENDED, WAITING)]
     with servers.client() as http:
         wait_until(lambda: http.get("/api/v2/dags/supervised_fine_tune").is_success)
-        submit(http, next(servers.bodies) | {"job_uuid": names[0]})
+        submit(http, servers.new_body() | {"job_uuid": names[0]})
         wait_until_ended(http, names[0])
         for name in STARTERS:
             servers.cluster.kill(name)
-        submit(http, next(servers.bodies) | {"job_uuid": names[1]})
+        submit(http, servers.new_body() | {"job_uuid": names[1]})
     ended, waiting = (
         pattern_of(servers.airflow, servers.mlflow, name, f"{kind}-")
         for name, kind in zip(names, (ENDED, WAITING), strict=True)
@@ -213,7 +218,7 @@ def operations(http: httpx.Client, servers: Servers, last: int) -> dict[str, Cal
         "page: a text of all jobs": page(text="tiny-llama"),
         "page: one job": lambda n: http.get(f"{PAGE}/job", params={"job_uuid": asked(n)}),
         "reconcile": lambda _: http.post(f"{API}/reconcile"),
-        "submit": lambda _: http.post(f"{API}/supervised-fine-tune", json=next(servers.bodies)),
+        "submit": lambda _: http.post(f"{API}/supervised-fine-tune", json=servers.new_body()),
     }
 
 

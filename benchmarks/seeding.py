@@ -14,6 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    BigInteger,
     Column,
     ColumnClause,
     ColumnElement,
@@ -200,7 +201,7 @@ def _cells(
     for column in columns:
         value = _value(row[column], pattern, number)
         if column.name in copied.milliseconds and row[column] is not None:
-            value = literal(row[column]) - number * (1000 * _APART)
+            value = literal(row[column]) - cast(number, BigInteger) * (1000 * _APART)
         if pattern.fails and column.name == copied.failed[0]:
             value = case((number % FAILED_OF == 0, literal(copied.failed[1])), else_=value)
         cells.append(cast(value, column.type))

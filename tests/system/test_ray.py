@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +31,7 @@ from tests.requests_of import LORA
 from tests.tiny_model import write_tiny_model
 from tests.waiting import wait_until
 
-pytestmark = [
-    pytest.mark.system,
-    pytest.mark.timeout(1500),
-    pytest.mark.skipif(
-        "CLUSTER" not in os.environ,
-        reason="takes CI past its hour on a slow machine: issue 9; CLUSTER=1 runs it",
-    ),
-]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 NODES, BATCH, STEPS = 2, 2, 400
 STARTS = 600.0

@@ -9,8 +9,10 @@ import httpx
 import psutil
 import pytest
 from mlflow.entities import Run
+from playwright.sync_api import expect
 
 from tests.requests_of import OPTIMIZER
+from tests.system.browser import visiting
 from tests.system.conftest import Deployment
 from tests.waiting import wait_until
 
@@ -173,10 +175,13 @@ def test_trials_share_the_tokenized_data(deployment: Deployment, started: int) -
     assert tokenized(deployment) == started + 2
 
 
-def test_a_search_that_is_cancelled_ends_with_its_trials(deployment: Deployment) -> None:
+def test_a_search_that_is_cancelled_ends_with_its_trials_and_goes_on_when_the_page_retries_it(
+    deployment: Deployment, started: int
+) -> None:
     client = deployment.client()
-    body = body_of(deployment, "search-stopped")
-    body["training_config"] |= {"n_epochs": 2000, "max_steps_per_epoch": 0}
+    space = {LR: {"type": "categorical", "choices": RATES[:2]}}
+    body = body_of(deployment, "search-stopped", space=space, n_trials=2)
+    body["training_config"]["n_epochs"] = 20
     client.post_training.supervised_fine_tune(**body)
     wait_until(lambda: len(processes_of("search-stopped")) == 2)
     client.post_training.job.cancel(job_uuid="search-stopped")
@@ -184,5 +189,18 @@ def test_a_search_that_is_cancelled_ends_with_its_trials(deployment: Deployment)
     wait_until(lambda: not processes_of("search-stopped"))
     assert client.post_training.job.status(job_uuid="search-stopped").status == "cancelled"
     assert "search-stopped" in [job.job_uuid for job in client.post_training.job.list()]
-    job, _ = trials_of(deployment, "search-stopped")
+    job, stopped = trials_of(deployment, "search-stopped")
     assert job.info.status == "KILLED"
+
+    with visiting(deployment) as visits, visits.page() as page:
+        page.goto(visits.url("job?job_uuid=search-stopped"))
+        page.get_by_role("button", name="Retry").click()
+        expect(page.locator("#badge")).not_to_have_text("Cancelled")
+        assert deployment.wait("search-stopped").status == "completed"
+        expect(page.locator("#badge")).to_have_text("Completed")
+        assert visits.problems == []
+    job, trials = trials_of(deployment, "search-stopped")
+    assert job.info.status == "FINISHED"
+    assert {trial.info.run_id for trial in stopped} <= {trial.info.run_id for trial in trials}
+    assert sorted(float(trial.data.params[LR]) for trial in trials) == RATES[:2]
+    assert {trial.info.status for trial in trials} == {"FINISHED"}

@@ -3,8 +3,9 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 VENV := .venv
 BIN := $(VENV)/bin
-# What is imported compiles itself; of what is installed that is a small part.
-PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Where it is set, each of the many processes would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo stop cluster test lint bench bench-algorithms bench-orchestration bench-growth bench-sizing load chaos docs clean

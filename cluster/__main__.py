@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _passwords(cluster: Cluster) -> Path:
-    return cluster.home / "volumes" / "secrets-servers" / "passwords.json"
+    return cluster.home / "volumes" / "secrets-people" / "passwords.json"
 
 
 def _mlflow_password(cluster: Cluster) -> Path:

@@ -102,7 +102,7 @@ class Cluster:
 
         :raises httpx.HTTPError: if Airflow does not answer or refuses.
         """
-        passwords = json.loads(self.secret("servers", "passwords.json"))
+        passwords = json.loads(self.secret("people", "passwords.json"))
         login = {"username": user, "password": passwords[user]}
         answer = httpx.post(f"{self.airflow_url}/auth/token", json=login, timeout=30)
         return str(answer.raise_for_status().json()["access_token"])

@@ -20,6 +20,9 @@ from pathlib import Path
 LOGINS = ("airflow", "mlflow", "searches")
 """Databases, each with a role of its name."""
 
+MODES = {"redis": 0o444, "people": 0o600}
+"""Redis drops to a user of its own before it reads, Airflow opens its people to write; each has a volume."""
+
 OTHERS = ("postgres", "redis", "mlflow_admin", "mlflow_flask", "api", "jwt")
 
 
@@ -58,7 +61,6 @@ def derived(
         "database_url": database_url("airflow", base, places["AIRFLOW_DATABASE"]),
         "fernet_key": base["fernet"],
         "jwt_secret": base["jwt"],
-        "passwords.json": json.dumps({user: base[f"user {user}"] for user in users}),
         "connections.json": json.dumps(connections(base, places)),
     }
     mlflow = {
@@ -72,6 +74,7 @@ def derived(
         "redis": {"password": base["redis"], "redis.conf": redis_conf(base)},
         "mlflow": mlflow,
         "servers": servers,
+        "people": {"passwords.json": json.dumps({user: base[f"user {user}"] for user in users})},
         "workers": shared,
     }
 
@@ -139,8 +142,7 @@ def main() -> None:
     base = keep_base(folders["base"] / "secrets.json", users)
     for reader, files in derived(base, os.environ, users).items():
         for name, text in files.items():
-            # Redis drops to a user of its own before it reads; its volume is shown to it alone.
-            write(folders[reader] / name, text, 0o444 if reader == "redis" else 0o400)
+            write(folders[reader] / name, text, MODES.get(reader, 0o400))
 
 
 if __name__ == "__main__":

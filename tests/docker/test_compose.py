@@ -72,6 +72,9 @@ def test_a_reader_of_secrets_sees_its_own_alone() -> None:
         for name, service in SERVICES.items()
         if name != "secrets"
     }
+    people = "secrets-people:/run/people"
+    assert [name for name, volumes in readers.items() if people in volumes] == ["api-server"]
+    readers["api-server"].remove(people)
     assert all(len(volumes) <= 1 for volumes in readers.values())
     assert all(text.endswith(":/run/secrets:ro") for volumes in readers.values() for text in volumes)
     assert {name for name, volumes in readers.items() if "secrets-workers:/run/secrets:ro" in volumes} == {
@@ -86,7 +89,14 @@ def test_no_secret_stands_in_a_file(name: str) -> None:
         for key, value in service.get("environment", {}).items():
             if any(word in key for word in ("PASSWORD", "SECRET_KEY", "SQL_ALCHEMY", "FERNET", "BROKER_URL")):
                 assert key.endswith(("_CMD", "_FILE")), key
-                assert "/run/secrets/" in value
+                assert value.startswith(("cat /run/secrets/", "/run/secrets/", "/run/people/"))
+
+
+def test_the_api_server_may_write_the_passwords_as_airflow_does() -> None:
+    service = SERVICES["api-server"]
+    file = Path(service["environment"]["AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE"])
+    (mount,) = [text for text in service["volumes"] if f":{file.parent}" in text]
+    assert not mount.endswith(":ro")
 
 
 def test_ports_are_published_on_loopback_alone() -> None:

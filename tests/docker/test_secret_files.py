@@ -13,7 +13,7 @@ from typing import Any
 from cryptography.fernet import Fernet
 
 PROGRAM = Path(__file__).resolve().parents[2] / "docker" / "init" / "secret_files.py"
-READERS = ("base", "postgres", "redis", "mlflow", "servers", "workers")
+READERS = ("base", "postgres", "redis", "mlflow", "servers", "people", "workers")
 PLACES = {
     "AIRFLOW_DATABASE": "db:5432",
     "SEARCH_DATABASE": "db:5432",
@@ -64,7 +64,7 @@ def test_readers_agree_on_what_they_share(tmp_path: Path) -> None:
     auth.read_string(files["mlflow/auth.ini"])
     assert connections(files)["mlflow_default"]["password"] == auth["mlflow"]["admin_password"]
     assert auth["mlflow"]["database_uri"] == files["mlflow/backend_store_uri"]
-    users = json.loads(files["servers/passwords.json"])
+    users = json.loads(files["people/passwords.json"])
     assert users.keys() == {"admin", "ann"}
     assert connections(files)["post_training_default"]["password"] == users["admin"]
     Fernet(files["servers/fernet_key"])  # which refuses what is no key
@@ -94,17 +94,18 @@ def test_secrets_stay_and_new_addresses_and_people_take_effect(tmp_path: Path) -
     assert made(tmp_path) == first
     moved = made(tmp_path, BROKER="other:6379", AIRFLOW_USERS="admin:admin,bob:user")
     assert moved["workers/broker_url"] == first["workers/broker_url"].replace("redis:6379", "other:6379")
-    people = json.loads(moved["servers/passwords.json"])
+    people = json.loads(moved["people/passwords.json"])
     assert people.keys() == {"admin", "bob"}
-    assert people["admin"] == json.loads(first["servers/passwords.json"])["admin"]
+    assert people["admin"] == json.loads(first["people/passwords.json"])["admin"]
     assert moved["postgres/password"] == first["postgres/password"]
 
 
 def test_only_the_owner_reads_them_but_for_redis_in_a_volume_of_its_own(tmp_path: Path) -> None:
     made(tmp_path)
     modes = {file: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*") if file.is_file()}
-    assert {mode for file, mode in modes.items() if file.parent.name != "redis"} == {0o400}
-    assert {mode for file, mode in modes.items() if file.parent.name == "redis"} == {0o444}
+    of = {file.parent.name: mode for file, mode in modes.items()}
+    assert {name: mode for name, mode in of.items() if mode != 0o400} == {"redis": 0o444, "people": 0o600}
+    assert len(set(modes.values())) == 3
 
 
 def test_people_without_the_one_who_reconciles_are_refused(tmp_path: Path) -> None:

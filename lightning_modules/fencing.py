@@ -21,11 +21,19 @@ class RunFence:
     """Looks into the MLflow run for the id of the newest attempt; shared by all that write to the run.
 
     :param attempt_id: this attempt's; empty is never superseded.
+    :param on_ray: whether it is a job of a Ray cluster, which trains as long as an attempt follows it.
     """
 
     def __init__(
-        self, client: MlflowClient, run_id: str, attempt_id: str, clock: Callable[[], float] = monotonic
+        self,
+        client: MlflowClient,
+        run_id: str,
+        attempt_id: str,
+        clock: Callable[[], float] = monotonic,
+        *,
+        on_ray: bool = False,
     ) -> None:
+        self._on_ray = on_ray
         self._client = client
         self._run_id = run_id
         self._attempt_id = attempt_id
@@ -52,7 +60,7 @@ class RunFence:
             newest = tags.get(TAG_ATTEMPT_ID, "")
             cancelled = tags.get(TAG_CANCELLED_ATTEMPT, "") >= self._attempt_id  # or a later one was
             followed = tags.get(TAG_FOLLOWED) == self._attempt_id
-            self.superseded = cancelled or (newest > self._attempt_id and not followed)
+            self.superseded = cancelled or (not followed and (self._on_ray or newest > self._attempt_id))
             if newest < self._attempt_id:  # an older attempt's slow claim came after this one's
                 self._client.set_tag(self._run_id, TAG_ATTEMPT_ID, self._attempt_id)
         if self.superseded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from post_training.schemas.training import RuntimeConfig
 
 KINDS = {"GPU": "GPUs", "CPU": "CPU cores"}
 """Ray's name for a device, and people's."""
+
+MAX_REASON = 500
+"""Characters of what Ray says."""
+
+SILENT = "Ray does not say why"
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,13 @@ class Node:
     free: float
 
 
-def chosen(nodes: Sequence[Node], wanted: RuntimeConfig) -> list[str] | None:
-    """Return the nodes that a job takes; None while others use those that it could."""
+def chosen(nodes: Sequence[Node], wanted: RuntimeConfig, job: str) -> list[str] | None:
+    """Return the nodes that a job takes; None while others use those that it could.
+
+    :param job: its name: jobs that look at the same time prefer different nodes.
+    """
     free = [node.node_id for node in nodes if node.free >= wanted.devices]
+    free.sort(key=lambda node_id: sha256(f"{job} {node_id}".encode()).digest())
     return free[: wanted.num_nodes] if len(free) >= wanted.num_nodes else None
 
 
@@ -78,10 +88,11 @@ def why_ended(failures: Mapping[int, BaseException], otherwise: str) -> TrainerR
         return final[0]
     if results and not lost:
         return results[0]
-    text = str(failures[lost[0]]) if lost else otherwise
-    first_line = next(iter(text.strip().splitlines()), "Ray does not say why")
-    who = f"process {lost[0]} was lost" if lost else "the processes did not start"
-    return TrainerResult(status="failed", error=f"{who}: {first_line}")
+    if lost:
+        first_line = next(iter(str(failures[lost[0]]).strip().splitlines()), SILENT)
+        return TrainerResult(status="failed", error=f"process {lost[0]} was lost: {first_line}")
+    reason = " ".join(otherwise.split())[:MAX_REASON] or SILENT  # Ray's first line does not say it
+    return TrainerResult(status="failed", error=f"the processes did not start: {reason}")
 
 
 def placed(spec: TrainerSpec, folder: Path) -> TrainerSpec:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -21,8 +22,16 @@ from typing import Any
 import ray
 import ray.train
 from ray._private.state import available_resources_per_node
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from torch import distributed
 
 from lightning_modules.elastic import RESTARTS
@@ -37,6 +46,9 @@ from post_training.schemas.training import RuntimeConfig
 
 HOME = "POST_TRAINING_HOME"
 """Environment variable of a node: the folder for jobs' working files."""
+
+STARTS = 10
+"""How often nodes are looked for in one round, if others take them before it begins."""
 
 LOOK_SECONDS = 2.0
 """Between two looks for nodes."""
@@ -73,17 +85,38 @@ def train_on_nodes(spec: TrainerSpec) -> TrainerResult | None:
     :raises TrainerError: if it has them no more.
     """
     again = spec.model_copy(update={"begun": True})
-    result = _round(spec, nodes_for(spec))
+    result = _round_on_free_nodes(spec)
     for left in reversed(range(RESTARTS)):
         if result is None or result.status != "failed" or result.permanent:
             break
         print(f"{result.error}; begun again from the newest state, {left} restarts are left", flush=True)
-        result = _round(again, nodes_for(again))
+        result = _round_on_free_nodes(again)
     return result
 
 
+def _round_on_free_nodes(spec: TrainerSpec) -> TrainerResult | None:
+    """Train a round on nodes that are free; others may take them before it has begun."""
+    for left in reversed(range(STARTS)):
+        try:
+            return _round(spec, nodes_for(spec))
+        except TrainingFailedError as error:
+            if not left or not _was_late(error):
+                return why_ended({}, str(error))
+            print("the nodes were taken, or lost, before it began; others are looked for", flush=True)
+    raise AssertionError("the last start returns")
+
+
+def _was_late(error: TrainingFailedError) -> bool:
+    """Whether a round did not begin because its processes got no devices."""
+    failure = error.controller_failure if isinstance(error, ControllerError) else None
+    return isinstance(failure, WorkerGroupStartupTimeoutError | WorkerGroupStartupFailedError)
+
+
 def _round(spec: TrainerSpec, nodes: Sequence[str]) -> TrainerResult | None:
-    """Train on these nodes until all processes have ended."""
+    """Train on these nodes until all processes have ended.
+
+    :raises TrainingFailedError: if they did not begin.
+    """
     _, kind = nodes_of_cluster()
     scaling: dict[str, Any] = {
         "num_workers": len(nodes) * spec.request.devices,
@@ -107,9 +140,9 @@ def _round(spec: TrainerSpec, nodes: Sequence[str]) -> TrainerResult | None:
     )
     try:
         finished: Any = trainer.fit()  # whose types are those of Ray Train's first version
-    except TrainingFailedError as error:
-        failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-        return why_ended({rank: _cause(failure) for rank, failure in failures.items()}, str(error))
+    except WorkerGroupError as error:
+        failures = {rank: _cause(failure) for rank, failure in error.worker_failures.items()}
+        return why_ended(failures, str(error))
     found = finished.return_value
     return TrainerResult.model_validate_json(found) if found is not None else None
 
@@ -129,7 +162,8 @@ def nodes_for(spec: TrainerSpec) -> list[str]:
     complete = time.monotonic()
     while True:
         nodes, kind = nodes_of_cluster()
-        found, missing = chosen(nodes, wanted), too_few(nodes, kind, wanted)
+        found = chosen(nodes, wanted, spec.request.job_uuid)
+        missing = too_few(nodes, kind, wanted)
         if found is not None:
             return found
         if missing is None:
@@ -170,7 +204,11 @@ def take_part_on_node(config: dict[str, str]) -> str | None:
         if attempt.should_stop():
             return None
         raise FailedWorkerError(failure_of(error).model_dump_json(), time.time()) from None
-    return None if result is None or attempt.should_stop() else result.model_dump_json()
+    if attempt.should_stop():
+        return None
+    if place.leader:  # what is worth keeping is in MLflow
+        shutil.rmtree(spec.work_dir, ignore_errors=True)
+    return result.model_dump_json() if result is not None else None
 
 
 def place_among(node_id: str) -> Ranks:

@@ -58,6 +58,13 @@ def test_the_reason_of_the_last_attempt_is_kept() -> None:
     assert job.tracking.runs["run-1"].tags["post_training.error"] == "The trainer was killed."
 
 
+@pytest.mark.parametrize(("state", "followed"), [("failed", ""), ("success", "a")])
+def test_nobody_follows_the_trainer_on_ray_of_a_job_that_has_failed(state: str, followed: str) -> None:
+    job = Job(state, "RUNNING", **{"post_training.followed_attempt": "a"})
+    job.mended()
+    assert job.tracking.runs["run-1"].tags["post_training.followed_attempt"] == followed
+
+
 def test_a_task_that_airflow_has_just_failed_may_still_be_ending() -> None:
     job = Job("failed", "RUNNING")
     job.runs.tasks["job-1"] = replace(job.runs.tasks["job-1"], ended_at=datetime.now(UTC))

@@ -17,7 +17,7 @@ from post_training.reconcile import OF_MLFLOW, WORKING, Evidence, Verdict, recon
 from post_training.record import identity_tags, task_key
 from post_training.schemas import record as names
 from post_training.schemas.jobs import JobStatus, ReconcileJobsResponse
-from post_training.tracking import OPEN, JobRun, Tracking, run_of_task
+from post_training.tracking import OPEN, JobRun, Tracking, let_go, run_of_task
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class Mender:
         same_run = now is not None and _identity_of(now) == _identity_of(run)
         if now is not None and same_run and same_task:
             assert verdict.mend is not None  # noqa: S101
+            let_go(self._tracking(), now, verdict.mend)
             self._tracking().set_status(run.run_id, verdict.mend, error=failure(verdict, now))
 
     def _stop(self, task: JobTask) -> None:

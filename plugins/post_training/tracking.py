@@ -509,3 +509,12 @@ def precedence(run: JobRun) -> tuple[str, datetime]:
 
 def _time(milliseconds: int) -> datetime:
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def let_go(tracking: Tracking, run: JobRun, status: str) -> None:
+    """Say of a job that has ended badly that nobody follows its trainer on a Ray cluster, which then stops.
+
+    :param status: how the run ends.
+    """
+    if status in ("FAILED", "KILLED") and run.tags.get(names.TAG_FOLLOWED):
+        tracking.set_tags(run.run_id, {names.TAG_FOLLOWED: ""})

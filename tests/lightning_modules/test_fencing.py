@@ -46,7 +46,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def fence_of(client: MlflowClient, run_id: str, clock: Clock) -> Any:
-    return lambda attempt_id: RunFence(client, run_id, attempt_id, clock)
+    return lambda attempt_id, **options: RunFence(client, run_id, attempt_id, clock, **options)
 
 
 def test_a_job_on_ray_goes_on_for_the_attempt_that_follows_it(
@@ -58,6 +58,18 @@ def test_a_job_on_ray_goes_on_for_the_attempt_that_follows_it(
     client.set_tag(run_id, TAG_CANCELLED_ATTEMPT, NEWER)
     with pytest.raises(SupersededError, match="cancelled"):
         fence_of(OLDER).check(now=True)
+
+
+def test_a_job_on_ray_ends_that_nobody_follows_any_more(
+    client: MlflowClient, run_id: str, fence_of: Any
+) -> None:
+    client.set_tag(run_id, TAG_ATTEMPT_ID, OLDER)
+    client.set_tag(run_id, TAG_FOLLOWED, OLDER)
+    fence_of(OLDER, on_ray=True).check(now=True)
+    client.set_tag(run_id, TAG_FOLLOWED, "")
+    fence_of(OLDER).check(now=True)
+    with pytest.raises(SupersededError):
+        fence_of(OLDER, on_ray=True).check(now=True)
 
 
 def test_the_newest_attempt_and_one_that_has_no_id_go_on(

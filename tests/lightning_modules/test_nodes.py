@@ -17,10 +17,19 @@ def wanted(num_nodes: int, devices: int) -> RuntimeConfig:
 
 @pytest.mark.parametrize(
     ("num_nodes", "devices", "taken"),
-    [(1, 1, ["a"]), (2, 2, ["b", "c"]), (3, 1, ["a", "b", "c"]), (3, 2, None), (1, 5, None)],
+    [(1, 3, {"c"}), (2, 2, {"b", "c"}), (3, 1, {"a", "b", "c"}), (3, 2, None), (1, 5, None)],
 )
-def test_a_job_takes_whole_nodes_that_are_free(num_nodes: int, devices: int, taken: list[str] | None) -> None:
-    assert chosen(NODES, wanted(num_nodes, devices)) == taken
+def test_a_job_takes_whole_nodes_that_are_free(num_nodes: int, devices: int, taken: set[str] | None) -> None:
+    found = chosen(NODES, wanted(num_nodes, devices), "job")
+    assert (found and set(found)) == taken
+    assert found is None or len(found) == num_nodes
+
+
+def test_jobs_that_look_at_once_prefer_different_nodes() -> None:
+    jobs = [f"job-{number}" for number in range(30)]
+    first = [tuple(chosen(NODES, wanted(1, 1), job) or ()) for job in jobs]
+    assert set(first) == {("a",), ("b",), ("c",)}
+    assert first == [tuple(chosen(NODES[::-1], wanted(1, 1), job) or ()) for job in jobs]
 
 
 @pytest.mark.parametrize(
@@ -49,11 +58,11 @@ def failed(error: str, at: float, *, permanent: bool = False) -> FailedWorkerErr
             "process 1 was lost: node died",
         ),
         ({0: OSError("gone"), 1: failed("row 3 is bad", 9.0, permanent=True)}, "row 3 is bad"),
-        ({}, "the processes did not start: no answer"),
+        ({}, "the processes did not start: controller error: no answer"),
     ],
 )
 def test_the_reason_is_what_came_first_or_is_final(failures: dict[int, Exception], error: str) -> None:
-    ended = why_ended(failures, "no answer")
+    ended = why_ended(failures, "controller error:\n  no answer")
     assert (ended.status, ended.error) == ("failed", error)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -88,6 +89,14 @@ def test_an_attempt_that_is_begun_again_waits_for_the_same_job(workplace: Workpl
     assert list(ray.jobs) == [job_of(1)]
 
 
+def test_the_tasks_time_limit_holds_while_it_waits(workplace: Workplace, ray: RayApi) -> None:
+    operator = workplace.operator(runtime=ON_RAY)
+    operator.execution_timeout = timedelta(hours=3)
+    with pytest.raises(TaskDeferred) as caught:
+        operator.execute(workplace.context())
+    assert caught.value.timeout == timedelta(hours=3)
+
+
 def test_a_retry_follows_the_job_of_a_lost_worker(workplace: Workplace, ray: RayApi) -> None:
     defer(workplace, max_tries=1)
     assert defer(workplace, attempt=2, max_tries=1).submission_id == job_of(1)
@@ -160,6 +169,7 @@ def test_a_cluster_that_does_not_answer_fails_the_attempt(
     assert not isinstance(caught.value, AirflowFailException)
     run = workplace.tracking.runs["run-1"]
     assert (run.status, address in run.tags["post_training.error"]) == ("FAILED", True)
+    assert run.tags["post_training.followed_attempt"] == ""  # what may have begun there stops
 
 
 def test_a_deployment_without_a_cluster_refuses_the_job(workplace: Workplace) -> None:
@@ -240,3 +250,22 @@ def test_a_trigger_is_made_again_from_what_it_serializes_and_stops_its_job(
     assert path == "post_training.operators.triggers.RayJobTrigger"
     asyncio.run(RayJobTrigger(**arguments).on_kill())
     assert ray.stopped == [job_of(1)]
+
+
+def test_a_job_is_stopped_though_the_cluster_refuses_at_first(workplace: Workplace, ray: RayApi) -> None:
+    defer(workplace)
+    answer, tries = ray.answer, []
+
+    def answer_later(method: str, path: str, content: bytes) -> tuple[int, Any]:
+        tries.append(path)
+        return (500, "busy") if len(tries) < 3 else answer(method, path, content)
+
+    ray.answer = answer_later  # type: ignore[method-assign]
+    asyncio.run(RayJobTrigger(job_of(1), 0.01).on_kill())
+    assert (len(tries), ray.stopped) == (3, [job_of(1)])
+
+
+def test_a_triggerer_that_knows_no_cluster_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AIRFLOW__POST_TRAINING__RAY_ADDRESS", raising=False)
+    event = asyncio.run(first_event(RayJobTrigger("one", 0.01)))
+    assert "ray_address is empty" in event.payload["error"]

@@ -18,7 +18,7 @@ from post_training.operators.worker import PermanentFailureError
 from post_training.record import identity_tags, new_run
 from post_training.schemas import record as names
 from post_training.schemas.requests import AnyTrainingRequest
-from post_training.tracking import OPEN, SUPERSEDED, JobRun, Tracking, run_of_task
+from post_training.tracking import OPEN, SUPERSEDED, JobRun, Tracking, let_go, run_of_task
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -297,6 +297,7 @@ class TaskRecord:
         current = self._own_run()
         if current is not None and not self._is_cancelled(current):
             self._set_status(status, error)
+            let_go(self.tracking, current, status)
 
     def forget_state(self) -> None:
         """Delete what MLflow keeps for a retry, when none is to come; not a newer attempt's."""

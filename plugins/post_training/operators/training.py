@@ -316,7 +316,11 @@ class TrainingOperator(WorkerOperator):
         if self._stopped:
             on_ray.jobs.stop(found)
             raise TrainerError("The job was stopped.")
-        self.defer(trigger=RayJobTrigger(found, RAY_POLL_SECONDS), method_name="execute_complete")
+        self.defer(
+            trigger=RayJobTrigger(found, RAY_POLL_SECONDS),
+            method_name="execute_complete",
+            timeout=self.execution_timeout,  # which Airflow itself does not apply to a task that waits
+        )
 
     def _train(self, spec: TrainerSpec, record: TaskRecord, lock: int) -> TrainerResult:
         """Run the trainer to its end, its output in the task's log.

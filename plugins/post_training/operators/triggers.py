@@ -9,12 +9,17 @@ from typing import Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from post_training.errors import ClusterUnavailableError, RecordUnavailableError
+from post_training.errors import ClusterUnavailableError, InvalidRequestError, RecordUnavailableError
 from post_training.launch.ray_jobs import without_result
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.on_ray import ray_jobs
 from post_training.schemas.jobs import PostTrainingJobStatusResponse
 from post_training.settings import load_settings
+
+LONGEST_PAUSE = 60.0
+"""Seconds between two looks at a job on Ray whose output takes long to read."""
+
+STOP_TRIES = 5
 
 
 class PostTrainingJobTrigger(BaseTrigger):
@@ -68,7 +73,7 @@ class RayJobTrigger(BaseTrigger):
     A triggerer that starts anew shows the output from its beginning.
 
     :param submission_id: the job's id on the cluster.
-    :param poll_interval: seconds between two looks, of which each costs at most a tenth of the time.
+    :param poll_interval: seconds between two looks; where they take long, ten times as long as one took.
     """
 
     def __init__(self, submission_id: str, poll_interval: float) -> None:
@@ -85,16 +90,20 @@ class RayJobTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look until the job has ended, or the cluster has not answered for too long."""
-        jobs, patience = ray_jobs(), load_settings().ray_patience
-        shown, answered = 0, monotonic()
+        try:
+            jobs, patience = ray_jobs(), load_settings().ray_patience
+        except InvalidRequestError as error:  # this triggerer has other settings than the worker
+            yield TriggerEvent({"status": None, "error": str(error)})
+            return
+        shown, answered, pause = 0, monotonic(), self.poll_interval
         while True:
             asked = monotonic()
             try:
                 job = await asyncio.to_thread(jobs.find, self.submission_id)
-                shown = self._show(
-                    await asyncio.to_thread(jobs.log, self.submission_id) if job else "", shown
-                )
+                log = await asyncio.to_thread(jobs.log, self.submission_id) if job else ""
+                shown = await asyncio.to_thread(self._show, log, shown)
             except ClusterUnavailableError as error:
+                pause = self.poll_interval
                 self.log.warning("%s", error)
                 if asked - answered > patience:
                     yield TriggerEvent({"status": None, "error": str(error)})
@@ -104,11 +113,21 @@ class RayJobTrigger(BaseTrigger):
                 if job is None or job.ended:
                     yield TriggerEvent({"status": job and job.status, "error": None})
                     return
-            await asyncio.sleep(max(self.poll_interval, 10 * (monotonic() - asked)))
+                pause = max(self.poll_interval, min(LONGEST_PAUSE, 10 * (answered - asked)))
+            await asyncio.sleep(pause)
 
     async def on_kill(self) -> None:
         """Stop the job: somebody has ended the task, or clears it. A triggerer that stops leaves it alone."""
-        await asyncio.to_thread(ray_jobs().stop, self.submission_id)
+        jobs = ray_jobs()
+        for _ in range(STOP_TRIES - 1):
+            try:
+                await asyncio.to_thread(jobs.stop, self.submission_id)
+            except ClusterUnavailableError as error:
+                self.log.warning("%s", error)
+                await asyncio.sleep(self.poll_interval)
+            else:
+                return
+        await asyncio.to_thread(jobs.stop, self.submission_id)
 
     def _show(self, log: str, shown: int) -> int:
         """Log the whole lines behind what was shown; return how much is."""

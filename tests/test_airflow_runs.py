@@ -243,6 +243,7 @@ def test_a_page_is_of_one_dag_run(runs: Any) -> None:
         f"team.nightly.tab.{name}" for name in ("best", "many.0", "many.1", "own", "sft")
     ]
     assert total == 5
+    assert page_of(runs, "team.nightly", text="team.nightly.tab.many.1") == (["team.nightly.tab.many.1"], 1)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,7 @@ def test_cancelling_a_job_ends_its_search(runs: Any) -> None:
         tasks.filter_by(task_id="best_plan").update({"state": "success", "start_date": planned})
         tasks.filter_by(task_id="best_trials").update({"state": "running", "map_index": 0})
     job = runs.find("team.nightly.run.5.best")
-    assert job.started_at == planned
+    assert (job.started_at, job.searched, job.blocked) == (planned, True, False)
     runs.cancel(job.key, "somebody")
     with create_session() as session:
         rows = session.query(TaskInstance).filter_by(run_id="run.5")
@@ -433,8 +434,24 @@ def test_a_cleared_job_is_another_attempt_and_no_longer_stopped(runs: Any) -> No
     with create_session() as session:
         clear_task_instances(list(session.query(TaskInstance).filter_by(run_id="cleared")), session)
     after = runs.find("cleared")
+    assert after.scheduled_at == before.scheduled_at
     assert after.attempt_id > before.attempt_id
     assert not runs.was_stopped(after)
+
+
+@pytest.mark.parametrize(("failed", "job"), [("sft", "sft"), ("best_plan", "best")])
+def test_a_job_that_cannot_begin_is_blocked(runs: Any, failed: str, job: str) -> None:
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.utils.session import create_session
+
+    run_id = f"blocked-{job}"
+    runs.trigger("team.nightly", run_id, {}, None)
+    with create_session() as session:
+        tasks = session.query(TaskInstance).filter_by(run_id=run_id, task_id=failed)
+        tasks.update({"state": "upstream_failed"})
+    found = runs.find(f"team.nightly.{run_id}.{job}")
+    assert (found.blocked, found.searched, found.started_at) == (True, job != failed, None)
+    assert not runs.find(f"team.nightly.{run_id}.own").blocked
 
 
 def test_a_job_that_has_not_begun_has_no_log(runs: Any) -> None:

@@ -137,6 +137,25 @@ def test_buttons_are_offered_where_they_would_work(
     assert (viewer.may_cancel, viewer.may_retry, viewer.may_clone) == (False, False, False)
 
 
+@pytest.mark.parametrize(
+    ("map_index", "searched", "retried"),
+    [
+        (-1, False, ["train"]),
+        (3, False, [("train", 3)]),
+        (-1, True, ["plan", "trials", "train"]),
+    ],
+)
+def test_a_retry_clears_the_job_and_its_search(
+    shown: Shown, map_index: int, searched: bool, retried: list[Any]
+) -> None:
+    shown.submit("job-1", "failed")
+    task = shown.runs.tasks["job-1"]
+    shown.runs.add(replace(task, key=replace(task.key, map_index=map_index), searched=searched, blocked=True))
+    (found,) = [each for each in shown.runs.tasks.values() if each.searched == searched and each.blocked]
+    view = shown.views.job(found.job_uuid, ALL)
+    assert (view.retried, view.blocked) == (retried, True)
+
+
 def test_a_job_whose_log_the_caller_may_not_read(shown: Shown) -> None:
     shown.submit("job-1", "running")
     assert shown.views.job("job-1", ALL).may_read_logs

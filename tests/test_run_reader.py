@@ -48,6 +48,7 @@ def test_runs_are_found_by_their_ids_and_what_is_no_id_is_not(tracking: Tracking
 
 def test_runs_of_a_dag_are_found_by_their_time(tracking: Tracking, reader: RunReader) -> None:
     made = create(tracking, "of-dag", **{names.TAG_DAG_ID: "team.nightly"})
+    create(tracking, "a-trial", **{names.TAG_DAG_ID: "team.nightly", names.TAG_STAGE: "digest"})
     now = datetime.now(UTC)
     hour = timedelta(hours=1)
     assert [run.run_id for run in reader.of_dag("team.nightly", now - hour, now + hour)] == [made.run_id]

@@ -32,7 +32,7 @@ from airflow.utils.log.log_reader import TaskLogReader
 from airflow.utils.session import create_session
 from airflow.utils.state import State, TaskInstanceState
 from airflow.utils.types import DagRunTriggeredByType
-from sqlalchemy import ColumnElement, String, Text, and_, cast, exists, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, String, Text, and_, case, cast, exists, func, or_, select, tuple_
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, joinedload
@@ -99,6 +99,8 @@ class JobTask:
     :param attempt: how often it was tried.
     :param attempt_id: the task instance's id, another one for each attempt, also before it begins.
     :param conf: the DAG run's conf.
+    :param searched: whether the tasks of a search come before it.
+    :param blocked: whether a task before it, or before its search, has failed, so that it cannot begin.
     """
 
     key: TaskKey
@@ -109,6 +111,8 @@ class JobTask:
     ended_at: datetime | None
     attempt_id: str = ""
     conf: Mapping[str, Any] = field(default_factory=dict)
+    searched: bool = False
+    blocked: bool = False
 
     @property
     def job_uuid(self) -> str:
@@ -437,7 +441,9 @@ def _was_stopped() -> ColumnElement[bool]:
 
 def _mentions(text: str) -> ColumnElement[bool]:
     """Match jobs whose id or conf holds a text; databases keep JSON with or without escaped letters."""
-    job_uuid = TaskInstance.dag_id + "." + TaskInstance.run_id + "." + TaskInstance.task_id
+    place = TaskInstance.dag_id + "." + TaskInstance.run_id + "." + TaskInstance.task_id
+    number = "." + cast(TaskInstance.map_index, String)
+    job_uuid = place + case((TaskInstance.map_index >= 0, number), else_="")
     conf = cast(DagRun.conf, Text)
     in_conf = (conf.icontains(part, autoescape=True) for part in {text, json.dumps(text)[1:-1]})
     return or_(job_uuid.icontains(text, autoescape=True), *in_conf)
@@ -481,11 +487,12 @@ def _job_task(task: TaskInstance, run: DagRun) -> JobTask:
         key=TaskKey(task.dag_id, task.run_id, task.task_id, task.map_index),
         state=str(task.state) if task.state is not None else None,
         attempt=task.try_number,
-        scheduled_at=run.queued_at,
+        scheduled_at=run.created_at or run.run_after,  # queued_at moves when the run is cleared
         started_at=task.start_date,
         ended_at=task.end_date,
         attempt_id=str(task.id),
         conf=dict(run.conf or {}),
+        blocked=task.state == TaskInstanceState.UPSTREAM_FAILED,
     )
 
 
@@ -493,13 +500,17 @@ def _with_search(session: Session, task: JobTask) -> JobTask:
     """Let a job begin with its search, if it has one."""
     if task.key.dag_id in REQUEST_DAGS and not task.key.dag_id.endswith(SEARCH_SUFFIX):
         return task  # its DAG has no search
-    planned_at = session.scalar(
-        select(TaskInstance.start_date).where(
+    plan = session.execute(
+        select(TaskInstance.start_date, TaskInstance.state).where(
             _is(TaskInstance, replace(task.key, task_id=plan_task_id(task.key.task_id), map_index=-1)),
             TaskInstance.operator.in_(SEARCH_OPERATORS),
         )
-    )
-    return task if planned_at is None else replace(task, started_at=planned_at)
+    ).first()
+    if plan is None:
+        return task
+    started_at, state = plan
+    blocked = state == TaskInstanceState.UPSTREAM_FAILED
+    return replace(task, started_at=started_at or task.started_at, searched=True, blocked=blocked)
 
 
 def _time(message: StructuredLogMessage, default: datetime) -> datetime:

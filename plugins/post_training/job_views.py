@@ -8,7 +8,13 @@ from typing import Any
 
 from post_training.airflow_runs import JobFilter, JobTask
 from post_training.errors import JobNotFoundError, RecordUnavailableError
-from post_training.job_ids import REQUEST_DAGS, SEARCH_SUFFIX, TaskKey
+from post_training.job_ids import (
+    REQUEST_DAGS,
+    SEARCH_SUFFIX,
+    TaskKey,
+    plan_task_id,
+    trials_task_id,
+)
 from post_training.jobs import Access, JobService, Runs
 from post_training.mending import Mender
 from post_training.reconcile import Evidence, reconcile
@@ -145,6 +151,8 @@ class JobViews:
             params=_params(task, run),
             checkpoints=[self._shown(checkpoint, run) for checkpoint in status.checkpoints],
             mlflow_url=self._tracking().server.run_url(run.experiment_id, run.run_id) if run else None,
+            retried=_retried(task) if task is not None else [],
+            blocked=task is not None and task.blocked,
             **_rights(access, key, task, status.status, row["method"]),
         )
 
@@ -280,6 +288,14 @@ def _row(
         "train_loss": metrics.get(names.METRIC_TRAIN_LOSS),
         "validation_loss": metrics.get(names.METRIC_VALIDATION_LOSS),
     }
+
+
+def _retried(task: JobTask) -> list[str | tuple[str, int]]:
+    """Return the job's task, behind those of its search, which goes on in its study."""
+    key = task.key
+    own = key.task_id if key.map_index < 0 else (key.task_id, key.map_index)
+    search = [plan_task_id(key.task_id), trials_task_id(key.task_id)] if task.searched else []
+    return [*search, own]
 
 
 def _rights(

@@ -43,11 +43,11 @@ class RunReader:
         return self._search(f"attributes.run_id IN ({_quoted(known)})") if known else []
 
     def of_dag(self, dag_id: str, since: datetime, until: datetime) -> list[JobRun]:
-        """Return the runs of a DAG's tasks that were made in a time, the newest ``MAX_RUNS``."""
+        """Return the runs of a DAG's jobs that were made in a time, the newest ``MAX_RUNS``."""
         milliseconds = [int(moment.timestamp() * 1000) for moment in (since, until)]
         return self._search(
             f"tags.`{names.TAG_DAG_ID}` = '{dag_id}' AND attributes.start_time >= {milliseconds[0]}"
-            f" AND attributes.start_time <= {milliseconds[1]}"
+            f" AND attributes.start_time <= {milliseconds[1]} AND tags.`{names.TAG_STAGE}` IS NULL"
         )
 
     def _search(self, wanted: str) -> list[JobRun]:

@@ -163,3 +163,26 @@ def test_airflows_own_settings_are_read_where_there_are_some(
     monkeypatch.setenv("AIRFLOW__POST_TRAINING__TRAINER_PYTHON", "/opt/python")
     place = doctor.place_of(Options(), None, os.environ)
     assert (place.allowed_roots, place.home, place.python) == ((folder,), folder / "home", "/opt/python")
+
+
+def test_a_setting_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW__POST_TRAINING__MAX_BODY_BYTES", "0")
+    settings = by_name(doctor.all_checks(Options(), None))["settings"]
+    assert settings.state == "failure"
+    assert "max_body_bytes" in settings.found
+
+
+def test_the_connections_of_tasks_are_used(
+    mlflow_server: MLflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_AIRFLOW_PROCESS_CONTEXT", "server")
+    monkeypatch.setenv("AIRFLOW_CONN_OURS", json.dumps({"conn_type": "mlflow", "host": mlflow_server.uri}))
+    monkeypatch.setenv("AIRFLOW_CONN_NONE", json.dumps({"conn_type": "post_training", "host": "127.0.0.1:1"}))
+    checks = by_name(doctor.connections(doctor.Connections("ours", "none")))
+    assert (checks["connection ours"].state, checks["connection ours"].found) == ("ok", "MLflow answers")
+    assert checks["connection none"].state == "failure"
+    monkeypatch.setenv("AIRFLOW_CONN_OURS", json.dumps({"conn_type": "mlflow"}))
+    checks = by_name(doctor.connections(doctor.Connections("ours", "missing")))
+    assert "has no host" in checks["connection ours"].found
+    assert checks["connection missing"].state == "warning"
+    assert "airflow connections add missing" in str(checks["connection missing"].remedy)

@@ -17,7 +17,8 @@ from post_training.schemas.jobs import JobStatus, PostTrainingJob
 from post_training.schemas.requests import REQUESTS
 from post_training.schemas.views import Curves, Form, FormSubmit, JobsPage, JobView
 
-MAX_COMPARED = 20
+MAX_COMPARED = 8
+"""As many as the page has colors for their curves."""
 _MAX_ID_LENGTH = 1000
 
 Text = Annotated[str, Query(max_length=200)]

@@ -60,17 +60,27 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Connections:
+    """Ids of the connections by which tasks reach MLflow and the API."""
+
+    mlflow: str
+    post_training: str
+
+
+@dataclass(frozen=True)
 class Place:
     """What this machine knows of the deployment.
 
     :param allowed_roots: None is not known here.
     :param python: the trainer's interpreter.
+    :param connections: those of tasks; None where there is no Airflow.
     """
 
     home: Path
     allowed_roots: tuple[Path, ...] | None
     python: str
     mlflow: str | None
+    connections: Connections | None = None
 
 
 def doctor(options: Options, *, tracking_uri: str | None, as_json: bool) -> ExitCode:
@@ -93,14 +103,21 @@ def doctor(options: Options, *, tracking_uri: str | None, as_json: bool) -> Exit
 
 def all_checks(options: Options, tracking_uri: str | None) -> Iterator[Check]:
     """Yield every check."""
-    place = place_of(options, tracking_uri, os.environ)
+    place = Place(Path.cwd(), None, sys.executable, tracking_uri)
+    try:
+        place = place_of(options, tracking_uri, os.environ)
+    except ValueError as error:
+        yield Check("settings", "failure", str(error), "correct it in airflow.cfg, or in its variable")
     yield from versions()
     yield devices(place.python)
     yield memory()
     yield disk(place.home)
     yield from roots(place.allowed_roots)
     yield from api(options)
-    yield mlflow(place.mlflow)
+    if place.connections is not None:
+        yield from connections(place.connections)
+    if place.connections is None or place.mlflow is not None:
+        yield mlflow(place.mlflow)
 
 
 def place_of(options: Options, tracking_uri: str | None, environment: Mapping[str, str]) -> Place:
@@ -115,7 +132,8 @@ def place_of(options: Options, tracking_uri: str | None, environment: Mapping[st
         from post_training.settings import load_settings  # noqa: PLC0415 - it imports Airflow
 
         settings = load_settings()
-        return Place(settings.home, settings.allowed_roots, settings.trainer_python, tracking_uri)
+        ids = Connections(settings.mlflow_conn_id, settings.post_training_conn_id)
+        return Place(settings.home, settings.allowed_roots, settings.trainer_python, tracking_uri, ids)
     return Place(Path.cwd(), None, sys.executable, tracking_uri)
 
 
@@ -271,6 +289,30 @@ def _airflow(url: str) -> Iterator[Check]:
             )
         else:
             yield Check("Airflow", "ok", f"{name} is {health}")
+
+
+def connections(ids: Connections) -> Iterator[Check]:
+    """Use the connections of tasks, where this machine knows them."""
+    from airflow.sdk.exceptions import AirflowNotFoundException  # noqa: PLC0415
+
+    from post_training.operators.hooks import MLflowHook, PostTrainingHook  # noqa: PLC0415
+
+    # Else the hooks ask environment and secrets backends alone, and not Airflow's database.
+    os.environ.setdefault("_AIRFLOW_PROCESS_CONTEXT", "server")
+    for hook, conn_id in (
+        (MLflowHook(ids.mlflow), ids.mlflow),
+        (PostTrainingHook(ids.post_training), ids.post_training),
+    ):
+        name = f"connection {conn_id}"
+        try:
+            answers, found = hook.test_connection()
+        except AirflowNotFoundException:
+            remedy = f"airflow connections add {conn_id}; a worker gets it from the api-server"
+            yield Check(name, "warning", "not known on this machine", remedy)
+        except ValueError as error:
+            yield Check(name, "failure", str(error), "correct it")
+        else:
+            yield Check(name, "ok", found) if answers else Check(name, "failure", found, "correct it")
 
 
 def mlflow(uri: str | None) -> Check:

@@ -8,6 +8,8 @@ from typing import Any
 
 from post_training.cli.exits import ExitCode
 from post_training.cli.output import (
+    console,
+    plain,
     print_checkpoints,
     print_fields,
     print_json,
@@ -45,7 +47,11 @@ def list_jobs(api: PostTrainingClient, *, limit: int, with_status: bool, as_json
     :param with_status: whether each one's status is asked for.
     :raises PostTrainingError: if the API does not answer.
     """
-    ids = [job.job_uuid for job in api.list_jobs().data[: limit or None]]
+    every = [job.job_uuid for job in api.list_jobs().data]
+    ids = every[: limit or None]
+    if len(ids) < len(every):
+        note = f"the newest {len(ids)} of {len(every)} jobs; --limit 0 lists all"
+        console(stderr=True).print(plain(note))
     if with_status:
         _print_statuses([api.job_status(job_uuid) for job_uuid in ids], as_json=as_json)
     elif as_json:

@@ -63,6 +63,10 @@ class JobView(JobRow):
     mlflow_url: str | None = None
     may_cancel: bool = False
     may_retry: bool = False
+    retried: list[str | tuple[str, int]] = Field(
+        default_factory=list, description="The tasks that a retry clears, as Airflow's API takes them."
+    )
+    blocked: bool = Field(default=False, description="Whether a task that failed before it must be cleared.")
     may_clone: bool = False
     may_read_logs: bool = False
 

@@ -7,6 +7,7 @@ import uPlot from "./vendor/uplot-1.6.32/uPlot.esm.js";
 
 const HEIGHT = 200;
 const REWARDS = ["chosen", "rejected"];
+const DASHES = [[], [6, 4], [2, 3], [8, 3, 2, 3]];
 
 /** Charts in the page's order: title, metrics with their names in the chart, and how values are shown. */
 export const CHARTS = [
@@ -70,13 +71,14 @@ export class ChartBoard {
 }
 
 function linesOf(kind, jobs) {
+  const kinds = Object.entries(kind.metrics);
   return jobs.flatMap((job, index) =>
-    Object.entries(kind.metrics).flatMap(([metric, name], variant) => {
+    kinds.flatMap(([metric, name], variant) => {
       const curve = job.metrics[metric];
       if (!curve) return [];
-      const several = jobs.length > 1;
-      const label = several ? [job.job_uuid, ...(variant ? [name] : [])].join(" · ") : name;
-      return [{ label, curve, color: several ? index : variant, dashed: several && variant > 0 }];
+      if (jobs.length === 1) return [{ label: name, curve, color: variant, dash: 0 }];
+      const label = kinds.length > 1 ? `${job.job_uuid} · ${name}` : job.job_uuid;
+      return [{ label, curve, color: index, dash: variant }];
     }),
   );
 }
@@ -123,7 +125,7 @@ class Chart {
     const index = plot?.cursor.idx ?? null;
     const entries = this.lines.map((line, place) => {
       const value = index === null ? line.curve[1].at(-1) : plot.data[place + 1][index];
-      const swatch = h("span", { class: `swatch series-${line.color % 8}${line.dashed ? " dashed" : ""}` });
+      const swatch = h("span", { class: `swatch series-${line.color} dash-${line.dash}` });
       return h("li", {}, swatch, `${line.label} `, h("b", {}, this.value(value)));
     });
     const newest = Math.max(...this.lines.map((line) => line.curve[0].at(-1)));
@@ -162,11 +164,11 @@ class Chart {
         {},
         ...this.lines.map((line) => ({
           label: line.label,
-          stroke: color(`--series-${line.color % 8}`),
+          stroke: color(`--series-${line.color}`),
           width: 1.75,
-          dash: line.dashed ? [5, 4] : undefined,
+          dash: DASHES[line.dash],
           spanGaps: true,
-          points: { show: line.curve[0].length < 30, size: 4 },
+          points: { show: (_, place) => this.lines[place - 1].curve[0].length < 30, size: 4 },
         })),
       ],
     };

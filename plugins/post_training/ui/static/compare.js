@@ -33,7 +33,7 @@ async function refresh() {
 function overview(jobs) {
   const columns = ["Job", "Status", "Algorithm", "Training loss", "Validation loss", "Tokens", "Duration"];
   const rows = jobs.map((job, index) => [
-    h("span", { class: "name" }, h("span", { class: `swatch series-${index % 8}` }), nameOf(job)),
+    h("span", { class: "name" }, h("span", { class: `swatch series-${index}` }), nameOf(job)),
     badge(job.status),
     job.algorithm ?? "–",
     number(job.train_loss),

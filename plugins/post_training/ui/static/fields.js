@@ -41,7 +41,7 @@ export class Field {
       id,
       name: this.path,
       "aria-describedby": `${id}-help ${id}-error`,
-      "aria-required": required,
+      "aria-required": required ? "true" : null,
     };
     if (schema.enum) return select(common, schema.enum, value);
     if (this.isFlag) return flag(common, value);

@@ -57,13 +57,16 @@ export function elapsed(from, to) {
   return ((to ? Date.parse(to) : Date.now()) - Date.parse(from)) / 1000;
 }
 
-/** The reader's own time, to the minute. */
+/** The reader's own time, to the minute, with its distance from UTC: Airflow may show another zone's. */
 export function time(iso) {
   if (!iso) return "–";
   const moment = new Date(iso);
   const two = (value) => String(value).padStart(2, "0");
   const day = [moment.getFullYear(), two(moment.getMonth() + 1), two(moment.getDate())].join("-");
-  return `${day} ${two(moment.getHours())}:${two(moment.getMinutes())}`;
+  const east = -moment.getTimezoneOffset();
+  const [hours, minutes] = [Math.floor(Math.abs(east) / 60), Math.abs(east) % 60];
+  const zone = `${east < 0 ? "-" : "+"}${two(hours)}:${two(minutes)}`;
+  return `${day} ${two(moment.getHours())}:${two(moment.getMinutes())} ${zone}`;
 }
 
 /** The end of a path or of a URI, which is what tells models apart. */

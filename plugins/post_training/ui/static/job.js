@@ -67,41 +67,46 @@ function actions(job) {
     job.may_clone
       ? h("a", { class: "button", href: `new?${new URLSearchParams({ clone: job.job_uuid })}` }, "Clone")
       : null,
-    job.may_retry ? h("button", { type: "button", onclick: () => retry(job) }, "Retry") : null,
+    job.may_retry ? h("button", { type: "button", onclick: (event) => retry(event.target, job) }, "Retry") : null,
     job.may_cancel
-      ? h("button", { type: "button", class: "danger", onclick: () => cancel(job) }, "Cancel job")
+      ? h("button", { type: "button", class: "danger", onclick: (event) => cancel(event.target, job) }, "Cancel job")
       : null,
   ];
 }
 
-async function cancel(job) {
+async function cancel(button, job) {
   const question = `Cancel ${job.job_uuid}? Its checkpoints so far are kept.`;
   if (!(await confirmed(question, "Cancel job"))) return;
-  await attempt(() => postJson("../v1/post-training/job/cancel", { job_uuid: job.job_uuid }));
+  await attempt(button, () => postJson("../v1/post-training/job/cancel", { job_uuid: job.job_uuid }));
 }
 
-/** Clear the job's task by Airflow's own API: the same job goes on from its newest checkpoint. */
-async function retry(job) {
+/** Clear the job's tasks by Airflow's own API: the same job goes on from its newest checkpoint. */
+async function retry(button, job) {
   const path = `../../api/v2/dags/${encodeURIComponent(job.dag_id)}/clearTaskInstances`;
   const requested = job.job_uuid === job.run_id;
-  await attempt(() =>
+  await attempt(button, () =>
     postJson(path, {
       dry_run: false,
       dag_run_id: job.run_id,
-      task_ids: [job.map_index < 0 ? job.task_id : [job.task_id, job.map_index]],
-      only_failed: false,
-      include_upstream: job.dag_id.endsWith("_search"), // the trials, which go on in their study
+      task_ids: job.retried,
+      only_failed: job.blocked,
+      include_upstream: job.blocked,
       include_downstream: !requested,
     }),
   );
 }
 
-async function attempt(call) {
+/** Do what a button is for, once; what is said against it stays until the next try. */
+async function attempt(button, call) {
+  button.disabled = true;
+  byId("refusal").replaceChildren();
   try {
     await call();
     now();
   } catch (error) {
-    showProblem(error);
+    byId("refusal").replaceChildren(notice(error.message));
+  } finally {
+    button.disabled = false;
   }
 }
 
@@ -138,7 +143,7 @@ function checkpoints(job) {
   const columns = ["Epoch", "Training loss", "Validation loss", "Perplexity", "Saved", "Files", "Load"];
   const rows = job.checkpoints.map((checkpoint) => {
     const metrics = checkpoint.training_metrics ?? {};
-    const code = loadSnippet(checkpoint.path);
+    const code = loadSnippet(checkpoint.path, job.mlflow_url);
     const load = h(
       "details",
       {},

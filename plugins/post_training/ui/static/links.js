@@ -14,15 +14,15 @@ export function airflow(path, ...children) {
 }
 
 function link(href, target, children) {
+  const safe = /^https?:/.test(new URL(href, location.href).protocol) ? href : null;
   const follow = (event) => {
-    if (window.parent === window || event.button !== 0) return;
+    if (safe === null || window.parent === window || event.button !== 0) return;
     event.preventDefault();
     const twin = window.parent.document.createElement("a");
-    Object.assign(twin, { href, target, rel: "noopener" });
+    Object.assign(twin, { href: safe, target, rel: "noopener" });
     window.parent.document.body.append(twin);
     twin.click();
     twin.remove();
   };
-  const safe = /^https?:/.test(new URL(href, location.href).protocol) ? href : null;
   return h("a", { href: safe, target, rel: "noopener", onclick: follow }, ...children);
 }

@@ -9,7 +9,7 @@ import { JobTable } from "./rows.js";
 const LIMIT = 25;
 const WHILE_LIVE = 4;
 const OTHERWISE = 15;
-const MAX_COMPARED = 20;
+const MAX_COMPARED = 8; // as many as there are colors for their curves
 
 const filters = byId("filters");
 const state = { text: "", status: "", offset: 0, ...fromAddress() };
@@ -49,7 +49,8 @@ function showPage(page) {
   say(page.notice, "warning");
   byId("new").hidden = !page.may_submit;
   table.update(page.jobs);
-  const empty = state.text || state.status ? "No job matches this search." : "No job has been started yet.";
+  const beyond = page.total > 0 ? "There are no jobs this far back." : "No job has been started yet.";
+  const empty = page.total === 0 && (state.text || state.status) ? "No job matches this search." : beyond;
   place(byId("jobs"), page.jobs.length ? table.element : notice(empty, "empty"));
   const last = state.offset + page.jobs.length;
   const range = page.jobs.length ? `${state.offset + 1}–${last} of ${page.total.toLocaleString("en")}` : "";
@@ -61,7 +62,8 @@ function showPage(page) {
 function offerToCompare(marked) {
   const link = byId("compare");
   const fits = marked.length >= 2 && marked.length <= MAX_COMPARED;
-  link.textContent = marked.length ? `Compare ${marked.length}` : "Compare";
+  const many = marked.length > MAX_COMPARED ? `, at most ${MAX_COMPARED}` : "";
+  link.textContent = marked.length ? `Compare ${marked.length}${many}` : "Compare";
   link.setAttribute("aria-disabled", String(!fits));
   if (fits) link.href = `compare?${new URLSearchParams({ jobs: marked.join(",") })}`;
   else link.removeAttribute("href");

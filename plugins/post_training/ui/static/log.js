@@ -23,12 +23,17 @@ export class LogView {
     this.lines = h("pre", { class: "log", tabindex: 0, role: "region", "aria-label": "Log" });
     const controls = h("label", { class: "inline" }, this.follow, "Scroll with new lines");
     element.replaceChildren(h("div", { class: "between" }, controls, this.state), this.cut, this.lines);
+    // A browser has six connections to a host: those of tabs that nobody looks at would hold up Airflow.
+    document.addEventListener("visibilitychange", () => this.connect());
     this.connect();
   }
 
   connect() {
+    this.source?.close();
+    if (this.ended || document.hidden) return;
     const query = new URLSearchParams({ job_uuid: this.jobUuid, offset: this.offset });
     const source = new EventSource(`${PATH}?${query}`);
+    this.source = source;
     this.state.textContent = "Following";
     source.addEventListener("log", (event) => {
       this.offset = Number(event.lastEventId);

@@ -8,19 +8,21 @@ import { JobTable } from "./rows.js";
 
 const query = new URLSearchParams(location.search);
 const table = new JobTable();
+const LIMIT = 100;
 
 async function refresh() {
   try {
     const page = await getJson("data/jobs", {
       dag_id: query.get("dag_id") ?? "",
       run_id: query.get("run_id") ?? "",
-      limit: 100,
+      limit: LIMIT,
     });
     if (page.total === 1) {
       location.replace(`job?${new URLSearchParams({ job_uuid: page.jobs[0].job_uuid })}`);
       return Infinity;
     }
-    say(page.notice, "warning");
+    const more = page.total > LIMIT ? `The newest ${LIMIT} of ${page.total} jobs of this run are shown.` : null;
+    say([page.notice, more].filter(Boolean).join(" ") || null, "warning");
     table.update(page.jobs);
     const none = notice("This run has no post-training job.", "empty");
     place(byId("jobs"), page.jobs.length ? table.element : none);

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_modules.checkpoint import RESUME_FILE, readable_step
 from lightning_modules.ranks import Ranks
+from lightning_modules.sharded_state import PIECE
 from lightning_modules.trained import rename_whole, sha256_of, write_whole
 from post_training.schemas.trainer import RESUME_FOLDER, TrainerSpec
 
@@ -87,15 +89,27 @@ def share_state(ranks: Ranks, file: Path) -> None:
     wanted = ranks.told(own)
     if not ranks.any(own != wanted):
         return
-    content = ranks.told(file.read_bytes() if ranks.first and wanted is not None else b"")
-    if own != wanted and ranks.leader:
+    missing = own != wanted and ranks.leader
+    draft = file.with_suffix(".tmp")
+    if missing:
         file.unlink(missing_ok=True)
-        if wanted is not None:
-            draft = file.with_suffix(".tmp")
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(content)
+        draft.parent.mkdir(parents=True, exist_ok=True)
+    if wanted is not None:
+        with draft.open("wb") if missing else nullcontext() as target:
+            for piece in _pieces(ranks, file):
+                if target is not None:
+                    target.write(piece)
+        if missing:
             rename_whole(draft, file)
     ranks.wait()
+
+
+def _pieces(ranks: Ranks, file: Path) -> Iterator[bytes]:
+    """Yield the first process's file in all processes, which hold a piece of it at a time."""
+    size = ranks.told(file.stat().st_size if ranks.first else 0)
+    with file.open("rb") if ranks.first else nullcontext() as source:
+        for _ in range(0, size, PIECE):
+            yield ranks.told(source.read(PIECE) if source is not None else b"")
 
 
 def fetch_newest_state(

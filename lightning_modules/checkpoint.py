@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_modules.means import perplexity
 from lightning_modules.module import NLL, STATE_KEY, PostTraining, StopRequestedError
 from lightning_modules.ranks import ALONE, Ranks
+from lightning_modules.sharded_state import is_sharded, read_rest, read_whole
 from lightning_modules.trained import rename_whole
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
@@ -161,7 +162,11 @@ def readable_step(file: Path) -> int | None:
     if not file.exists():
         return None
     try:
-        state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+        state = (
+            read_rest(file)
+            if is_sharded(file)
+            else torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+        )
         return int(state[STATE_KEY]["optimizer_steps"])
     except Exception as error:  # what torch raises depends on where the file is damaged
         log.warning("the state %s cannot be read and is removed: %s", file, error)
@@ -170,13 +175,22 @@ def readable_step(file: Path) -> int | None:
 
 
 class FileCheckpointIO(TorchCheckpointIO):
-    """Writes straight to the file; Lightning's own holds a second copy of everything in memory first."""
+    """Writes straight to the file, Lightning's own holds a second copy of everything in memory first.
+
+    It reads what divided weights have left, too.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint; whoever needs it whole or not at all renames it afterwards."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("wb") as file:  # given a path, torch does not say that the disk is full
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Read a checkpoint."""
+        if is_sharded(Path(path)):
+            return read_whole(Path(path))
+        return super().load_checkpoint(path, *args, **options)
 
 
 class Checkpoints(CheckpointCallback):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +29,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lightning_modules import sharded_state
 from lightning_modules.objective import RUN, SCORE, language_model, run_and_score, run_head
+from lightning_modules.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -137,47 +140,58 @@ def gather(value: Tensor, *, keep: bool) -> Tensor | None:
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 whose state is one file, in the form that one process or DDP writes and reads too.
+    """FSDP2 whose state is one file, of which each process writes and reads its part.
 
-    So a retry may go on with another number of processes. What is trained, and the optimizer's state, must
-    fit the memory of the first one's machine.
+    So a retry may go on with another number of processes, and from the state of one process or of DDP.
 
-    :param processes: that train.
+    :param ranks: the processes that train.
     """
 
-    def __init__(self, processes: int, timeout: timedelta) -> None:
-        super().__init__(
-            data_parallel_size=processes,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            timeout=timeout,
-        )
+    def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
+        super().__init__(data_parallel_size=ranks.world, tensor_parallel_size=1, timeout=timeout)
+        self._ranks = ranks
 
     def model_to_device(self) -> None:
         """Do nothing: dividing has put everything where it belongs, offloaded weights on the host."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Gather the trained weights."""
-        trained = {name: w for name, w in self._module.named_parameters() if w.requires_grad}
-        return self._gathered(trained)
+        """Return this process's parts of the trained weights."""
+        return {name: w.detach() for name, w in self._module.named_parameters() if w.requires_grad}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Gather what the optimizer keeps of each weight."""
+        """Return what the optimizer keeps of each weight, this process's parts."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = inner.state_dict()
-        return state | {"state": {number: self._gathered(of) for number, of in state["state"].items()}}
+        return inner.state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write the state, each process its parts.
+
+        :raises OSError: as :func:`lightning_modules.sharded_state.write`.
+        """
+        sharded_state.write(checkpoint, Path(filepath), self._ranks)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Take this process's parts of weights and optimizer; return the whole state."""
-        checkpoint: dict[str, Any] = torch.load(
-            checkpoint_path, mmap=True, map_location="cpu", weights_only=True
-        )
+        """Take this process's parts of weights and optimizer; return the state."""
+        file = Path(checkpoint_path)
+        of_optimizers = [
+            [weight for group in optimizer.param_groups for weight in group["params"]]
+            for optimizer in self.optimizers
+        ]
+        if sharded_state.is_sharded(file):
+            named = dict(self._module.named_parameters())
+            checkpoint = sharded_state.read_divided(file, named, of_optimizers, self._ranks)
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+                optimizer.load_state_dict(state)
+            return checkpoint
+        checkpoint = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
         for name, weight in self._module.named_parameters():
             if name in checkpoint["state_dict"]:
                 with torch.no_grad():
                     weight.copy_(_part(checkpoint["state_dict"][name], weight))
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        states = checkpoint["optimizer_states"]
+        for optimizer, state, weights in zip(self.optimizers, states, of_optimizers, strict=True):
             parts = {
                 number: {key: _part(value, weights[number]) for key, value in of.items()}
                 for number, of in state["state"].items()
@@ -188,12 +202,6 @@ class ShardedStrategy(ModelParallelStrategy):
     @property
     def _module(self) -> nn.Module:
         return cast(nn.Module, self.model)
-
-    def _gathered(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Gather tensors by name; only the first process has any."""
-        first = self.global_rank == 0
-        found = {name: gather(v, keep=first) if isinstance(v, Tensor) else v for name, v in values.items()}
-        return {name: value for name, value in found.items() if value is not None}
 
 
 def _part(value: Any, weight: Tensor) -> Any:

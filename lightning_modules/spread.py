@@ -49,7 +49,7 @@ class Spread:
             apart=bool(efficiency.memory_efficient_fsdp_wrap),
             offload=bool(efficiency.fsdp_cpu_offload),
         )
-        return cls(ShardedStrategy(ranks.world, TIMEOUT), divide, shell.filled)
+        return cls(ShardedStrategy(ranks, TIMEOUT), divide, shell.filled)
 
 
 def _whole_models(setting: Setting) -> DDPStrategy:

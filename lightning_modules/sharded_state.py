@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -21,9 +22,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, load, save
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.ranks import Ranks
@@ -114,7 +117,9 @@ def read_whole(file: Path) -> dict[str, Any]:
             key: torch.empty(stored.size, dtype=stored.properties.dtype)
             for key, stored in _stored(folder).items()
         }
-        load(tensors, storage_reader=HuggingFaceStorageReader(name), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*in a single process", category=UserWarning)
+            load(tensors, storage_reader=HuggingFaceStorageReader(name), no_dist=True)
     _put(state, tensors)
     return state
 

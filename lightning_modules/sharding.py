@@ -161,7 +161,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return what the optimizer keeps of each weight, this process's parts."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return inner.state_dict()
+        state: dict[str, Any] = inner.state_dict()
+        return state
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
@@ -181,7 +182,7 @@ class ShardedStrategy(ModelParallelStrategy):
         ]
         if sharded_state.is_sharded(file):
             named = dict(self._module.named_parameters())
-            checkpoint = sharded_state.read_divided(file, named, of_optimizers, self._ranks)
+            checkpoint: dict[str, Any] = sharded_state.read_divided(file, named, of_optimizers, self._ranks)
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
                 optimizer.load_state_dict(state)
             return checkpoint

@@ -109,7 +109,7 @@ def test_the_processes_end_with_a_launcher_that_is_killed(make_spec: Any) -> Non
 
 def test_killed_trainers_go_on_and_all_stop_when_they_are_asked(make_spec: Any) -> None:
     spec = make_spec(
-        **SEVERAL | {"runtime": {"devices": 2, "save_every_n_steps": 1}},
+        **SEVERAL | {"runtime": {"devices": 2, "strategy": "fsdp", "save_every_n_steps": 1}},
         training={"n_epochs": 100_000, "max_validation_steps": 0},
         logger={"log_model": True},
     )

@@ -24,12 +24,13 @@ from cluster.cluster import Cluster
 from post_training.schemas.record import METRIC_TRAIN_LOSS, TAG_RESUME_STATE
 from post_training.schemas.trainer import StoredState
 from tests.requests_of import OPTIMIZER
-from tests.system.conftest import Deployment, home_of, write_data
+from tests.system.conftest import TAKES_LONG, Deployment, home_of, write_data
 from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.system,
     pytest.mark.timeout(1800),  # the first test starts a dozen servers on two cores
+    TAKES_LONG,
 ]
 
 PATHS = "/post-training/v1/post-training"

@@ -28,10 +28,11 @@ from tests.operators.workplace import Workplace
 from tests.ray_api import TOKEN
 from tests.ray_cluster import RayCluster
 from tests.requests_of import LORA
+from tests.system.conftest import TAKES_LONG
 from tests.tiny_model import write_tiny_model
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1500), TAKES_LONG]
 
 NODES, BATCH, STEPS = 2, 2, 400
 STARTS = 600.0

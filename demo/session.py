@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from post_training.certificates import certificates
 from post_training.schemas.record import METRIC_TRAIN_LOSS, METRIC_VALIDATION_LOSS, TAG_JOB_UUID
 from post_training.standalone import Standalone
 
@@ -64,20 +65,21 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         """Return its MLflow run as MLflow's REST API does."""
-        answer = httpx.get(f"{self._api}/runs/get", params={"run_id": self.run_id})
-        return dict(answer.raise_for_status().json()["run"])
+        return dict(self._asked("runs/get", run_id=self.run_id)["run"])
 
     def history(self, metric: str) -> list[float]:
         """Return a metric's values in the order of their steps."""
-        answer = httpx.get(
-            f"{self._api}/metrics/get-history", params={"run_id": self.run_id, "metric_key": metric}
-        )
-        points = answer.raise_for_status().json().get("metrics", [])
+        found = self._asked("metrics/get-history", run_id=self.run_id, metric_key=metric)
+        points = found.get("metrics", [])
         return [float(point["value"]) for point in sorted(points, key=lambda point: int(point["step"]))]
 
     @property
     def _api(self) -> str:
         return f"{self.servers.mlflow_url}/api/2.0/mlflow"
+
+    def _asked(self, path: str, **params: str) -> dict[str, Any]:
+        answer = httpx.get(f"{self._api}/{path}", params=params, verify=certificates())
+        return dict(answer.raise_for_status().json())
 
     def _mlflow(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return dict(httpx.post(f"{self._api}/{path}", json=body).raise_for_status().json())

@@ -87,9 +87,7 @@ class MLflowRecord(LocalRecord):
         self._patience = patience
         self._next_state = 0.0
         self._before = Recorded()
-        runtime = spec.request.runtime
-        on_ray = runtime is not None and runtime.launcher == "ray"
-        self._fence = RunFence(client, run_id, spec.attempt_id, on_ray=on_ray)
+        self._fence = RunFence(client, run_id, spec.attempt_id, on_ray=spec.request.on_ray)
         self._models = LoggedModels(client, run_id, spec.request.job_uuid)
         self._states = StateStore(client, spec.tracking.tracking_uri, run_id)
         self._delivery = MLflowDelivery(client, run_id, spool.folder, self._fence)

@@ -96,14 +96,16 @@ def train_on_nodes(spec: TrainerSpec) -> TrainerResult | None:
 
 def _round_on_free_nodes(spec: TrainerSpec) -> TrainerResult | None:
     """Train a round on nodes that are free; others may take them before it has begun."""
-    for left in reversed(range(STARTS)):
+    reason = ""
+    for _ in range(STARTS):
         try:
             return _round(spec, nodes_for(spec))
         except TrainingFailedError as error:
-            if not left or not _was_late(error):
-                return why_ended({}, str(error))
-            print("the nodes were taken, or lost, before it began; others are looked for", flush=True)
-    raise AssertionError("the last start returns")
+            reason = str(error)
+            if not _was_late(error):
+                break
+            print("the nodes were taken, or lost, before it began", flush=True)
+    return why_ended({}, reason)
 
 
 def _was_late(error: TrainingFailedError) -> bool:

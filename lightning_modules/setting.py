@@ -96,7 +96,7 @@ class Setting:
     @property
     def on_ray(self) -> bool:
         """Whether Ray Train has started the processes."""
-        return self.runtime.launcher == "ray"
+        return self.spec.request.on_ray
 
     @property
     def reference_once(self) -> bool:

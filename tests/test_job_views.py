@@ -150,9 +150,10 @@ def test_a_retry_clears_the_job_and_its_search(
 ) -> None:
     shown.submit("job-1", "failed")
     task = shown.runs.tasks["job-1"]
-    shown.runs.add(replace(task, key=replace(task.key, map_index=map_index), searched=searched, blocked=True))
-    (found,) = [each for each in shown.runs.tasks.values() if each.searched == searched and each.blocked]
-    view = shown.views.job(found.job_uuid, ALL)
+    place = replace(task.key, map_index=map_index)
+    changed = replace(task, key=place, searched=searched, blocked=True)
+    shown.runs.add(changed)
+    view = shown.views.job(changed.job_uuid, ALL)
     assert (view.retried, view.blocked) == (retried, True)
 
 

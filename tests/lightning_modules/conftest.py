@@ -13,6 +13,8 @@ import pytest
 import torch
 from lightning.fabric.utilities import registry
 from mlflow import MlflowClient
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.record import open_record
@@ -52,6 +54,15 @@ def _plugins_are_looked_for_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "entry_points", cache(registry.entry_points))
         yield
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    store = tmp_path_factory.mktemp("store") / "file"
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

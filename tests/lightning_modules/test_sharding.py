@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
@@ -24,14 +23,6 @@ from tests.lightning_modules.tiny import LORA, tiny_llama
 
 HEAD_TOO = LORA | {"apply_lora_to_output": True}
 FULL, ADAPTERS, ADAPTED_HEAD, TIED = None, LORA, HEAD_TOO, "tied"
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
-    store = tmp_path_factory.mktemp("store") / "file"
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 def made(kind: Any) -> nn.Module:

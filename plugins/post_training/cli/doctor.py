@@ -103,11 +103,11 @@ def doctor(options: Options, *, tracking_uri: str | None, as_json: bool) -> Exit
 
 def all_checks(options: Options, tracking_uri: str | None) -> Iterator[Check]:
     """Yield every check."""
-    place = Place(Path.cwd(), None, sys.executable, tracking_uri)
     try:
         place = place_of(options, tracking_uri, os.environ)
     except ValueError as error:
         yield Check("settings", "failure", str(error), "correct it in airflow.cfg, or in its variable")
+        place = place_of(options, tracking_uri, {})
     yield from versions()
     yield devices(place.python)
     yield memory()

@@ -246,7 +246,7 @@ class TrainingOperator(WorkerOperator):
         if run_of(work_dir) != run.run_id:  # what lies there is of another training
             shutil.rmtree(work_dir, ignore_errors=True)
         work_dir.mkdir(exist_ok=True, mode=0o700)
-        if request.runtime is not None and request.runtime.launcher == "ray":
+        if request.on_ray:
             result = self._train_on_ray(request, run, work_dir, record)
         else:
             if run.tags.get(names.TAG_FOLLOWED):  # a job on Ray, which stops when it sees that

@@ -119,15 +119,15 @@ class RayJobTrigger(BaseTrigger):
     async def on_kill(self) -> None:
         """Stop the job: somebody has ended the task, or clears it. A triggerer that stops leaves it alone."""
         jobs = ray_jobs()
-        for _ in range(STOP_TRIES - 1):
+        for left in reversed(range(STOP_TRIES)):
             try:
                 await asyncio.to_thread(jobs.stop, self.submission_id)
+                return
             except ClusterUnavailableError as error:
+                if not left:
+                    raise
                 self.log.warning("%s", error)
                 await asyncio.sleep(self.poll_interval)
-            else:
-                return
-        await asyncio.to_thread(jobs.stop, self.submission_id)
 
     def _show(self, log: str, shown: int) -> int:
         """Log the whole lines behind what was shown; return how much is."""

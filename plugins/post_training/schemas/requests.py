@@ -199,6 +199,11 @@ class TrainingRequest(JobRequest):
         """Devices that the job takes on each node."""
         return self.runtime.devices if self.runtime is not None else 1
 
+    @property
+    def on_ray(self) -> bool:
+        """Whether the job trains on nodes of a Ray cluster."""
+        return self.runtime is not None and self.runtime.launcher == "ray"
+
     def place_of(self, field: str) -> str:
         """Return where the caller's body has a field, given by its dotted path in this form of it."""
         return self._places.get(field, field)

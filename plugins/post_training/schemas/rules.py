@@ -236,7 +236,7 @@ OF_A_CLUSTER = frozenset({"launcher", "num_nodes"})
 def unsupported_here(request: AnyTrainingRequest) -> list[ErrorDetail]:
     """List the same for what trains in a process of its own alone: the command line, a search's trials."""
     problems = unsupported(request)
-    if request.runtime is not None and request.runtime.launcher == "ray":
+    if request.on_ray:
         problems.append(
             {
                 "loc": ["runtime", "launcher"],

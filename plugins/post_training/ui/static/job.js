@@ -67,24 +67,24 @@ function actions(job) {
     job.may_clone
       ? h("a", { class: "button", href: `new?${new URLSearchParams({ clone: job.job_uuid })}` }, "Clone")
       : null,
-    job.may_retry ? h("button", { type: "button", onclick: (event) => retry(event.target, job) }, "Retry") : null,
+    job.may_retry ? h("button", { type: "button", onclick: (event) => retry(event, job) }, "Retry") : null,
     job.may_cancel
-      ? h("button", { type: "button", class: "danger", onclick: (event) => cancel(event.target, job) }, "Cancel job")
+      ? h("button", { type: "button", class: "danger", onclick: (event) => cancel(event, job) }, "Cancel job")
       : null,
   ];
 }
 
-async function cancel(button, job) {
+async function cancel({ target }, job) {
   const question = `Cancel ${job.job_uuid}? Its checkpoints so far are kept.`;
   if (!(await confirmed(question, "Cancel job"))) return;
-  await attempt(button, () => postJson("../v1/post-training/job/cancel", { job_uuid: job.job_uuid }));
+  await attempt(target, () => postJson("../v1/post-training/job/cancel", { job_uuid: job.job_uuid }));
 }
 
 /** Clear the job's tasks by Airflow's own API: the same job goes on from its newest checkpoint. */
-async function retry(button, job) {
+async function retry({ target }, job) {
   const path = `../../api/v2/dags/${encodeURIComponent(job.dag_id)}/clearTaskInstances`;
   const requested = job.job_uuid === job.run_id;
-  await attempt(button, () =>
+  await attempt(target, () =>
     postJson(path, {
       dry_run: false,
       dag_run_id: job.run_id,

@@ -12,6 +12,7 @@ from lightning_modules.process import (
     EXIT_COMPLETED,
     EXIT_FAILED,
     describe,
+    importing,
     is_permanent,
     log_plainly,
     quieten_libraries,
@@ -38,10 +39,11 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(spec: EvaluationSpec) -> EvaluationResult:
     log_plainly()
     # Seconds of imports: a spec that cannot be read must not wait for them.
-    from mlflow import MlflowClient  # noqa: PLC0415
+    with importing():
+        from mlflow import MlflowClient  # noqa: PLC0415
 
-    from lightning_modules.evaluation import evaluate  # noqa: PLC0415
-    from lightning_modules.evaluation_report import record_report, write_report  # noqa: PLC0415
+        from lightning_modules.evaluation import evaluate  # noqa: PLC0415
+        from lightning_modules.evaluation_report import record_report, write_report  # noqa: PLC0415
 
     quieten_libraries()
     started = time.monotonic()

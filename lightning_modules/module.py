@@ -109,7 +109,7 @@ class PostTraining(pl.LightningModule):
         self._validation = Means()
         self._window_tokens = 0
         self._window_seconds = 0.0
-        self._trained_seconds = 0.0
+        self._first_began = 0.0
         self._trained_steps = 0
 
     @property
@@ -134,6 +134,8 @@ class PostTraining(pl.LightningModule):
         :raises DivergenceError: if the loss is no longer a finite number.
         """
         started = time.perf_counter()
+        if not self._trained_steps:
+            self._first_began = started
         own = [float(sum(micro[name] for micro in batch)) for name in ("units", "tokens")]
         units, tokens = map(round, self.ranks.sums(own))
         step = Means()
@@ -203,12 +205,12 @@ class PostTraining(pl.LightningModule):
             self._window.add(name, total, count)
         self._window_tokens += tokens
         self._window_seconds += seconds
-        self._trained_seconds += seconds
         self._trained_steps += 1
 
     def _log_training(self, norm: float) -> None:
         """Log the metrics since the last point; the gradient norm is that of the newest step."""
         left = self.steps_total - self.optimizer_steps
+        seconds_a_step = (time.perf_counter() - self._first_began) / self._trained_steps  # with validations
         self.log_metrics(
             {
                 **{name: mean for name, mean in self._window.all().items() if name != NLL},
@@ -219,7 +221,7 @@ class PostTraining(pl.LightningModule):
                 names.METRIC_TOKENS_SEEN: float(self.tokens_seen),
                 names.METRIC_EPOCH: self.optimizer_steps / self.steps_per_epoch,
                 names.METRIC_PROGRESS: self.optimizer_steps / self.steps_total,
-                names.METRIC_SECONDS_LEFT: left * self._trained_seconds / self._trained_steps,
+                names.METRIC_SECONDS_LEFT: left * seconds_a_step,
             }
         )
         self._window = Means()

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from lightning_modules.process import importing
 from lightning_modules.spool import Spool
 from lightning_modules.tables import write_table
 from post_training.errors import InputsChangedError
@@ -249,7 +250,8 @@ def open_record(spec: TrainerSpec, *, close_timeout: float = CLOSE_TIMEOUT) -> J
         return LocalRecord(Spool(file, run_id=None), spec.request.job_uuid)
     for name, value in HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
-    from lightning_modules.mlflow_record import open_mlflow_record  # noqa: PLC0415 - a second of imports
+    with importing():
+        from lightning_modules.mlflow_record import open_mlflow_record  # noqa: PLC0415 - a second of imports
 
     return open_mlflow_record(spec, file, close_timeout=close_timeout)
 

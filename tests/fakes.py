@@ -13,7 +13,7 @@ from post_training.airflow_runs import JobFilter, JobTask, Progress, RunExistsEr
 from post_training.dataset_records import DatasetFile, DatasetVersion, NewVersion
 from post_training.errors import RecordUnavailableError
 from post_training.job_ids import TaskKey, job_uuid_of
-from post_training.run_reader import Curve
+from post_training.run_reader import MAX_RUNS, Curve
 from post_training.schemas.jobs import Checkpoint
 from post_training.tracking import JobRun, TrackingServer, precedence
 
@@ -223,11 +223,12 @@ class FakeReader:
 
     def of_dag(self, dag_id: str, since: datetime, until: datetime) -> list[JobRun]:
         self._called(f"of_dag {dag_id}")
-        return [
+        found = [
             run
             for run in self.tracking.runs.values()
             if run.tags.get("airflow.dag_id") == dag_id and since <= run.created_at <= until
         ]
+        return found[-MAX_RUNS:]
 
     def curves(self, run_ids: Sequence[str], metric: str, points: int) -> dict[str, Curve]:
         self._called(f"curves {metric}")

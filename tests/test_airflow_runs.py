@@ -247,14 +247,24 @@ def test_a_page_is_of_one_dag_run(runs: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["NEEDLE-1", "needle-1", "supervised_fine_tune.needle-1", "org/Größe", 'a "quoted" 100%_']
+    "text", ["NEEDLE-1", "needle-1", "org/Größe", "größe", 'a "quoted" 100%_', "needles.jsonl", "qat"]
 )
 def test_a_text_is_found_in_id_and_conf(runs: Any, text: str) -> None:
     if runs.find("needle-1") is None:
         conf = {**CONF, "model": "org/Größe", "checkpoint_dir": 'a "quoted" 100%_'}
+        conf |= {"training_config.data_config.dataset_id": "needles.jsonl", "algorithm_config.type": "QAT"}
         runs.trigger("supervised_fine_tune", "needle-1", conf, None)
         runs.trigger("supervised_fine_tune", "hay", {**CONF, "checkpoint_dir": 'a "quoted" 1000'}, None)
     assert page_of(runs, "supervised_fine_tune", text=text) == (["needle-1"], 1)
+
+
+@pytest.mark.parametrize("text", ["dataset_id", "fine_tune", "rank"])
+def test_the_names_of_dags_tasks_and_fields_find_no_request(runs: Any, text: str) -> None:
+    if runs.find("hidden-1") is None:
+        conf = {**CONF, "training_config.data_config.dataset_id": "rows.jsonl"}
+        runs.trigger("supervised_fine_tune", "hidden-1", conf, None)
+    assert page_of(runs, "supervised_fine_tune", text=text) == ([], 0)
+    assert page_of(runs, "supervised_fine_tune", text="hidden")[1] == 1
 
 
 def test_jobs_are_found_by_their_state(runs: Any) -> None:

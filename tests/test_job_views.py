@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from post_training.errors import JobNotFoundError, RecordUnavailableError
-from post_training.job_ids import TaskKey
+from post_training.job_ids import TaskKey, job_uuid_of
 from post_training.job_views import CHARTED, JobViews, algorithm_of
 from post_training.jobs import JobService
 from post_training.schemas.jobs import JobStatus
@@ -85,6 +85,23 @@ def test_a_stage_of_another_dag_is_found_by_one_call_for_its_dag(shown: Shown) -
     row = shown.row("nightly.night.1.sft")
     assert (row.method, row.algorithm, row.model) == ("preference_optimize", "DPO", "m")
     assert shown.tracking.calls == ["by_id", "of_dag nightly"]
+
+
+def test_a_job_older_than_the_newest_hundred_of_its_dag_is_found(shown: Shown) -> None:
+    for number in range(101):
+        key = TaskKey("nightly", f"night.{number}", "sft")
+        tags = {
+            "post_training.job_uuid": job_uuid_of(key),
+            "post_training.method": "supervised_fine_tune",
+            "airflow.dag_id": key.dag_id,
+            "airflow.run_id": key.run_id,
+            "airflow.task_id": key.task_id,
+            "airflow.map_index": "-1",
+        }
+        shown.tracking.create_run(name="", experiment=None, tags=tags, params={"model": "m"}, request={})
+    for number in (0, 100):
+        shown.runs.add(task(TaskKey("nightly", f"night.{number}", "sft"), "failed"))
+    assert [row.model for row in shown.views.page(ALL).jobs] == ["m", "m"]
 
 
 def test_without_mlflow_the_list_says_what_airflow_knows_and_what_is_missing(shown: Shown) -> None:

@@ -32,7 +32,7 @@ from airflow.utils.log.log_reader import TaskLogReader
 from airflow.utils.session import create_session
 from airflow.utils.state import State, TaskInstanceState
 from airflow.utils.types import DagRunTriggeredByType
-from sqlalchemy import ColumnElement, String, Text, and_, case, cast, exists, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, String, and_, case, cast, exists, func, or_, select, tuple_
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, joinedload
@@ -64,6 +64,18 @@ STOP_EVENT = "stop_training_job"
 """In Airflow's audit log: somebody ended an attempt at a job. Airflow's own entries do not say which attempt
 they meant, and it has none of changes in bulk."""
 
+
+SEARCHED = (
+    "model",
+    "finetuned_model",
+    "training_config.data_config.dataset_id",
+    "training_config.data_config.validation_dataset_id",
+    "algorithm_config.type",
+    "algorithm_config.loss_type",
+    "checkpoint_dir",
+)
+"""What a text is looked for in beside a job's id: paths of a submitted request. In all of it each field's own
+name would be found too, in every job."""
 
 _IS_A_JOB = and_(
     TaskInstance.custom_operator_name.in_(TRAINING_OPERATORS),
@@ -137,7 +149,7 @@ class JobFilter:
 
     :param dag_ids: the DAGs whose jobs may be shown.
     :param status: as Airflow knows it; where a record says more, a job may be shown with another one.
-    :param text: stands in the job's id or its DAG run's conf, whatever the case of letters; empty is any.
+    :param text: stands in the job's id or one of ``SEARCHED``, whatever the case of letters; empty is any.
     :param run_id: of one DAG run; None is any.
     """
 
@@ -440,13 +452,16 @@ def _was_stopped() -> ColumnElement[bool]:
 
 
 def _mentions(text: str) -> ColumnElement[bool]:
-    """Match jobs whose id or conf holds a text; databases keep JSON with or without escaped letters."""
+    """Match jobs whose id, algorithm, model or data holds a text."""
     place = TaskInstance.dag_id + "." + TaskInstance.run_id + "." + TaskInstance.task_id
     number = "." + cast(TaskInstance.map_index, String)
-    job_uuid = place + case((TaskInstance.map_index >= 0, number), else_="")
-    conf = cast(DagRun.conf, Text)
-    in_conf = (conf.icontains(part, autoescape=True) for part in {text, json.dumps(text)[1:-1]})
-    return or_(job_uuid.icontains(text, autoescape=True), *in_conf)
+    job_uuid = case(
+        (TaskInstance.dag_id.in_(REQUEST_DAGS), TaskInstance.run_id),
+        (TaskInstance.map_index >= 0, place + number),
+        else_=place,
+    )
+    values = (DagRun.conf[name].as_string() for name in SEARCHED)
+    return or_(*(value.icontains(text, autoescape=True) for value in (job_uuid, *values)))
 
 
 def _stop_entry(key: TaskKey, attempt_id: str, user_name: str) -> Log:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -89,7 +89,7 @@ class JobViews:
         """Return some of the jobs that the caller may see, newest first.
 
         :param status: as Airflow knows it.
-        :param text: stands in the job's id or request.
+        :param text: stands in the job's id, algorithm, model or data, as it was submitted.
         :param dag_id: of this DAG alone.
         :param run_id: of this DAG run alone.
         """
@@ -118,8 +118,15 @@ class JobViews:
         missing = [task for task in tasks if task.key not in records and task.attempt > 0]
         for dag_id in {task.key.dag_id for task in missing}:
             of_dag = [task for task in missing if task.key.dag_id == dag_id]
-            records = _by_task(reader.of_dag(dag_id, *_span(of_dag))) | records
+            found = reader.of_dag(dag_id, *_span(of_dag))
+            records = _by_task(found) | records
+            if len(found) == MAX_RUNS:  # the DAG may have more runs of that time
+                records |= self._one_by_one(task for task in of_dag if task.key not in records)
         return records
+
+    def _one_by_one(self, tasks: Iterable[JobTask]) -> dict[TaskKey, JobRun]:
+        tracking = self._tracking()
+        return {task.key: run for task in tasks if (run := tracking.find(task.job_uuid)) is not None}
 
     def _sparklines(self, runs: Collection[JobRun]) -> dict[str, list[float]]:
         """Return the training losses of the runs that have one, in one call."""

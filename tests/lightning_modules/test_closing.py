@@ -21,6 +21,7 @@ from lightning_modules.generation import answers, prompt_ids
 from lightning_modules.job import prepare_job
 from lightning_modules.module import StopRequestedError
 from lightning_modules.record import open_record
+from post_training.errors import DivergenceError
 from post_training.schemas.trainer import TrackingTarget, TrainerSpec
 from tests.lightning_modules.recorded import begun, points, read_table, retried, table_of
 from tests.lightning_modules.tiny import PAIRS, ROWS
@@ -156,6 +157,24 @@ def test_a_flavor_that_cannot_be_written_fails_no_job(
     record.close()
     assert not (Path(checkpoint.path) / "MLmodel").exists()
     assert "MLflow's loader will not know the checkpoint: no such library" in caplog.messages
+
+
+def test_a_job_that_fails_has_pictures_and_one_that_is_stopped_has_none(
+    make_spec: SpecMaker, tmp_path: Path, drawn: dict[str, Any]
+) -> None:
+    spec = make_spec(work_dir=tmp_path / "stopped")
+    cut = prepare_job(spec, open_record(spec), should_stop=lambda: cut.module.optimizer_steps >= 2)
+    with pytest.raises(StopRequestedError):
+        cut.run()
+    assert not drawn
+    optimizer = {"optimizer_type": "sgd", "lr": 1e30, "weight_decay": 0.0, "num_warmup_steps": 0}
+    spec = make_spec(training={"optimizer_config": optimizer}, work_dir=tmp_path / "diverged")
+    with pytest.raises(DivergenceError):
+        prepare_job(spec, open_record(spec)).run()
+    assert drawn.keys() == OF_ALL
+    steps, losses = curve(drawn["loss.png"])
+    assert steps[0] == 1
+    assert len(losses) < 5
 
 
 def test_a_state_of_the_release_before_is_gone_on_from(make_spec: SpecMaker) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from lightning_modules import module
 from lightning_modules.data.batches import Arrangement, collate
 from lightning_modules.data.packing import pack
 from lightning_modules.data.tokenize import Example
@@ -245,6 +247,19 @@ def test_activation_checkpointing_changes_nothing_but_memory(
         losses.append(read_metrics(spec.work_dir, "train_loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_the_time_left_counts_what_lies_between_the_steps(
+    make_spec: Any, run: Run, read_metrics: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step takes a second, and what follows it, such as a validation, another nine."""
+    now = iter(float(second) for ten in range(0, 100, 10) for second in (ten, ten + 1, ten + 1))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    spec = make_spec(training={"n_epochs": 1})
+    run(spec)
+    # After k of 5 steps the clock says 10 k - 9.
+    expected = [(5 - k) * (10 * k - 9) / k for k in range(1, 6)]
+    assert read_metrics(spec.work_dir, "seconds_left") == pytest.approx(expected)
 
 
 def test_metrics_and_their_steps(make_spec: Any, run: Run, read_metrics: Any) -> None:

@@ -119,6 +119,20 @@ def test_without_mlflow_the_list_says_what_airflow_knows_and_what_is_missing(sho
     )
 
 
+def test_without_mlflow_a_job_says_what_airflow_knows_and_can_be_cancelled(shown: Shown) -> None:
+    shown.submit("job-1", "running", train_loss=1.5)
+    shown.submit("job-2", "failed")
+    shown.tracking.down = True
+    job = shown.views.job("job-1", ALL)
+    assert (job.status, job.model, job.params["model"]) == (JobStatus.in_progress, "org/model", "org/model")
+    assert (job.may_cancel, job.may_retry, job.may_clone, job.may_read_logs) == (True, False, True, True)
+    assert (job.mlflow_url, job.checkpoints, job.metrics) == (None, [], {})
+    assert shown.views.job("job-2", ALL).may_retry
+    for unknown, access in (("job-3", ALL), ("job-1", FakeAccess(read=False))):
+        with pytest.raises(RecordUnavailableError):
+            shown.views.job(unknown, access)
+
+
 def test_without_airflow_there_is_no_list(shown: Shown) -> None:
     shown.runs.down = True
     with pytest.raises(RecordUnavailableError):

@@ -123,7 +123,8 @@ def fetch_newest_state(
     """
     file = spec.work_dir / RESUME_FILE
     here = readable_step(file)
-    if not spec.begun:
+    several_nodes = spec.request.runtime is not None and spec.request.runtime.num_nodes > 1
+    if not spec.begun and not several_nodes:  # the one with the state may have been lost, unknown to the rest
         return
     step = record.restore_state(file, step=here, inputs=inputs.digest, give_up=give_up)
     if step is not None:

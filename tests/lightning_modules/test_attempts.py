@@ -116,6 +116,12 @@ def test_the_record_is_asked_for_what_is_newer_than_the_folder_s(step: int | Non
     assert record.steps == [step]
 
 
+def test_the_record_is_asked_by_nodes_of_which_one_may_have_been_lost(make_spec: Any) -> None:
+    spec, record = make_spec(runtime={"num_nodes": 2}), Asked()
+    fetch_newest_state(spec, Inputs.of(spec, ["base"], ["a"]), record, lambda: False)  # type: ignore[arg-type]
+    assert record.steps == [None]
+
+
 @pytest.mark.parametrize("kept_bytes", [0, 100, -100])
 def test_the_record_is_asked_for_its_state_where_the_folder_s_cannot_be_read(
     kept_bytes: int, make_spec: Any, caplog: pytest.LogCaptureFixture

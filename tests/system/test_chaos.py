@@ -17,12 +17,12 @@ STRIKES = ("trainer", "scheduler", "mlflow", "airflow")
 
 def test_jobs_outlive_the_death_of_everything_around_them(tmp_path: Path) -> None:
     options = Options(
-        jobs=4,
+        jobs=3,
         kills=len(STRIKES),
         seed=8,
         parallel=2,
         every=6.0,
-        cancelled=0.25,
+        cancelled=1 / 3,
         steps=24,
         missed_after=30,
         only=STRIKES,
@@ -32,4 +32,4 @@ def test_jobs_outlive_the_death_of_everything_around_them(tmp_path: Path) -> Non
     assert faults(found) == []
     assert set(found["kills"]) == set(STRIKES)
     ends = sorted(job["status"] for job in found["jobs"].values())
-    assert ends == ["cancelled", *["completed"] * 3]
+    assert ends == ["cancelled", "completed", "completed"]

@@ -56,10 +56,14 @@ def test_nobody_enters_without_a_token(
     assert (answer.status_code, answer.json()) == (401, {"detail": "Not authenticated"})
 
 
-@pytest.mark.parametrize("path", ["/openapi.json", "/docs"])
-def test_the_description_is_behind_the_same_door(deployment: Deployment, path: str) -> None:
-    assert deployment.client("nobody").get(path).status_code == 401
-    assert deployment.client("viewer").get(path).status_code == 200
+def test_the_description_is_behind_the_same_door(deployment: Deployment) -> None:
+    assert deployment.client("nobody").get("/openapi.json").status_code == 401
+    assert deployment.client("viewer").get("/openapi.json").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_no_page_loads_its_scripts_from_elsewhere(deployment: Deployment, path: str) -> None:
+    assert deployment.client("viewer").get(path).status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from post_training.errors import InvalidRequestError
 from post_training.job_form import form_of, request_of, values_of
-from post_training.schemas.flat import flatten, leaves
+from post_training.schemas.flat import DEPLOYMENTS, flatten, leaves
 from post_training.schemas.requests import REQUESTS
 from post_training.schemas.views import Form, FormSubmit
 from tests.requests_of import dpo_body, sft_body
@@ -96,3 +96,25 @@ def test_what_an_earlier_version_recorded_is_shown_as_far_as_it_fits() -> None:
     fields = {field.path: field.value for field in form_of("supervised_fine_tune", values).fields}
     assert fields["algorithm_config.rank"] == 4
     assert "gone" not in fields
+
+
+def test_a_clone_of_an_earlier_version_s_full_fine_tuning_is_no_lora() -> None:
+    body = sft_body(algorithm_config=None, gone=1, training_config__n_epochs=3)
+    form = form_of("supervised_fine_tune", values_of("supervised_fine_tune", body))
+    fields = {field.path: field.value for field in form.fields}
+    assert fields["runtime.adapter.type"] == DEPLOYMENTS
+    assert fields["training_config.max_validation_steps"] is None
+    request = request_of(filled(form))
+    assert request.adapters is None
+    assert request.training_config.n_epochs == 3
+
+
+def test_a_clone_without_adapters_of_the_deployment_stays_so() -> None:
+    body = sft_body(algorithm_config=None, gone=1, runtime={"adapter": None})
+    assert values_of("supervised_fine_tune", body)["runtime.adapter.type"] is None
+
+
+def test_a_run_that_was_triggered_with_a_part_of_the_fields_had_the_defaults_of_the_others() -> None:
+    values = values_of("supervised_fine_tune", {"training_config.n_epochs": 3})
+    fields = {field.path: field.value for field in form_of("supervised_fine_tune", values).fields}
+    assert (fields["training_config.n_epochs"], fields["algorithm_config.type"]) == (3, "LoRA")

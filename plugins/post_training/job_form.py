@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from airflow.sdk import Param
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from post_training.errors import InvalidRequestError
 from post_training.operators.params import request_params
 from post_training.operators.request import build_request
-from post_training.schemas.flat import Leaf, flatten, leaves
+from post_training.schemas.flat import Leaf, flatten, flatten_body, leaves
 from post_training.schemas.requests import REQUESTS, AnyTrainingRequest
 from post_training.schemas.rlhf import read_request
 from post_training.schemas.views import Form, FormField, FormSubmit
@@ -55,21 +55,16 @@ def _field(leaf: Leaf, param: Param, values: Mapping[str, Any]) -> FormField:
 def values_of(method: str, request: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job's request as the form shows it.
 
-    :param request: with dotted keys, as it is, or nested.
+    :param request: with dotted keys, as it is, of which Airflow takes those that are missing from the form's
+        defaults; or nested, where what is missing was not asked for.
     """
-    if any("." in name for name in request):
-        return {path: value for path, value in request.items() if path in leaves(REQUESTS[method])}
+    model = REQUESTS[method]
+    if not request or any("." in name for name in request):
+        return {path: value for path, value in request.items() if path in leaves(model)}
     try:
         return flatten(read_request(method, dict(request)))
     except ValidationError:  # an earlier version's request, of which the form can show what still fits
-        return dict(_leaves_in(request, ""))
-
-
-def _leaves_in(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _leaves_in(item, f"{prefix}{name}.")
-        yield f"{prefix}{name}", item
+        return flatten_body(model, request)
 
 
 def request_of(submit: FormSubmit) -> AnyTrainingRequest:

@@ -140,12 +140,17 @@ def flatten(request: AnyTrainingRequest) -> dict[str, Any]:
     body = request.model_dump(mode="json")
     said = request.runtime.model_fields_set if request.runtime is not None else set()
     body["runtime"] = {name: value for name, value in (body["runtime"] or {}).items() if name in said}
-    return {path: _flat_value(body, leaf) for path, leaf in leaves(type(request)).items()}
+    return flatten_body(type(request), body)
 
 
-def _flat_value(body: dict[str, Any], leaf: Leaf) -> Any:
+def flatten_body(model: type[BaseModel], body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested body, which may break rules, with every leaf present; what has no leaf is left out."""
+    return {path: _flat_value(body, leaf) for path, leaf in leaves(model).items()}
+
+
+def _flat_value(body: Mapping[str, Any], leaf: Leaf) -> Any:
     *groups, _ = keys = leaf.path.split(".")
-    if leaf.may_be_the_deployments and groups[-1] not in at(body, groups[:-1]):
+    if leaf.may_be_the_deployments and groups[-1] not in (at(body, groups[:-1]) or {}):
         return DEPLOYMENTS
     return at(body, keys)
 

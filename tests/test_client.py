@@ -141,7 +141,7 @@ AS_JSON = {"content-type": "application/json"}
         ({"login": LOGIN, "api": httpx.Response(502, headers=AS_JSON)}, RecordUnavailableError),
         ({"login": LOGIN, "api": httpx.Response(502, text="<html>")}, RecordUnavailableError),
         ({"login": LOGIN, "api": httpx.Response(403, content=b"\xff", headers=AS_JSON)}, ForbiddenError),
-        ({"login": LOGIN, "api": httpx.Response(404, headers=AS_JSON)}, JobNotFoundError),
+        ({"login": LOGIN, "api": httpx.Response(404, headers=AS_JSON)}, RecordUnavailableError),
     ],
 )
 def test_an_answer_without_json_is_an_error_of_the_tree(
@@ -149,6 +149,20 @@ def test_an_answer_without_json_is_an_error_of_the_tree(
 ) -> None:
     with pytest.raises(error):
         answering(**answers).job_status("job-1")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(404, text="<html>"),
+        httpx.Response(404, json={"detail": "Not Found"}),
+        httpx.Response(404, json={"detail": "no post-training job 'another'"}),
+    ],
+)
+def test_only_our_api_knows_that_there_is_no_such_job(answer: httpx.Response) -> None:
+    with pytest.raises(RecordUnavailableError) as told:
+        answering(login=LOGIN, api=answer).job_status("job-1")
+    assert str(told.value).startswith(f"{URL}/v1alpha/post-training/job/status answers 404: ")
 
 
 def test_it_logs_in_once_and_anew_when_the_token_is_too_old() -> None:

@@ -289,10 +289,19 @@ def _error(answer: httpx.Response, job_uuid: str) -> PostTrainingError:
     except ValueError:  # a proxy's page
         body = {}
     detail: Any = body.get("detail", answer.reason_phrase) if isinstance(body, Mapping) else answer.text
-    if answer.status_code == 404 and job_uuid:
-        return JobNotFoundError(job_uuid)
+    if answer.status_code == 404:
+        return _not_found(answer.url, detail, job_uuid)
     if answer.status_code == 400 and isinstance(detail, Mapping) and "errors" in detail:
         return InvalidRequestError(detail["errors"])
     if answer.status_code in _ERRORS:
         return _ERRORS[answer.status_code](str(detail))
     return RecordUnavailableError(f"the post-training API answers {answer.status_code}: {detail}")
+
+
+def _not_found(url: httpx.URL, detail: Any, job_uuid: str) -> PostTrainingError:
+    """Tell an unknown job from an address at which no API of ours is: that one has no such sentence."""
+    unknown = JobNotFoundError(job_uuid)
+    if detail == str(unknown):
+        return unknown
+    where = url.copy_with(query=None)
+    return RecordUnavailableError(f"{where} answers 404: {detail}; is it the post-training API's?")

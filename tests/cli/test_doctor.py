@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -15,15 +16,16 @@ import pytest
 from post_training.cli import doctor
 from post_training.cli.deployment import Options
 from post_training.cli.doctor import Check
-from tests.cli.conftest import HEALTHY, Airflow, Cli
+from tests.cli.conftest import Airflow, Cli
 from tests.mlflow_server import MLflowServer
 
 GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask an interpreter for devices that answers at once."""
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ask an interpreter for devices that answers at once; on a machine without Airflow."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(doctor, "_PROBE", "print('[[\"H100\", 85899345920]]')")
     for name in [name for name in os.environ if name.startswith("AIRFLOW_")]:
         monkeypatch.delenv(name)
@@ -65,18 +67,26 @@ def test_a_failure_is_the_exit_code(cli: Cli) -> None:
     assert "does not answer" in check.found
 
 
-def test_a_wrong_login_and_an_unhealthy_scheduler_are_told_with_their_remedy(airflow: Airflow) -> None:
-    airflow.health = {**HEALTHY, "dag_processor": {"status": "unhealthy"}, "triggerer": {"status": None}}
+def test_a_wrong_login_and_unhealthy_servers_are_told_with_their_remedy(airflow: Airflow) -> None:
+    states = {
+        "metadatabase": "unhealthy",
+        "scheduler": "unhealthy",
+        "dag_processor": None,
+        "triggerer": None,
+        "another": "healthy",
+    }
+    airflow.health = {name: {"status": state} for name, state in states.items()}
     checks = list(doctor.api(Options(airflow.url, "wrong")))
     assert (checks[0].state, checks[0].remedy) == (
         "failure",
         "set POST_TRAINING_TOKEN, or POST_TRAINING_USER and POST_TRAINING_PASSWORD",
     )
     assert [(check.state, check.found, check.remedy) for check in checks[1:]] == [
-        ("ok", "metadatabase is healthy", None),
-        ("ok", "scheduler is healthy", None),
-        ("failure", "dag_processor is unhealthy", "start it: airflow dag-processor"),
-        ("ok", "triggerer is not used", None),
+        ("failure", "metadatabase is unhealthy", "airflow db check, on the api-server's machine"),
+        ("failure", "scheduler is unhealthy", "start it: airflow scheduler"),
+        ("failure", "dag_processor has never run", "start it: airflow dag-processor"),
+        ("warning", "triggerer has never run", "start it: airflow triggerer"),
+        ("ok", "another is healthy", None),
     ]
 
 
@@ -163,6 +173,20 @@ def test_airflows_own_settings_are_read_where_there_are_some(
     monkeypatch.setenv("AIRFLOW__POST_TRAINING__TRAINER_PYTHON", "/opt/python")
     place = doctor.place_of(Options(), None, os.environ)
     assert (place.allowed_roots, place.home, place.python) == ((folder,), folder / "home", "/opt/python")
+
+
+def test_airflows_file_in_its_default_home_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "airflow" / "airflow.cfg"
+    file.parent.mkdir()
+    file.write_text(f"[post_training]\nallowed_roots = {tmp_path}\n")
+    program = (
+        "import os\n"
+        "from post_training.cli.doctor import Options, connections, place_of\n"
+        "place = place_of(Options(), None, os.environ)\n"
+        "print(*place.allowed_roots, *(check.state for check in connections(place.connections)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [f"{tmp_path} warning warning"], done.stderr
 
 
 def test_a_setting_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,9 @@ DISTRIBUTION = "airflow-provider-post-training"
 SHOWN = ("apache-airflow-core", "mlflow-skinny", "torch", "lightning", "transformers", "peft")
 """Distributions whose versions are told where they are installed."""
 
+AIRFLOW_CONFIG = Path("airflow", "airflow.cfg")
+"""Below the user's home: what Airflow reads where ``AIRFLOW_HOME`` names no other folder."""
+
 LITTLE_DISK, NO_DISK = 10 * 2**30, 2**30
 """Bytes: below the first a checkpoint of a larger model may not fit, below the second hardly any does."""
 
@@ -128,13 +131,19 @@ def place_of(options: Options, tracking_uri: str | None, environment: Mapping[st
     if servers is not None:
         layout = servers.layout
         return Place(layout.home, layout.allowed_roots, sys.executable, tracking_uri or layout.mlflow_url)
-    if any(name.startswith("AIRFLOW_") for name in environment):
+    if _has_airflow(environment):
         from post_training.settings import load_settings  # noqa: PLC0415 - it imports Airflow
 
         settings = load_settings()
         ids = Connections(settings.mlflow_conn_id, settings.post_training_conn_id)
         return Place(settings.home, settings.allowed_roots, settings.trainer_python, tracking_uri, ids)
     return Place(Path.cwd(), None, sys.executable, tracking_uri)
+
+
+def _has_airflow(environment: Mapping[str, str]) -> bool:
+    """Whether Airflow is told something here, by a variable or by the file of its default home."""
+    file = Path(environment["HOME"], AIRFLOW_CONFIG) if environment.get("HOME") else None
+    return any(name.startswith("AIRFLOW_") for name in environment) or (file is not None and file.is_file())
 
 
 def versions() -> Iterator[Check]:
@@ -282,13 +291,22 @@ def _airflow(url: str) -> Iterator[Check]:
         yield Check("Airflow", "failure", f"{url}: {error}", "start the api-server")
         return
     for name, part in parts.items():
-        health = part.get("status") or "not used"
-        if health == "unhealthy":
-            yield Check(
-                "Airflow", "failure", f"{name} is unhealthy", f"start it: airflow {name.replace('_', '-')}"
-            )
-        else:
-            yield Check("Airflow", "ok", f"{name} is {health}")
+        yield _component(name, part.get("status"))
+
+
+def _component(name: str, health: str | None) -> Check:
+    """Say how one of Airflow's components is.
+
+    :param health: None of one that has never run.
+    """
+    if health == "healthy":
+        return Check("Airflow", "ok", f"{name} is healthy")
+    found = f"{name} {'has never run' if health is None else f'is {health}'}"
+    if name == "metadatabase":
+        return Check("Airflow", "failure", found, "airflow db check, on the api-server's machine")
+    never_needed = name == "triggerer" and health is None  # only tasks that are deferred wait for it
+    remedy = f"start it: airflow {name.replace('_', '-')}"
+    return Check("Airflow", "warning" if never_needed else "failure", found, remedy)
 
 
 def connections(ids: Connections) -> Iterator[Check]:

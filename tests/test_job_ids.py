@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 
-from post_training.job_ids import TaskKey, candidate_keys, job_uuid_of, request_dag
-from post_training.schemas.requests import REQUESTS
+from post_training.job_ids import TaskKey, candidate_keys, job_uuid_of, new_job_uuid, request_dag
+from post_training.schemas.requests import REQUESTS, check_job_uuid
 
 
 @pytest.mark.parametrize("method", REQUESTS)
@@ -53,3 +55,10 @@ def test_only_an_index_as_the_id_writes_it_is_one(index: str, map_indexes: set[i
 def test_only_known_dags_are_looked_at_and_the_work_grows_with_the_length() -> None:
     assert list(candidate_keys("nightly.run.sft", {"other", "supervised_fine_tune"})) == []
     assert len(list(candidate_keys("d." + ".".join("1" * 400), {"d"}))) < 900
+
+
+def test_two_jobs_of_one_second_have_ids_of_their_own() -> None:
+    first, second = (new_job_uuid("lora", datetime(2026, 11, 29, 8)) for _ in range(2))
+    assert first != second
+    assert first.startswith("lora-20261129-080000-")
+    assert check_job_uuid(first) == first

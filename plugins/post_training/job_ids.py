@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
 from post_training.schemas.record import REQUEST_TASK_ID
 from post_training.schemas.requests import REQUESTS
@@ -47,6 +49,11 @@ def trials_task_id(task_id: str) -> str:
 
 def _prefix(task_id: str) -> str:
     return "" if task_id == REQUEST_TASK_ID else f"{task_id}_"
+
+
+def new_job_uuid(name: str, time: datetime) -> str:
+    """Return an id for a job that was given none: a second call in the same second is another job."""
+    return f"{name}-{time:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from post_training.cli.exits import ExitCode, exit_code_of, lines_of
+from post_training.cli.exits import ExitCode, exit_code_of, lines_of, object_of
 from post_training.errors import (
     BusyError,
     DatasetNotFoundError,
@@ -59,3 +59,8 @@ def test_a_request_s_errors_are_a_line_each() -> None:
         "request: must be an object",
     ]
     assert lines_of(JobConflictError("it has ended")) == ["error: it has ended"]
+    assert object_of(error) == {
+        "error": "training_config.n_epochs: must be at least 1, got 0; : must be an object",
+        "errors": error.errors,
+    }
+    assert object_of(JobConflictError("it has ended")) == {"error": "it has ended"}

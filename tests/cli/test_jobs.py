@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from post_training.client import PostTrainingClient
 from post_training.errors import RecordUnavailableError
 from post_training.job_ids import TaskKey
 from post_training.record import identity_tags
-from post_training.schemas.jobs import Checkpoint, PostTrainingMetric
+from post_training.schemas.jobs import (
+    Checkpoint,
+    ListPostTrainingJobsResponse,
+    PostTrainingJob,
+    PostTrainingMetric,
+)
 from tests.cli.conftest import Airflow, Cli, write_request
 from tests.fakes import NOW, task
 from tests.requests_of import dpo_body, rlhf_body, sft_body
@@ -53,9 +59,10 @@ def test_a_file_s_request_is_submitted(
 
 def test_a_job_that_has_no_id_gets_one(airflow: Airflow, folder: Path, cli: Cli) -> None:
     file = write_request(folder / "lora.yaml", sft_body(job_uuid=...))
-    assert cli("submit", file).stdout.startswith("lora-20")
+    ids = [cli("submit", file).stdout.strip() for _ in range(2)]
+    assert all(job_uuid.startswith("lora-20") for job_uuid in ids)
     assert cli("submit", file, "--job-uuid", "mine").stdout == "mine\n"
-    assert airflow.runs.triggered[1] == "mine"
+    assert airflow.runs.triggered == [*ids, "mine"]
 
 
 def test_what_is_wrong_is_told_a_line_each_with_its_field(airflow: Airflow, folder: Path, cli: Cli) -> None:
@@ -71,6 +78,18 @@ def test_what_is_wrong_is_told_a_line_each_with_its_field(airflow: Airflow, fold
     assert done.exit_code == 2
     assert done.stderr.startswith(f"{file}:1: cannot be read as YAML: ")
     assert airflow.runs.triggered == []
+
+
+def test_with_json_errors_are_json(folder: Path, cli: Cli) -> None:
+    done = cli("submit", write_request(folder / "request.yaml", sft_body(colour="red")), "--json")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert json.loads(done.stderr) == {
+        "error": "colour: Extra inputs are not permitted",
+        "errors": [{"loc": ["colour"], "msg": "Extra inputs are not permitted", "type": "extra_forbidden"}],
+    }
+    done = cli("status", "--json", "nothing")
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert json.loads(done.stderr) == {"error": "no post-training job 'nothing'"}
 
 
 def test_another_request_of_the_same_id_is_a_conflict(folder: Path, cli: Cli) -> None:
@@ -97,6 +116,18 @@ def test_jobs_are_listed_with_their_statuses(job: Airflow, cli: Cli) -> None:
     assert lines[1].split()[:2] == ["job-1", "in_progress"]
     (found,) = json.loads(cli("list", "--status", "--json").stdout)["data"]
     assert (found["status"], found["checkpoints"][0]["path"]) == ("in_progress", "models:/m-1[x]")
+
+
+def test_a_job_that_is_deleted_meanwhile_is_left_out(
+    job: Airflow, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = ListPostTrainingJobsResponse(
+        data=[PostTrainingJob(job_uuid="deleted"), PostTrainingJob(job_uuid="job-1")]
+    )
+    monkeypatch.setattr(PostTrainingClient, "list_jobs", lambda _: listed)
+    done = cli("list", "--status", "--json")
+    assert done.exit_code == 0
+    assert [found["job_uuid"] for found in json.loads(done.stdout)["data"]] == ["job-1"]
 
 
 def test_a_status_is_shown_with_its_checkpoints(job: Airflow, cli: Cli) -> None:
@@ -133,6 +164,12 @@ def test_a_job_is_cancelled_once(job: Airflow, cli: Cli) -> None:
     assert (done.exit_code, done.stdout) == (0, "job-1 is cancelled; its checkpoints so far are kept.\n")
     assert job.runs.tasks["job-1"].state == "failed"
     assert cli("cancel", "job-1").exit_code == 4
+
+
+def test_a_cancel_is_told_as_json_too(job: Airflow, cli: Cli) -> None:
+    done = cli("cancel", "job-1", "--json")
+    assert json.loads(done.stdout) == {"job_uuid": "job-1", "status": "cancelled"}
+    assert json.loads(cli("status", "job-1", "--json").stdout)["status"] == "cancelled"
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "artifacts", "cancel"])

@@ -127,7 +127,7 @@ def test_down_ends_what_runs(cli: Cli, folder: Path) -> None:
     done = cli("down")
     assert (done.exit_code, done.stdout) == (0, "The servers are stopped.\n")
     assert process.wait(timeout=60) == -signal.SIGTERM
-    done = cli("down")
+    done = cli("down", "--json")
     assert done.exit_code == 5
     assert "no servers run here" in done.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from post_training import __version__
-from post_training.cli.exits import ExitCode, exit_code_of, lines_of
+from post_training.cli.exits import ExitCode, exit_code_of, lines_of, object_of
 from post_training.errors import PostTrainingError
 
 EPILOG = (
@@ -20,8 +21,12 @@ EPILOG = (
 )
 
 
+AS_JSON = "post_training.as_json"
+"""Key of what a command's ``--json`` was, in the data that all contexts of a call share."""
+
+
 class Commands(TyperGroup):
-    """The commands, whose errors end with the exit codes of ``exits``."""
+    """The commands, whose errors end with the exit codes of ``exits``, with ``--json`` as JSON."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command.
@@ -31,16 +36,25 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PostTrainingError as error:
-            for line in lines_of(error):
-                typer.echo(line, err=True)
+            _tell(error, as_json=ctx.meta.get(AS_JSON, False))
             raise typer.Exit(exit_code_of(error)) from None
         except KeyboardInterrupt:
             raise typer.Exit(ExitCode.INTERRUPTED) from None
         except BrokenPipeError:  # typer's own way to end it, which is silent
             raise
         except OSError as error:
-            typer.echo(f"error: {error}", err=True)
+            _tell(error, as_json=ctx.meta.get(AS_JSON, False))
             raise typer.Exit(ExitCode.FAILED) from None
+
+
+def _tell(error: Exception, *, as_json: bool) -> None:
+    for line in [json.dumps(object_of(error))] if as_json else lines_of(error):
+        typer.echo(line, err=True)
+
+
+def _remember_json(ctx: typer.Context, given: bool) -> bool:
+    ctx.meta[AS_JSON] = given
+    return given
 
 
 app = typer.Typer(
@@ -61,7 +75,9 @@ RequestArgument = Annotated[
     ),
 ]
 JobUuidOption = Annotated[str | None, typer.Option("--job-uuid", help="The job's id, instead of the file's.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", callback=_remember_json, help="Print JSON, of errors too.")
+]
 UrlOption = Annotated[
     str | None,
     typer.Option(
@@ -139,11 +155,11 @@ def up(
 
 
 @app.command()
-def down(home: HomeOption = None) -> None:
+def down(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """End the servers that `up` left running."""
     from post_training.cli.servers import down
 
-    down(home)
+    down(home, as_json=as_json)
 
 
 @app.command()
@@ -250,12 +266,16 @@ def logs(
 
 @app.command()
 def cancel(
-    job: JobArgument, url: UrlOption = None, token: TokenOption = None, home: HomeOption = None
+    job: JobArgument,
+    url: UrlOption = None,
+    token: TokenOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Stop a job; its checkpoints so far are kept."""
     from post_training.cli import jobs
 
-    jobs.cancel(_api(url, token, home), job)
+    jobs.cancel(_api(url, token, home), job, as_json=as_json)
 
 
 @app.command()

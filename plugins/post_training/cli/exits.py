@@ -18,6 +18,7 @@ code  meaning
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 from post_training.errors import (
     BusyError,
@@ -62,8 +63,14 @@ def exit_code_of(error: PostTrainingError) -> ExitCode:
     return _CODES.get(type(error), ExitCode.FAILED)
 
 
-def lines_of(error: PostTrainingError) -> list[str]:
+def lines_of(error: Exception) -> list[str]:
     """Return what is said of an error: of a request one line for each broken rule."""
     if not isinstance(error, InvalidRequestError):
         return [f"error: {error}"]
     return [f"{'.'.join(map(str, detail['loc'])) or 'request'}: {detail['msg']}" for detail in error.errors]
+
+
+def object_of(error: Exception) -> dict[str, Any]:
+    """Return what is said of an error as JSON: a sentence, and of a request its broken rules."""
+    broken = {"errors": error.errors} if isinstance(error, InvalidRequestError) else {}
+    return {"error": str(error), **broken}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from post_training.cli.output import (
 )
 from post_training.cli.request_file import method_of, read_body
 from post_training.client import PostTrainingClient
+from post_training.errors import JobNotFoundError
+from post_training.job_ids import new_job_uuid
 from post_training.schemas.jobs import (
     JobStatus,
     PostTrainingJobLogStream,
@@ -32,7 +36,7 @@ def submit(api: PostTrainingClient, file: Path, *, job_uuid: str | None, as_json
 
     :raises PostTrainingError: if it is refused.
     """
-    body = read_body(file, job_uuid=job_uuid, default_job_uuid=f"{file.stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    body = read_body(file, job_uuid=job_uuid, default_job_uuid=new_job_uuid(file.stem, datetime.now()))
     job = api.submit(method_of(body), body)
     if as_json:
         print_json(job.model_dump(mode="json"))
@@ -53,12 +57,19 @@ def list_jobs(api: PostTrainingClient, *, limit: int, with_status: bool, as_json
         note = f"the newest {len(ids)} of {len(every)} jobs; --limit 0 lists all"
         console(stderr=True).print(plain(note))
     if with_status:
-        _print_statuses([api.job_status(job_uuid) for job_uuid in ids], as_json=as_json)
+        _print_statuses(list(_statuses(api, ids)), as_json=as_json)
     elif as_json:
         print_json({"data": [{"job_uuid": job_uuid} for job_uuid in ids]})
     else:
         for job_uuid in ids:
             print(job_uuid)
+
+
+def _statuses(api: PostTrainingClient, ids: list[str]) -> Iterator[PostTrainingJobStatusResponse]:
+    """Yield each job's status, but for jobs that were deleted since they were listed."""
+    for job_uuid in ids:
+        with suppress(JobNotFoundError):
+            yield api.job_status(job_uuid)
 
 
 def _print_statuses(statuses: list[PostTrainingJobStatusResponse], *, as_json: bool) -> None:
@@ -113,14 +124,17 @@ def artifacts(api: PostTrainingClient, job_uuid: str, *, as_json: bool) -> None:
         print_checkpoints(found.checkpoints)
 
 
-def cancel(api: PostTrainingClient, job_uuid: str) -> None:
+def cancel(api: PostTrainingClient, job_uuid: str, *, as_json: bool) -> None:
     """Stop a job.
 
     :raises JobNotFoundError: if there is no such job.
     :raises JobConflictError: if it has ended.
     """
     api.cancel_job(job_uuid)
-    print(f"{job_uuid} is cancelled; its checkpoints so far are kept.")
+    if as_json:
+        print_json({"job_uuid": job_uuid, "status": JobStatus.cancelled.value})
+    else:
+        print(f"{job_uuid} is cancelled; its checkpoints so far are kept.")
 
 
 def logs(api: PostTrainingClient, job_uuid: str, *, offset: int, as_json: bool) -> None:

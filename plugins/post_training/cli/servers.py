@@ -75,7 +75,7 @@ def _until_interrupted(servers: Standalone, *, detach: bool, as_json: bool) -> N
             servers.stop()
 
 
-def down(home: Path | None) -> None:
+def down(home: Path | None, *, as_json: bool) -> None:
     """End the servers of a home folder; None is the nearest that has any.
 
     :raises RecordUnavailableError: if none run.
@@ -84,7 +84,10 @@ def down(home: Path | None) -> None:
     if servers is None:
         raise RecordUnavailableError("no servers run here: --home says where they were started")
     servers.stop()
-    print("The servers are stopped.")
+    if as_json:
+        print_json({"home": str(servers.layout.home), "status": "stopped"})
+    else:
+        print("The servers are stopped.")
 
 
 def dags_folder() -> Path:

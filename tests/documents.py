@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "docker" / "README.md",
+]
 LANGUAGES = {"console", "python", "yaml", "text"}
 """Kinds of blocks, the last one of which is only looked at."""
 
@@ -36,8 +41,9 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """The commands of a console, each without the comment behind it."""
-        lines = [line.removeprefix("$ ") for line in self.text.splitlines() if line.startswith("$ ")]
+        """The commands of a console, each on one line and without the comment behind it."""
+        text = re.sub(r" *\\\n *", " ", self.text)
+        lines = [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
         return [re.sub(r"\s{2,}#.*", "", line) for line in lines]
 
     @property
@@ -98,8 +104,15 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     ),
     "make chaos": ("tests/system/test_chaos.py::test_jobs_outlive_the_death_of_everything_around_them",),
     "post-training up --detach": (
-        "tests/cli/test_servers.py::test_up_starts_both_and_says_where_they_are",
         "tests/test_standalone.py::test_both_servers_start_run_a_dag_and_leave_nothing",
+    ),
+    "make cluster": (
+        "tests/system/test_cluster.py::"
+        "test_a_job_whose_worker_is_lost_goes_on_on_the_other_from_mlflows_state",
+    ),
+    "CPU_WORKERS=2 DATA=$PWD/data make cluster": (
+        "tests/system/test_cluster.py::"
+        "test_a_job_whose_worker_is_lost_goes_on_on_the_other_from_mlflows_state",
     ),
     "pip install .": (
         "tests/test_packaging.py::test_installed_it_is_a_provider_with_its_plugin_and_connections",
@@ -117,3 +130,29 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "airflow db migrate": ("tests/test_standalone.py::test_both_servers_start_run_a_dag_and_leave_nothing",),
 }
 """Commands that ``tests/system/test_docs.py`` does not run -> the tests, or lines of CI, that do."""
+
+NO_ENGINE = (
+    "no container engine runs where this is tested: tests/docker hold Dockerfile and compose files against"
+    " their rules, tests/system/test_cluster.py runs the same services as processes"
+)
+NO_GPU_ENGINE = f"{NO_ENGINE}; and there is no GPU"
+NO_KUBERNETES = "there is no Kubernetes: tests/docker/test_kubernetes.py looks at the values and the template"
+NOT_RUN: dict[str, str] = {
+    "(cd docker && docker compose up)": NO_ENGINE,
+    "docker compose exec api-server cat /run/people/passwords.json": NO_ENGINE,
+    "docker compose exec mlflow cat /run/secrets/admin_password": NO_ENGINE,
+    "docker compose up": NO_GPU_ENGINE,
+    "COMPOSE_PROFILES=gpus-4 docker compose up": NO_GPU_ENGINE,
+    "docker build -f docker/Dockerfile --target airflow --build-arg EXTRAS=cluster,kubernetes"
+    " -t REGISTRY/post-training-airflow:0.1.0 .": NO_ENGINE,
+    "docker build -f docker/Dockerfile --target trainer --build-arg TORCH_INDEX=https://pypi.org/simple"
+    " -t REGISTRY/post-training-trainer:0.1.0 .": NO_ENGINE,
+    "docker push REGISTRY/post-training-airflow:0.1.0": NO_ENGINE,
+    "docker push REGISTRY/post-training-trainer:0.1.0": NO_ENGINE,
+    "kubectl create configmap post-training-templates --from-file=docker/kubernetes/trainer-pod.yaml": (
+        NO_KUBERNETES
+    ),
+    "helm repo add apache-airflow https://airflow.apache.org": NO_KUBERNETES,
+    "helm install airflow apache-airflow/airflow --values docker/kubernetes/values.yaml": NO_KUBERNETES,
+}
+"""Commands that nothing runs -> why."""

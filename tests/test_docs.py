@@ -29,6 +29,7 @@ from tests.documents import (
     DOCUMENTS,
     ELSEWHERE,
     LANGUAGES,
+    NOT_RUN,
     ROOT,
     Block,
     anchors,
@@ -120,6 +121,7 @@ def test_consoles_hold_commands() -> None:
 def test_commands_that_are_run_elsewhere_are_in_the_docs_and_are_run_there() -> None:
     commands = {command for block in of_language("console") for command in block.commands}
     assert ELSEWHERE.keys() <= commands
+    assert NOT_RUN.keys() <= commands - ELSEWHERE.keys()
     for proofs in ELSEWHERE.values():
         for proof in proofs:
             file, _, what = proof.partition("::")
@@ -128,6 +130,11 @@ def test_commands_that_are_run_elsewhere_are_in_the_docs_and_are_run_there() -> 
                 assert what in functions(text), proof
             else:
                 assert any(line.startswith(what) for line in text.splitlines()), proof
+
+
+@pytest.mark.parametrize("command", NOT_RUN)
+def test_only_commands_of_containers_are_run_by_nothing(command: str) -> None:
+    assert re.search(r"(^|&& |^\w+=\S+ )(docker|kubectl|helm) ", command)
 
 
 def functions(source: str) -> set[str]:

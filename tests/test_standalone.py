@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+import post_training
 from post_training.certificates import certificates
 from post_training.processes import SessionRecord, end_sessions, kill_leader, kill_session, session_alive
 from post_training.standalone import SERVERS_FILE, Standalone, main
@@ -207,7 +210,7 @@ DAG = """
 import subprocess
 from airflow.sdk import DAG, task
 
-with DAG("endless", schedule=None):
+with DAG("endless", schedule=None, is_paused_upon_creation=False):
     @task
     def wait():
         subprocess.run(["sleep", "600"])
@@ -217,37 +220,60 @@ with DAG("endless", schedule=None):
 
 @pytest.mark.system
 def test_both_servers_start_run_a_dag_and_leave_nothing(tmp_path: Path) -> None:
-    dags = tmp_path / "dags"
-    dags.mkdir()
-    (dags / "endless.py").write_text(DAG)
+    program = installed_with_endless(tmp_path / "site")
     home = tmp_path / "home"
-    servers = Standalone(home, dags_folder=dags, dag_ids=["endless"], users="admin:admin,eve:viewer,bob:user")
-    with servers:
-        assert httpx.get(f"{servers.mlflow_url}/health").is_success
-        found = Standalone.attach(home)
-        assert (found.airflow_url, found.mlflow_url) == (servers.airflow_url, servers.mlflow_url)
+    places = program("up", "--detach", "--home", str(home))
+    servers = Standalone.attach(home)
+    try:
+        assert (servers.airflow_url, servers.mlflow_url) == (places["airflow"], places["mlflow"])
+        assert httpx.get(f"{places['mlflow']}/health").is_success
         with pytest.raises(RuntimeError, match="stop them first"):
-            found.start()
-        runs = f"{servers.airflow_url}/api/v2/dags/endless/dagRuns"
-        codes = {user: trigger(runs, found.token(user)) for user in ("eve", "bob", "admin")}
-        assert codes == {"eve": 403, "bob": 200, "admin": 200}
+            servers.start()
+        runs = f"{places['airflow']}/api/v2/dags/endless/dagRuns"
+        token = servers.token()
+        wait_until(lambda: trigger(runs, token) == 200)
         wait_until(lambda: any(p.name() == "sleep" for p in processes_in(home)))
-        token = found.token()
         for name in AIRFLOW_SERVERS:
-            found.kill_server(name)
-        found.kill_server("mlflow", session=True)
-        wait_until(lambda: not reachable(servers.airflow_url) and not reachable(servers.mlflow_url))
+            servers.kill_server(name)
+        servers.kill_server("mlflow", session=True)
+        wait_until(lambda: not reachable(places["airflow"]) and not reachable(places["mlflow"]))
         for name in ("mlflow", "api-server"):
-            found.start_server(name)
-        wait_until(lambda: reachable(servers.airflow_url) and reachable(servers.mlflow_url))
-        codes = {"admin": wait_until(lambda: (code := trigger(runs, token)) < 500 and code)}
-        assert codes == {"admin": 200}, "the keys are still the same"
+            servers.start_server(name)
+        wait_until(lambda: reachable(places["airflow"]) and reachable(places["mlflow"]))
+        code = wait_until(lambda: (code := trigger(runs, token)) < 500 and code)
+        assert code == 200, "the keys are still the same"
         assert any(p.name() == "sleep" for p in processes_in(home))
-        servers.stop()  # those that ``found`` started too
+        # Those that we started too.
+        assert program("down", "--home", str(home)) == {"home": str(home), "status": "stopped"}
         assert processes_in(home) == []
         assert not (home / SERVERS_FILE).exists()
+    finally:
+        servers.stop()
     assert stat.S_IMODE((home / "airflow" / "airflow.cfg").stat().st_mode) == 0o600
     assert (home / "mlflow" / "mlflow.db").exists()
+
+
+def installed_with_endless(site: Path) -> Callable[..., Any]:
+    """Lay out the package as installing it does, with one DAG more; return its command line, as JSON."""
+    package = site / "post_training"
+    shutil.copytree(Path(post_training.__file__).parent, package)
+    shutil.copytree(Path(__file__).parents[1] / "dags", package / "dags")
+    (package / "dags" / "endless.py").write_text(DAG)
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    program = Path(sys.executable).with_name("post-training")
+
+    def call(*arguments: str) -> Any:
+        done = subprocess.run(
+            [program, *arguments, "--json"],
+            cwd=site,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return call
 
 
 def trigger(url: str, token: str) -> int:

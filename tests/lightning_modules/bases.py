@@ -61,10 +61,11 @@ def find(model: str | Path, tmp_path: Path, *roots: Path, tracking: TrackingTarg
     return find_base(str(model), tmp_path / "base", tracking, roots)
 
 
-def write_gguf(model: Any, path: Path, tokens: Sequence[str] = ()) -> None:
+def write_gguf(model: Any, path: Path, tokens: Sequence[str] = (), merges: Sequence[str] = ("a b",)) -> None:
     """Write a Llama as a gguf file with fp32 weights; its q and k may be permuted, which is no matter.
 
     :param tokens: of its tokenizer, the last one ends a sequence; without, it has none.
+    :param merges: two tokens each, with a blank between them.
     """
     config, writer = model.config, GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -93,7 +94,7 @@ def write_gguf(model: Any, path: Path, tokens: Sequence[str] = ()) -> None:
     if tokens:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(tokens)
-        writer.add_token_merges(["a b"])
+        writer.add_token_merges(merges)
         writer.add_eos_token_id(len(tokens) - 1)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -19,15 +19,15 @@ LOG_SERVERS = {
 }
 """Servers of Airflow that listen on all addresses, by a word of their commands: setting and usual port."""
 
-_FOREIGN = ("AIRFLOW_", "_AIRFLOW", "MLFLOW_", "POSTGRES_", "PG", "REDIS")
+_FOREIGN = ("AIRFLOW_", "_AIRFLOW", "MLFLOW_", "POSTGRES_", "PG", "RAY_", "REDIS")
 
 
 @dataclass(frozen=True)
 class Replica:
     """One process of a service.
 
-    What a service only reads is the same for all of its replicas; what it writes is each one's own, as on
-    machines of their own.
+    What a service only reads is the same for all of its replicas; what it writes is each one's own: a replica
+    stands for a machine, as one of docker/compose.worker.yaml, which shares no volume with the first one.
 
     :param number: counted from 1.
     :param address: its own, on loopback.

@@ -5,6 +5,8 @@ anew, so that another address of a server takes effect. The addresses come from 
 ``AIRFLOW_DATABASE``, ``SEARCH_DATABASE``, ``MLFLOW_DATABASE`` and ``BROKER`` as HOST:PORT, ``MLFLOW_URL``,
 ``MLFLOW_PUBLIC_URL`` and ``POST_TRAINING_URL``; the people who may sign in from ``AIRFLOW_USERS``
 (``name:role``, comma separated).
+
+``python secret_files.py keep NAME FOLDER < FILE`` puts a secret of your own into the folder of ``base``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,11 @@ MODES = {"redis": 0o444, "people": 0o600}
 """Redis drops to a user of its own before it reads, Airflow opens its people to write; each has a volume."""
 
 OTHERS = ("postgres", "redis", "mlflow_admin", "mlflow_flask", "api", "jwt")
+
+BASE = "secrets.json"
+
+GIVEN = "ray"
+"""The token of a Ray cluster, which nobody here makes; empty where there is none."""
 
 
 def keep_base(file: Path, users: list[str]) -> dict[str, str]:
@@ -55,6 +62,7 @@ def derived(
         "result_backend": f"{broker}/1",
         "api_secret_key": base["api"],
         "search_storage": database_url("searches", base, places["SEARCH_DATABASE"]),
+        "ray_token": base.get(GIVEN, ""),
     }
     servers = {
         **shared,
@@ -130,16 +138,59 @@ def write(file: Path, text: str, mode: int = 0o400) -> None:
     draft.replace(file)
 
 
+def keep(name: str, file: Path, secret: str) -> None:
+    """Put a secret into the base; what is derived from it follows at the next start.
+
+    :raises ValueError: if there is no secret of that name, or it is empty.
+    """
+    known = [*LOGINS, *OTHERS, GIVEN, "fernet"]
+    if name not in known and not name.startswith("user "):
+        raise ValueError(f"a secret's name must be one of {', '.join(known)} or 'user NAME', got {name!r}")
+    if not secret:
+        raise ValueError(f"the secret {name} must not be empty")
+    base = json.loads(file.read_text()) if file.exists() else {}
+    write(file, json.dumps({**base, name: secret}, indent=1))
+
+
+def refuse_foreign(folders: Mapping[str, Path]) -> None:
+    """Refuse secrets that another base has made, as those that a machine of workers was given.
+
+    :raises ValueError: naming one.
+    """
+    base = folders["base"] / BASE
+    found = [file for reader, folder in folders.items() if reader != "base" for file in folder.iterdir()]
+    if found and not base.exists():
+        raise ValueError(
+            f"{found[0].parent} must be empty where there is no {base}, got {found[0].name}: new"
+            " secrets would replace those of another machine, whose workers compose.worker.yaml starts"
+        )
+
+
 def main() -> None:
     """Write all files into the folders that are named.
 
     :raises KeyError: if a reader's folder, or an address, is missing.
     """
-    folders = {reader: Path(folder) for reader, _, folder in (word.partition("=") for word in sys.argv[1:])}
+    words = sys.argv[1:]
+    try:
+        if words[:1] == ["keep"]:
+            keep(words[1], Path(words[2]) / BASE, sys.stdin.read().strip())
+        else:
+            write_all({reader: Path(folder) for reader, _, folder in (word.partition("=") for word in words)})
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def write_all(folders: Mapping[str, Path]) -> None:
+    """Write every reader's files.
+
+    :raises ValueError: if nobody is to sign in as ``admin``, or a folder holds secrets of another machine.
+    """
     users = [pair.partition(":")[0] for pair in os.environ["AIRFLOW_USERS"].split(",")]
     if "admin" not in users:
-        sys.exit(f"AIRFLOW_USERS must name admin, as whom the task reconcile signs in, got {users}")
-    base = keep_base(folders["base"] / "secrets.json", users)
+        raise ValueError(f"AIRFLOW_USERS must name admin, as whom the task reconcile signs in, got {users}")
+    refuse_foreign(folders)
+    base = keep_base(folders["base"] / BASE, users)
     for reader, files in derived(base, os.environ, users).items():
         for name, text in files.items():
             write(folders[reader] / name, text, MODES.get(reader, 0o400))

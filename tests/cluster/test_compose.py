@@ -86,3 +86,10 @@ def test_our_own_file_can_be_followed() -> None:
     services = read_services(COMPOSE_FILE, {"CPU_WORKERS": "3"})
     assert services["worker-cpu"].replicas == 3
     assert services["migrate"].depends_on == {"databases": "service_completed_successfully"}
+
+
+@pytest.mark.parametrize("name", ["worker-default", "worker-cpu", "triggerer"])
+def test_a_ray_cluster_of_the_shell_reaches_who_submits_its_jobs_and_who_follows_them(name: str) -> None:
+    service = read_services(COMPOSE_FILE, {"RAY_ADDRESS": "http://head:8265"})[name]
+    assert service.environment["AIRFLOW__POST_TRAINING__RAY_ADDRESS"] == "http://head:8265"
+    assert service.environment["AIRFLOW__POST_TRAINING__RAY_TOKEN_CMD"] == "cat /run/secrets/ray_token"

@@ -63,7 +63,7 @@ def test_an_image_of_others_has_nothing_of_ours(tmp_path: Path) -> None:
 def test_variables_of_this_shell_that_mean_other_servers_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("AIRFLOW__CORE__EXECUTOR", "MLFLOW_TRACKING_URI", "PGHOST", "REDISCLI_AUTH"):
+    for name in ("AIRFLOW__CORE__EXECUTOR", "MLFLOW_TRACKING_URI", "PGHOST", "RAY_ADDRESS", "REDISCLI_AUTH"):
         monkeypatch.setenv(name, "foreign")
     monkeypatch.setenv("LANG", "C.UTF-8")
     environment = lay_out(tmp_path, service("worker", environment={"A": "0.0.0.0"}))["worker"].environment

@@ -8,9 +8,58 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.compose import interpolated
+
 KUBERNETES = Path(__file__).resolve().parents[2] / "docker" / "kubernetes"
 VALUES: dict[str, Any] = yaml.safe_load((KUBERNETES / "values.yaml").read_text())
+COMPOSE: dict[str, Any] = yaml.safe_load((KUBERNETES.parent / "compose.yaml").read_text())
 README = (KUBERNETES.parent / "README.md").read_text()
+
+
+ONLY_WITH_CELERY = {
+    "AIRFLOW__CELERY__BROKER_URL",
+    "AIRFLOW__CELERY__RESULT_BACKEND",
+    "AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__VISIBILITY_TIMEOUT",
+    "AIRFLOW__POST_TRAINING__QUEUE",  # here each task has a pod of its own
+}
+OF_THE_CHART = {
+    "AIRFLOW__API__BASE_URL",
+    "AIRFLOW__API__SECRET_KEY",
+    "AIRFLOW__API_AUTH__JWT_SECRET",
+    "AIRFLOW__CORE__DAGS_FOLDER",
+    "AIRFLOW__CORE__EXECUTION_API_SERVER_URL",
+    "AIRFLOW__CORE__EXECUTOR",
+    "AIRFLOW__CORE__FERNET_KEY",
+    "AIRFLOW__CORE__LOAD_EXAMPLES",
+    "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN",
+    "AIRFLOW__LOGGING__BASE_LOG_FOLDER",
+}
+"""What the chart says itself, or makes of its values that are no variables."""
+
+BY_OTHER_MEANS = {
+    "AIRFLOW__POST_TRAINING__DEFAULT_MODEL",  # empty in compose.yaml too: for who wants it
+    "AIRFLOW__SECRETS__BACKEND",  # connections are variables here
+    "AIRFLOW__SECRETS__BACKEND_KWARGS",
+}
+AS_AIRFLOW_HAS_THEM = {
+    "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL",
+    "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL",
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT",
+}
+"""How soon one machine's servers notice each other's ends, and how seldom they read what does not change."""
+
+
+def told() -> dict[str, str]:
+    """Variables of the chart's servers; a secret's value is empty."""
+    config = {
+        f"AIRFLOW__{section}__{key}".upper(): str(value)
+        for section, keys in VALUES["config"].items()
+        for key, value in keys.items()
+    }
+    secret = [entry["envName"] for entry in VALUES["secret"]]
+    secret += [entry["name"] for entry in yaml.safe_load(VALUES["extraEnv"])]
+    return config | {entry["name"]: entry["value"] for entry in VALUES["env"]} | dict.fromkeys(secret, "")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +109,33 @@ def test_no_secret_stands_in_a_file_and_each_is_explained(pod: Any) -> None:
     named |= {VALUES["data"]["metadataSecretName"]}
     volumes = VALUES["apiServer"]["extraVolumes"]
     named |= {volume["secret"]["secretName"] for volume in volumes if "secret" in volume}
+    named |= {entry["valueFrom"]["secretKeyRef"]["name"] for entry in yaml.safe_load(VALUES["extraEnv"])}
     named |= {
         entry.value_from.secret_key_ref.name for entry in pod.spec.containers[0].env if entry.value_from
     }
-    assert len(named) == 7
+    assert len(named) == 8
     assert all(name in README for name in named)
+
+
+def test_servers_are_told_what_composes_are_but_for_what_is_named() -> None:
+    said = interpolated(COMPOSE["services"]["scheduler"]["environment"], {})
+    compose = {name.removesuffix("_CMD"): value for name, value in said.items()}
+    helm = told()
+    missing = compose.keys() - helm.keys()
+    assert missing == ONLY_WITH_CELERY | OF_THE_CHART | BY_OTHER_MEANS | AS_AIRFLOW_HAS_THEM
+    values = {name: value for name, value in said.items() if name in helm and value != helm[name]}
+    assert values == {
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": "/run/people/passwords.json",
+        "AIRFLOW__POST_TRAINING__DEPLOYMENT": "compose",
+    }
+
+
+def test_a_trainers_pod_is_told_what_composes_workers_are(pod: Any) -> None:
+    said = interpolated(COMPOSE["services"]["worker-cpu"]["environment"], {})
+    compose = {name.removesuffix("_CMD"): value for name, value in said.items()}
+    trainer = {entry.name: entry.value for entry in pod.spec.containers[0].env}
+    missing = compose.keys() - trainer.keys()
+    assert missing - ONLY_WITH_CELERY - OF_THE_CHART - BY_OTHER_MEANS == {
+        "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED",  # servers alone send it
+        "WORKER",
+    }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import configparser
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cryptography.fernet import Fernet
 
 PROGRAM = Path(__file__).resolve().parents[2] / "docker" / "init" / "secret_files.py"
@@ -51,7 +53,7 @@ def connections(files: dict[str, str]) -> dict[str, Any]:
 
 def test_readers_agree_on_what_they_share(tmp_path: Path) -> None:
     files = made(tmp_path)
-    shared = ("broker_url", "result_backend", "api_secret_key", "search_storage")
+    shared = ("broker_url", "result_backend", "api_secret_key", "search_storage", "ray_token")
     assert {name: files[f"workers/{name}"] for name in shared} == {
         name: files[f"servers/{name}"] for name in shared
     }
@@ -112,3 +114,48 @@ def test_people_without_the_one_who_reconciles_are_refused(tmp_path: Path) -> No
     done = run(tmp_path, AIRFLOW_USERS="ann:viewer")
     assert done.returncode == 1
     assert "AIRFLOW_USERS must name admin" in done.stderr
+
+
+def keep(root: Path, name: str, secret: str) -> subprocess.CompletedProcess[str]:
+    (root / "base").mkdir(exist_ok=True)
+    words = [sys.executable, PROGRAM, "keep", name, root / "base"]
+    return subprocess.run(words, input=secret, capture_output=True, text=True, check=False)
+
+
+def test_a_secret_of_ones_own_reaches_its_readers_and_the_others_stay(tmp_path: Path) -> None:
+    before = made(tmp_path)
+    assert before["workers/ray_token"] == ""
+    assert keep(tmp_path, "ray", "of the cluster\n").returncode == 0
+    after = made(tmp_path)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"base/secrets.json", "workers/ray_token", "servers/ray_token"}
+    assert after["workers/ray_token"] == "of the cluster"
+
+
+def test_a_secret_that_is_kept_before_the_first_start_is_taken(tmp_path: Path) -> None:
+    assert keep(tmp_path, "postgres", "chosen").returncode == 0
+    assert made(tmp_path)["postgres/password"] == "chosen"
+
+
+@pytest.mark.parametrize(
+    ("name", "secret", "error"),
+    [("rai", "x", "must be one of airflow, .* got 'rai'"), ("ray", "\n", "secret ray must not be empty")],
+)
+def test_a_secret_that_nobody_reads_or_that_is_empty_is_refused(
+    tmp_path: Path, name: str, secret: str, error: str
+) -> None:
+    done = keep(tmp_path, name, secret)
+    assert done.returncode == 1
+    assert re.search(error, done.stderr)
+    assert not [*(tmp_path / "base").iterdir()]
+
+
+def test_secrets_of_another_machine_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "broker_url").write_text("redis://of-the-first-machine")
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert "workers must be empty where" in done.stderr
+    files = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert files == {"workers/broker_url"}
+    assert (tmp_path / "workers" / "broker_url").read_text() == "redis://of-the-first-machine"

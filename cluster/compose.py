@@ -38,6 +38,7 @@ class Mount:
     :param source: a volume's name, or a folder of the machine.
     :param target: where the service sees it.
     :param volume: whether ``source`` is a volume's name.
+    :param read_only: a container cannot write there; a process can, so that nothing here sees it try.
     """
 
     source: str

@@ -141,9 +141,16 @@ NOT_RUN: dict[str, str] = {
     "(cd docker && docker compose up)": NO_ENGINE,
     "docker compose exec api-server cat /run/people/passwords.json": NO_ENGINE,
     "docker compose exec mlflow cat /run/secrets/admin_password": NO_ENGINE,
+    'docker compose exec scheduler airflow pools set default_pool 1024 "Default pool"': NO_ENGINE,
+    "docker compose run --rm --no-TTY secrets"
+    " python /opt/init/secret_files.py keep ray /secrets/base < token": (
+        f"{NO_ENGINE}, tests/docker/test_secret_files.py the program"
+    ),
+    "docker compose up --detach --force-recreate": NO_ENGINE,
+    "docker compose cp worker-default:/run/secrets secrets": NO_ENGINE,
     "docker compose up": NO_GPU_ENGINE,
     "COMPOSE_PROFILES=gpus-4 docker compose up": NO_GPU_ENGINE,
-    "docker build -f docker/Dockerfile --target airflow --build-arg EXTRAS=cluster,kubernetes"
+    "docker build -f docker/Dockerfile --target airflow --build-arg EXTRAS=cluster,kubernetes,search"
     " -t REGISTRY/post-training-airflow:0.1.0 .": NO_ENGINE,
     "docker build -f docker/Dockerfile --target trainer --build-arg TORCH_INDEX=https://pypi.org/simple"
     " -t REGISTRY/post-training-trainer:0.1.0 .": NO_ENGINE,

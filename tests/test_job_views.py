@@ -133,6 +133,12 @@ def test_without_mlflow_a_job_says_what_airflow_knows_and_can_be_cancelled(shown
             shown.views.job(unknown, access)
 
 
+def test_a_row_says_nothing_of_a_request_that_nobody_knows(shown: Shown) -> None:
+    shown.runs.add(task(TaskKey("supervised_fine_tune", "job-1", "train"), "running"))
+    row = shown.row("job-1")
+    assert (row.method, row.algorithm, row.model) == ("supervised_fine_tune", None, None)
+
+
 def test_without_airflow_there_is_no_list(shown: Shown) -> None:
     shown.runs.down = True
     with pytest.raises(RecordUnavailableError):

@@ -301,7 +301,7 @@ def _row(
         "map_index": key.map_index,
         "status": status,
         "method": method,
-        "algorithm": algorithm_of(method, params),
+        "algorithm": algorithm_of(method, params) if params else None,
         "model": params.get("model") or params.get("finetuned_model"),
         "attempt": task.attempt if task is not None else 0,
         "scheduled_at": task.scheduled_at if task is not None else (run.created_at if run else None),

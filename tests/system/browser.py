@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page
 
+from tests.chromium import PAGE_SECONDS, chromium
 from tests.system.conftest import Deployment
 
 WIDE, NARROW = (1400, 900), (390, 844)
-PAGE_SECONDS = 120
 
 
 class Visits:
@@ -61,17 +59,6 @@ class Visits:
 
 @contextmanager
 def visiting(deployment: Deployment) -> Iterator[Visits]:
-    """Start Debian's Chromium.
-
-    Without it the test is skipped; CI installs it.
-    """
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("the machine has no chromium: apt-get install chromium")
-    expect.set_options(timeout=PAGE_SECONDS * 1000)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        try:
-            yield Visits(browser, deployment)
-        finally:
-            browser.close()
+    """Start a browser."""
+    with chromium() as browser:
+        yield Visits(browser, deployment)

@@ -21,8 +21,8 @@ class JobRow(LenientModel):
     map_index: int = -1
     status: JobStatus
     method: str | None = None
-    algorithm: str | None = None
-    model: str | None = None
+    algorithm: str | None = Field(default=None, description="Null where the request is not known.")
+    model: str | None = Field(default=None, description="Null where the request names none, or is not known.")
     attempt: int = 0
     scheduled_at: datetime | None = None
     started_at: datetime | None = None

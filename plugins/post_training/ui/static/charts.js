@@ -1,7 +1,7 @@
 // Curves over optimizer steps, drawn by uPlot. Their legend is text: the newest values, or those under the
 // pointer.
 
-import { h } from "./dom.js";
+import { arrange, h } from "./dom.js";
 import { bytes, number, tickDigits } from "./format.js";
 import uPlot from "./vendor/uplot-1.6.32/uPlot.esm.js";
 
@@ -57,10 +57,7 @@ export class ChartBoard {
       return [chart.figure];
     });
     if (!figures.length) figures.push(h("p", { class: "muted" }, "There are no metrics yet."));
-    const present = [...this.element.children];
-    if (figures.length !== present.length || figures.some((figure, index) => figure !== present[index])) {
-      this.element.replaceChildren(...figures);
-    }
+    arrange(this.element, figures);
     for (const chart of this.charts.values()) chart.fit();
   }
 
@@ -120,16 +117,16 @@ class Chart {
     });
   }
 
-  /** Fill the legend with the values at the pointer's step, or else with each line's newest. */
+  /** Fill the legend with each line's last value up to the pointer's step, or else with its newest. */
   tell(plot = this.drawn) {
-    const index = plot?.cursor.idx ?? null;
-    const entries = this.lines.map((line, place) => {
-      const value = index === null ? line.curve[1].at(-1) : plot.data[place + 1][index];
+    const newest = Math.max(...this.lines.map((line) => line.curve[0].at(-1)));
+    const step = plot?.data[0][plot.cursor.idx] ?? newest;
+    const entries = this.lines.map((line) => {
+      const [steps, values] = line.curve;
+      const value = values[steps.findLastIndex((known) => known <= step)];
       const swatch = h("span", { class: `swatch series-${line.color} dash-${line.dash}` });
       return h("li", {}, swatch, `${line.label} `, h("b", {}, this.value(value)));
     });
-    const newest = Math.max(...this.lines.map((line) => line.curve[0].at(-1)));
-    const step = index === null ? newest : plot.data[0][index];
     this.legend.replaceChildren(...entries, h("li", { class: "muted" }, `step ${step}`));
   }
 

@@ -29,9 +29,27 @@ export function byId(id) {
   return found;
 }
 
-/** Let a node be all that an element holds. */
-export function place(element, node) {
-  if (element.firstChild !== node || element.childNodes.length > 1) element.replaceChildren(node);
+/** Let an element hold these nodes alone, in this order. Those that stay keep focus, selection and scroll. */
+export function arrange(element, nodes) {
+  for (const child of [...element.childNodes]) if (!nodes.includes(child)) child.remove();
+  nodes.forEach((node, index) => {
+    const there = element.childNodes[index] ?? null;
+    if (there !== node) element.insertBefore(node, there);
+  });
+}
+
+/** Makes a node of each item, and gives it again as long as the item says the same. */
+export class Kept {
+  constructor(make) {
+    this.make = make;
+    this.nodes = new Map();
+  }
+
+  of(items) {
+    const keyed = items.map((item) => [JSON.stringify(item), item]);
+    this.nodes = new Map(keyed.map(([key, item]) => [key, this.nodes.get(key) ?? this.make(item)]));
+    return [...this.nodes.values()];
+  }
 }
 
 /** Put nodes into an element unless it shows the same already: focus and selection stay. */

@@ -10,6 +10,7 @@ export class Field {
     this.types = [field.json_schema.type].flat();
     const id = `field-${field.path}`;
     this.control = this.make(id);
+    this.initial = this.entered;
     this.control.addEventListener("change", onChange);
     this.error = h("p", { class: "field-error", id: `${id}-error`, hidden: true });
     this.element = h(
@@ -70,6 +71,23 @@ export class Field {
             .filter(Boolean)
         : arrayOf(this.field);
     return text === "" ? null : text;
+  }
+
+  /** What stands in the control. */
+  get entered() {
+    return this.isFlag ? this.control.checked : this.control.value;
+  }
+
+  get changed() {
+    return this.entered !== this.initial;
+  }
+
+  /** Take what was entered in a field of the same kind, unless it is no choice here. */
+  take(other) {
+    if (other.control.type !== this.control.type) return;
+    if (this.isFlag) this.control.checked = other.entered;
+    else this.control.value = other.entered;
+    if (this.control.selectedIndex === -1) this.control.value = this.initial;
   }
 
   refuse(sentence) {

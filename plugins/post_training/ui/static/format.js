@@ -69,9 +69,10 @@ export function time(iso) {
   return `${day} ${two(moment.getHours())}:${two(moment.getMinutes())} ${zone}`;
 }
 
-/** The end of a path or of a URI, which is what tells models apart. */
-export function shortName(model) {
-  if (!model) return "deployment's default";
+/** The end of a path or of a URI, which is what tells models apart; where the request is known and names none,
+ * it is the deployment's. */
+export function modelName({ model, algorithm }) {
+  if (!model) return algorithm ? "deployment's default" : "–";
   const text = String(model);
   return text.startsWith("models:") ? text : text.replace(/\/+$/, "").split("/").slice(-2).join("/");
 }

@@ -23,6 +23,13 @@ export function getJson(path, query = {}) {
   return call(text ? `${path}?${text}` : path);
 }
 
+/** Ask for a stream of events, and leave it at once: an EventSource does not say why it is refused. */
+export async function knock(address) {
+  const leaving = new AbortController();
+  await ask(address, { headers: { Accept: "text/event-stream" }, signal: leaving.signal });
+  leaving.abort();
+}
+
 export function postJson(path, body) {
   return call(path, {
     method: "POST",
@@ -32,14 +39,20 @@ export function postJson(path, body) {
 }
 
 async function call(path, options = {}) {
+  const answer = await ask(path, options);
+  return answer.json().catch(() => null);
+}
+
+/** Return an answer; throw one that is none, or a refusal. */
+async function ask(path, options) {
   let answer;
   try {
     answer = await fetch(path, { ...options, headers: { Accept: "application/json", ...options.headers } });
   } catch {
     throw new CallError(0, "Airflow's server cannot be reached.");
   }
+  if (answer.ok) return answer;
   const body = await answer.json().catch(() => null);
-  if (answer.ok) return body;
   throw failure(answer.status, body?.detail);
 }
 
@@ -51,6 +64,7 @@ function failure(status, detail) {
   }
   const said = typeof detail === "string" ? `${detail[0].toUpperCase()}${detail.slice(1)}.` : "";
   if (status === 401) return new CallError(status, known);
+  if (status === 503 && said) return new CallError(status, said); // of a full house, too
   if (said && known && status !== 404) return new CallError(status, `${known} ${said}`);
   return new CallError(status, known || said || `Airflow answered with status ${status}.`);
 }

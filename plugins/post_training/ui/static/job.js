@@ -1,12 +1,12 @@
 // One job: its state as it changes, curves, checkpoints, log, params, and what can be done with it.
 
 import { ChartBoard } from "./charts.js";
-import { byId, h, show } from "./dom.js";
-import { bytes, duration, elapsed, number, shortName, time } from "./format.js";
+import { arrange, byId, h, Kept, show } from "./dom.js";
+import { bytes, duration, elapsed, modelName, number, time } from "./format.js";
 import { getJson, postJson } from "./http.js";
 import { airflow, outside } from "./links.js";
 import { LogView, noLog } from "./log.js";
-import { badge, confirmed, copyButton, notice, progressBar, table } from "./parts.js";
+import { badge, confirmed, copyButton, notice, progressBar, row, table } from "./parts.js";
 import { repeat } from "./poll.js";
 import { loadSnippet } from "./snippet.js";
 
@@ -15,6 +15,11 @@ const OTHERWISE = 30;
 
 const jobUuid = new URLSearchParams(location.search).get("job_uuid") ?? "";
 const board = new ChartBoard(byId("curves"));
+const offers = new Kept(offer);
+const saved = new Kept(checkpoint);
+const COLUMNS = ["Epoch", "Training loss", "Validation loss", "Perplexity", "Saved", "Files", "Load"];
+const checkpoints = table("Checkpoints, the oldest first", COLUMNS, []);
+const noCheckpoint = h("p", { class: "muted" }, "There is no checkpoint yet.");
 let log = null;
 
 async function refresh() {
@@ -40,11 +45,10 @@ function showJob(job) {
   document.title = `${job.job_uuid} · Post-training`;
   byId("title").textContent = job.job_uuid;
   show(byId("badge"), job.status, () => badge(job.status));
-  const rights = [job.may_cancel, job.may_retry, job.may_clone, job.mlflow_url];
-  show(byId("actions"), rights, () => actions(job));
+  arrange(byId("actions"), offers.of(actions(job)));
   const lasted = Math.round(elapsed(job.started_at, job.completed_at) ?? -1);
   show(byId("summary"), [job, lasted], () => summary(job, lasted));
-  show(byId("checkpoints"), job.checkpoints, () => checkpoints(job));
+  showCheckpoints(job);
   show(byId("params"), job.params, () => params(job));
   showLog(job);
 }
@@ -59,31 +63,42 @@ function isLive(job) {
   return job.status === "in_progress" || job.status === "scheduled";
 }
 
-function actions(job) {
-  const run = `dags/${encodeURIComponent(job.dag_id)}/runs/${encodeURIComponent(job.run_id)}`;
+/** What can be done with the job: of each its name, and what it needs to know. */
+function actions({ dag_id, run_id, retried, blocked, ...job }) {
   return [
-    airflow(run, "DAG run"),
-    job.mlflow_url ? outside(job.mlflow_url, "MLflow run") : null,
-    job.may_clone
-      ? h("a", { class: "button", href: `new?${new URLSearchParams({ clone: job.job_uuid })}` }, "Clone")
-      : null,
-    job.may_retry ? h("button", { type: "button", onclick: (event) => retry(event, job) }, "Retry") : null,
-    job.may_cancel
-      ? h("button", { type: "button", class: "danger", onclick: (event) => cancel(event, job) }, "Cancel job")
-      : null,
-  ];
+    ["DAG run", { dag_id, run_id }],
+    job.mlflow_url ? ["MLflow run", job.mlflow_url] : null,
+    job.may_clone ? ["Clone"] : null,
+    job.may_retry ? ["Retry", { dag_id, run_id, retried, blocked }] : null,
+    job.may_cancel ? ["Cancel job"] : null,
+  ].filter(Boolean);
 }
 
-async function cancel({ target }, job) {
-  const question = `Cancel ${job.job_uuid}? Its checkpoints so far are kept.`;
+function offer([name, known]) {
+  const make = {
+    "DAG run": () => airflow(pathOf(known), name),
+    "MLflow run": () => outside(known, name),
+    Clone: () => h("a", { class: "button", href: `new?${new URLSearchParams({ clone: jobUuid })}` }, name),
+    Retry: () => h("button", { type: "button", onclick: (event) => retry(event, known) }, name),
+    "Cancel job": () => h("button", { type: "button", class: "danger", onclick: cancel }, name),
+  };
+  return make[name]();
+}
+
+function pathOf({ dag_id, run_id }) {
+  return `dags/${encodeURIComponent(dag_id)}/runs/${encodeURIComponent(run_id)}`;
+}
+
+async function cancel({ target }) {
+  const question = `Cancel ${jobUuid}? Its checkpoints so far are kept.`;
   if (!(await confirmed(question, "Cancel job"))) return;
-  await attempt(target, () => postJson("../v1/post-training/job/cancel", { job_uuid: job.job_uuid }));
+  await attempt(target, () => postJson("../v1/post-training/job/cancel", { job_uuid: jobUuid }));
 }
 
 /** Clear the job's tasks by Airflow's own API: the same job goes on from its newest checkpoint. */
 async function retry({ target }, job) {
   const path = `../../api/v2/dags/${encodeURIComponent(job.dag_id)}/clearTaskInstances`;
-  const requested = job.job_uuid === job.run_id;
+  const requested = jobUuid === job.run_id;
   await attempt(target, () =>
     postJson(path, {
       dry_run: false,
@@ -116,7 +131,7 @@ function summary(job, lasted) {
   const facts = [
     ["Progress", progressBar(job)],
     ["Algorithm", job.algorithm ?? "–"],
-    ["Model", h("span", { title: job.model ?? "" }, shortName(job.model))],
+    ["Model", h("span", { title: job.model ?? "" }, modelName(job))],
     ["Started", time(job.started_at)],
     ["Duration", lasted < 0 ? "–" : duration(lasted)],
     ["Attempt", String(job.attempt || "–")],
@@ -138,29 +153,25 @@ function summary(job, lasted) {
   ];
 }
 
-function checkpoints(job) {
-  if (!job.checkpoints.length) return h("p", { class: "muted" }, "There is no checkpoint yet.");
-  const columns = ["Epoch", "Training loss", "Validation loss", "Perplexity", "Saved", "Files", "Load"];
-  const rows = job.checkpoints.map((checkpoint) => {
-    const metrics = checkpoint.training_metrics ?? {};
-    const code = loadSnippet(checkpoint.path, job.mlflow_url);
-    const load = h(
-      "details",
-      {},
-      h("summary", {}, "Python"),
-      h("div", { class: "code" }, copyButton(code), h("pre", {}, code)),
-    );
-    return [
-      String(checkpoint.epoch),
-      number(metrics.train_loss),
-      number(metrics.validation_loss),
-      number(metrics.perplexity),
-      time(checkpoint.created_at),
-      checkpoint.mlflow_url ? outside(checkpoint.mlflow_url, "MLflow") : checkpoint.path,
-      load,
-    ];
-  });
-  return table("Checkpoints, the oldest first", columns, rows);
+function showCheckpoints(job) {
+  const items = job.checkpoints.map((each) => [each, loadSnippet(each.path, job.mlflow_url, job.params)]);
+  arrange(checkpoints.querySelector("tbody"), saved.of(items));
+  arrange(byId("checkpoints"), [items.length ? checkpoints : noCheckpoint]);
+}
+
+function checkpoint([{ epoch, created_at, path, mlflow_url, training_metrics }, code]) {
+  const metrics = training_metrics ?? {};
+  const text = h("pre", {}, code);
+  const load = h("div", { class: "code" }, copyButton(text), text);
+  return row([
+    String(epoch),
+    number(metrics.train_loss),
+    number(metrics.validation_loss),
+    number(metrics.perplexity),
+    time(created_at),
+    mlflow_url ? outside(mlflow_url, "MLflow") : path,
+    h("details", {}, h("summary", {}, "Python"), load),
+  ]);
 }
 
 function params(job) {

@@ -1,6 +1,6 @@
 // The list of jobs: filter, search, pages, and which of them to compare.
 
-import { byId, place, show } from "./dom.js";
+import { arrange, byId, show } from "./dom.js";
 import { getJson } from "./http.js";
 import { notice } from "./parts.js";
 import { repeat } from "./poll.js";
@@ -34,7 +34,7 @@ async function refresh() {
     if (mine !== newest) return WHILE_LIVE; // a filter has changed since
     showPage(page);
     const live = page.jobs.some((job) => job.status === "in_progress" || job.status === "scheduled");
-    return live ? WHILE_LIVE : OTHERWISE;
+    return live && !state.text ? WHILE_LIVE : OTHERWISE; // a search reads all requests
   } catch (error) {
     say(error.message, "error");
     return error.status === 401 ? Infinity : OTHERWISE;
@@ -51,7 +51,7 @@ function showPage(page) {
   table.update(page.jobs);
   const beyond = page.total > 0 ? "There are no jobs this far back." : "No job has been started yet.";
   const empty = page.total === 0 && (state.text || state.status) ? "No job matches this search." : beyond;
-  place(byId("jobs"), page.jobs.length ? table.element : notice(empty, "empty"));
+  arrange(byId("jobs"), [page.jobs.length ? table.element : notice(empty, "empty")]);
   const last = state.offset + page.jobs.length;
   const range = page.jobs.length ? `${state.offset + 1}–${last} of ${page.total.toLocaleString("en")}` : "";
   if (byId("range").textContent !== range) byId("range").textContent = range;

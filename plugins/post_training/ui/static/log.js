@@ -1,7 +1,7 @@
 // A job's log as it grows, by the service's server-sent events.
 
 import { h } from "./dom.js";
-import { CallError, getJson } from "./http.js";
+import { CallError, knock } from "./http.js";
 import { notice } from "./parts.js";
 
 const PATH = "../v1/post-training/job/logs";
@@ -14,13 +14,13 @@ export class LogView {
     this.jobUuid = jobUuid;
     this.onEnd = onEnd;
     this.offset = 0;
-    this.batches = [];
-    this.count = 0;
+    this.shown = [];
+    this.text = document.createTextNode("");
     this.ended = false;
     this.follow = h("input", { type: "checkbox", checked: true });
     this.state = h("span", { class: "muted", role: "status" });
     this.cut = h("p", { class: "muted", hidden: true }, `Only the last ${MAX_LINES} lines are shown here.`);
-    this.lines = h("pre", { class: "log", tabindex: 0, role: "region", "aria-label": "Log" });
+    this.lines = h("pre", { class: "log", tabindex: 0, role: "region", "aria-label": "Log" }, this.text);
     const controls = h("label", { class: "inline" }, this.follow, "Scroll with new lines");
     element.replaceChildren(h("div", { class: "between" }, controls, this.state), this.cut, this.lines);
     // A browser has six connections to a host: those of tabs that nobody looks at would hold up Airflow.
@@ -31,8 +31,7 @@ export class LogView {
   connect() {
     this.source?.close();
     if (this.ended || document.hidden) return;
-    const query = new URLSearchParams({ job_uuid: this.jobUuid, offset: this.offset });
-    const source = new EventSource(`${PATH}?${query}`);
+    const source = new EventSource(this.address);
     this.source = source;
     this.state.textContent = "Following";
     source.addEventListener("log", (event) => {
@@ -53,27 +52,30 @@ export class LogView {
     source.addEventListener("open", () => (this.state.textContent = "Following"));
   }
 
+  get address() {
+    return `${PATH}?${new URLSearchParams({ job_uuid: this.jobUuid, offset: this.offset })}`;
+  }
+
   async failed() {
     let error = new CallError(0, "The log's stream was cut.");
-    await getJson(PATH, { job_uuid: this.jobUuid, limit: 1 }).catch((refused) => (error = refused));
+    await knock(this.address).catch((refused) => (error = refused));
     this.state.textContent = error.message;
     const lasting = error.status >= 400 && error.status < 500;
     if (!lasting) setTimeout(() => this.connect(), AGAIN_SECONDS * 1000);
   }
 
   add(lines) {
-    const batch = document.createTextNode(`${lines.join("\n")}\n`);
-    this.batches.push([batch, lines.length]);
-    this.count += lines.length;
-    this.lines.append(batch);
-    while (this.count > MAX_LINES && this.batches.length > 1) {
-      const [oldest, length] = this.batches.shift();
-      oldest.remove();
-      this.count -= length;
-      this.cut.hidden = false;
-    }
+    this.shown.push(...lines);
+    const old = this.shown.splice(0, Math.max(0, this.shown.length - MAX_LINES));
+    if (old.length) this.cut.hidden = false;
+    this.text.appendData(written(lines));
+    this.text.deleteData(0, written(old).length);
     if (this.follow.checked) this.lines.scrollTop = this.lines.scrollHeight;
   }
+}
+
+function written(lines) {
+  return lines.map((line) => `${line}\n`).join("");
 }
 
 /** Say that the log may not be read, instead of following it. */

@@ -15,6 +15,7 @@ const form = byId("form");
 let method = null;
 let fields = [];
 let jobUuid = null;
+const typed = new Map(); // what was changed, by path: another method's field of that path takes it
 
 async function start() {
   if (clone) byId("title").textContent = `Clone ${clone}`;
@@ -28,9 +29,11 @@ async function start() {
 }
 
 function choose(forms, chosen) {
+  keepWhatIsTyped();
   method = chosen.method;
   fields = chosen.fields.map((field) => new Field(field, showWhatFits));
   jobUuid = idField();
+  for (const field of [jobUuid, ...fields]) if (typed.has(field.path)) field.take(typed.get(field.path));
   const button = h("button", { type: "submit", class: "primary" }, "Start job");
   const bar = h(
     "div",
@@ -40,6 +43,13 @@ function choose(forms, chosen) {
   );
   form.replaceChildren(...methods(forms, chosen), jobUuid.element, ...sections(chosen), bar);
   showWhatFits();
+}
+
+function keepWhatIsTyped() {
+  for (const field of jobUuid ? [jobUuid, ...fields] : []) {
+    if (field.changed) typed.set(field.path, field);
+    else typed.delete(field.path);
+  }
 }
 
 function methods(forms, chosen) {
@@ -130,14 +140,17 @@ async function submit(event) {
 }
 
 function refuse(error) {
-  const told = (error.errors ?? []).map((rule) => [fieldOf(rule.loc.join(".")), rule]);
+  const taken = error.status === 409 ? [{ loc: ["job_uuid"], msg: error.message }] : [];
+  const told = [...(error.errors ?? []), ...taken].map((rule) => [fieldOf(rule.loc.join(".")), rule]);
   const homeless = told.filter(([field]) => !field).map(([, rule]) => `${rule.loc.join(".")}: ${rule.msg}`);
-  for (const [field, rule] of told) field?.refuse(rule.msg);
+  for (const [field, rule] of told) {
+    field?.refuse(rule.msg);
+    field?.element.closest("details")?.setAttribute("open", "");
+  }
   const first = told.find(([field]) => field)?.[0];
   const sentence = first ? "The job was not started: see the marked fields." : error.message;
   byId("notice").replaceChildren(notice([sentence, ...(first ? homeless : [])].join(" ")));
   if (!first) return byId("notice").scrollIntoView();
-  first.element.closest("details")?.setAttribute("open", "");
   first.control.focus();
 }
 

@@ -38,7 +38,12 @@ export function notice(sentence, kind = "error") {
   return h("p", { class: `notice ${kind}` }, sentence);
 }
 
-/** A table: its columns' names, and rows of cells (nodes or texts). The caption is for those who hear it. */
+/** A row of a table: its cells' nodes or texts. */
+export function row(cells) {
+  return h("tr", {}, ...cells.map((cell) => h("td", {}, cell)));
+}
+
+/** A table: its columns' names, and its rows. The caption is for those who hear it. */
 export function table(caption, columns, rows) {
   return h(
     "div",
@@ -48,7 +53,7 @@ export function table(caption, columns, rows) {
       {},
       h("caption", { class: "hidden" }, caption),
       h("thead", {}, h("tr", {}, ...columns.map((name) => h("th", { scope: "col" }, name)))),
-      h("tbody", {}, ...rows.map((cells) => h("tr", {}, ...cells.map((cell) => h("td", {}, cell))))),
+      h("tbody", {}, ...rows),
     ),
   );
 }
@@ -77,29 +82,25 @@ export function confirmed(question, action) {
   });
 }
 
-/** A button that copies a text, also where the address is plain HTTP and browsers have no clipboard. */
-export function copyButton(text) {
+/** A button that copies an element's text, also where the address is plain HTTP and there is no clipboard. */
+export function copyButton(source) {
   const button = h("button", { type: "button", class: "small" }, "Copy");
   button.addEventListener("click", async () => {
-    const done = await copied(text);
+    const done = await copied(source);
     button.textContent = done ? "Copied" : "Press Ctrl-C";
     setTimeout(() => (button.textContent = "Copy"), 2000);
   });
   return button;
 }
 
-async function copied(text) {
+async function copied(source) {
   if (navigator.clipboard) {
-    const written = await navigator.clipboard.writeText(text).then(
+    const written = await navigator.clipboard.writeText(source.textContent).then(
       () => true,
       () => false,
     );
     if (written) return true;
   }
-  const area = h("textarea", { class: "hidden" }, text);
-  document.body.append(area);
-  area.select();
-  const done = document.execCommand("copy");
-  area.remove();
-  return done;
+  getSelection().selectAllChildren(source); // which moves no focus, and stays for who presses Ctrl-C
+  return document.execCommand("copy");
 }

@@ -1,7 +1,7 @@
 // The table of jobs. Rows stay what they are while their cells change: focus and marks are kept.
 
-import { h, show } from "./dom.js";
-import { duration, elapsed, number, shortName, time } from "./format.js";
+import { arrange, h, show } from "./dom.js";
+import { duration, elapsed, modelName, number, time } from "./format.js";
 import { badge, progressBar, sparkline } from "./parts.js";
 
 const COLUMNS = ["Job", "Status", "Progress", "Training loss", "Algorithm", "Model", "Started", "Duration"];
@@ -30,11 +30,10 @@ export class JobTable {
       return [job.job_uuid, row];
     });
     this.rows = new Map(rows);
-    const wanted = rows.map(([, row]) => row);
-    const present = [...this.body.children];
-    if (wanted.length !== present.length || wanted.some((row, index) => row !== present[index])) {
-      this.body.replaceChildren(...wanted);
-    }
+    arrange(
+      this.body,
+      rows.map(([, row]) => row),
+    );
   }
 
   row(job) {
@@ -71,7 +70,7 @@ export class JobTable {
       h("span", { class: "value" }, number(job.train_loss)),
     ]);
     show(algorithm, job.algorithm, () => job.algorithm ?? "–");
-    show(model, job.model, () => h("span", { title: job.model ?? "" }, shortName(job.model)));
+    show(model, [job.model, job.algorithm], () => h("span", { title: job.model ?? "" }, modelName(job)));
     show(started, job.started_at, () => time(job.started_at));
     show(took, Math.round(lasted ?? -1), () => duration(lasted));
   }

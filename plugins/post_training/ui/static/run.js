@@ -1,6 +1,6 @@
 // The tab of a DAG run: its one job, or those that it has.
 
-import { byId, place, show } from "./dom.js";
+import { arrange, byId, show } from "./dom.js";
 import { getJson } from "./http.js";
 import { notice } from "./parts.js";
 import { repeat } from "./poll.js";
@@ -21,11 +21,12 @@ async function refresh() {
       location.replace(`job?${new URLSearchParams({ job_uuid: page.jobs[0].job_uuid })}`);
       return Infinity;
     }
-    const more = page.total > LIMIT ? `The newest ${LIMIT} of ${page.total} jobs of this run are shown.` : null;
+    const more =
+      page.total > LIMIT ? `The newest ${LIMIT} of ${page.total} jobs of this run are shown.` : null;
     say([page.notice, more].filter(Boolean).join(" ") || null, "warning");
     table.update(page.jobs);
     const none = notice("This run has no post-training job.", "empty");
-    place(byId("jobs"), page.jobs.length ? table.element : none);
+    arrange(byId("jobs"), [page.jobs.length ? table.element : none]);
     return 5;
   } catch (error) {
     say(error.message, "error");

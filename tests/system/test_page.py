@@ -11,6 +11,7 @@ from playwright.sync_api import FrameLocator, Page, expect
 
 from tests.system.browser import NARROW, WIDE, Visits, visiting
 from tests.system.conftest import Deployment
+from tests.system.test_algorithms import long_form
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.system
@@ -133,6 +134,46 @@ def test_jobs_are_found_and_compared(two_jobs: list[str], visits: Visits) -> Non
         loss = page.locator("figure", has_text="Loss").first
         expect(loss).to_contain_text("page-one")
         expect(loss).to_contain_text("page-two")
+
+
+def test_links_lead_out_of_airflows_frame(
+    deployment: Deployment, two_jobs: list[str], visits: Visits
+) -> None:
+    with visits.page() as page:
+        page.goto(f"{deployment.servers.airflow_url}/plugin/post-training")
+        ours = in_airflow(page)
+        ours.get_by_role("link", name=two_jobs[0], exact=True).click()
+        saved = ours.locator("#checkpoints tbody tr").first
+        with page.context.expect_page() as opened:
+            saved.get_by_role("link", name="MLflow").click()
+        expect(opened.value.get_by_text("adapter_config.json").first).to_be_visible()
+        opened.value.close()
+
+        saved.get_by_text("Python").click()
+        (path, *_) = (checkpoint["path"] for checkpoint in deployment.wait(two_jobs[0]).checkpoints)
+        expect(saved.locator("pre")).to_contain_text(
+            f'mlflow.set_tracking_uri("{deployment.servers.mlflow_url}")'
+        )
+        expect(saved.locator("pre")).to_contain_text(f'chat = mlflow.transformers.load_model("{path}")')
+        saved.get_by_role("button", name="Copy").click()
+        expect(saved.get_by_role("button")).to_have_text("Copied")
+
+        ours.get_by_role("link", name="DAG run").click()
+        expect(page).to_have_url(re.compile(f"/dags/supervised_fine_tune/runs/{two_jobs[0]}"))
+
+
+def test_rewards_of_a_preference_job_are_drawn(deployment: Deployment, visits: Visits) -> None:
+    body = long_form(deployment)  # the job of ``test_algorithms``, where it has come first
+    with deployment.http() as http:
+        answer = http.post("/post-training/v1/post-training/preference-optimize", json=body)
+        assert answer.status_code == 200, answer.text
+    assert deployment.wait(body["job_uuid"]).status == "completed"
+    with visits.page() as page:
+        page.goto(visits.url(f"job?job_uuid={body['job_uuid']}"))
+        for title, line in (("Rewards", "chosen"), ("Reward accuracy", "training")):
+            figure = page.locator("figure", has=page.get_by_text(title, exact=True))
+            expect(figure.locator("canvas")).to_be_visible()
+            expect(figure.locator(".legend")).to_contain_text(re.compile(rf"{line} [-\d.]+"))
 
 
 def test_the_tab_of_a_dag_run_shows_its_job(

@@ -120,6 +120,9 @@ def test_an_open_snippet_stays_and_keeps_the_focus_while_checkpoints_come(
         deployment.callers["admin"].cancel = False
         expect(page.locator("#checkpoints tbody tr")).to_have_count(2)
         expect(page.get_by_role("button", name="Cancel job")).to_have_count(0)
+        deployment.tracking.down = True
+        expect(page.locator("#notice")).to_have_text("MLflow does not answer.")
+        expect(page.locator("#checkpoints tbody tr")).to_have_count(2)
         expect(page.locator("#checkpoints details").first).to_have_attribute("open", "")
         expect(page.locator("#checkpoints button").first).to_be_focused()
 

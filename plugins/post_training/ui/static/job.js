@@ -19,7 +19,7 @@ const offers = new Kept(offer);
 const saved = new Kept(checkpoint);
 const COLUMNS = ["Epoch", "Training loss", "Validation loss", "Perplexity", "Saved", "Files", "Load"];
 const checkpoints = table("Checkpoints, the oldest first", COLUMNS, []);
-const noCheckpoint = h("p", { class: "muted" }, "There is no checkpoint yet.");
+const noCheckpoint = h("p", { class: "muted" });
 let log = null;
 
 async function refresh() {
@@ -154,8 +154,10 @@ function summary(job, lasted) {
 }
 
 function showCheckpoints(job) {
+  if (!job.mlflow_url && saved.nodes.size) return; // MLflow does not answer now
   const items = job.checkpoints.map((each) => [each, loadSnippet(each.path, job.mlflow_url, job.params)]);
   arrange(checkpoints.querySelector("tbody"), saved.of(items));
+  noCheckpoint.textContent = job.mlflow_url ? "There is no checkpoint yet." : "No checkpoint is known.";
   arrange(byId("checkpoints"), [items.length ? checkpoints : noCheckpoint]);
 }
 

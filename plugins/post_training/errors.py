@@ -17,6 +17,7 @@
     ├── DivergenceError                 the loss is no longer a finite number
     ├── TrainerError                    the trainer process ended without a result
     ├── ClusterUnavailableError         the Ray cluster does not answer, or refuses the call
+    │   └── ClusterRefusesError             it would refuse the same call again: a wrong token, a bad address
     ├── InputsChangedError              data or model are no longer what the job's run was trained from
     └── SupersededError                 a newer attempt at the job runs: this one stops and writes nothing
 
@@ -113,6 +114,10 @@ class TrainerError(PostTrainingError):
 
 class ClusterUnavailableError(PostTrainingError):
     """The Ray cluster of the settings does not answer, or refuses what it is asked."""
+
+
+class ClusterRefusesError(ClusterUnavailableError):
+    """The same call would end the same way: the token or the address is wrong, or the call itself."""
 
 
 class InputsChangedError(PostTrainingError):

@@ -55,13 +55,15 @@ def end(ray: RayApi, attempt: int, result: dict[str, Any] | None, message: str =
     completed = result is not None and result["status"] == "completed"
     job.status, job.message, job.log = "SUCCEEDED" if completed else "FAILED", message, "loss 1.5\n"
     if result is not None:
-        job.log += f"{RESULT_LINE}{json.dumps({'attempt_id': attempt_id(attempt), **result})}\n"
+        job.log += f"\n{RESULT_LINE}{json.dumps({'attempt_id': attempt_id(attempt), **result})}\n"
 
 
-def go_on(workplace: Workplace, attempt: int = 1, error: str | None = None, **context: Any) -> dict[str, Any]:
+def go_on(
+    workplace: Workplace, attempt: int = 1, event: dict[str, Any] | None = None, **context: Any
+) -> dict[str, Any]:
     """Let an attempt go on after its trigger."""
     operator = workplace.operator(runtime=ON_RAY)
-    event = {"status": None, "error": error}
+    event = event or {"status": None, "error": None}
     return operator.execute_complete(workplace.context(attempt=attempt, **context), event)
 
 
@@ -91,12 +93,57 @@ def test_an_attempt_that_is_begun_again_waits_for_the_same_job(workplace: Workpl
     assert list(ray.jobs) == [job_of(1)]
 
 
-def test_the_tasks_time_limit_holds_while_it_waits(workplace: Workplace, ray: RayApi) -> None:
-    operator = workplace.operator(runtime=ON_RAY)
-    operator.execution_timeout = timedelta(hours=3)
+def defer_with_limit(workplace: Workplace, limit: timedelta) -> tuple[RayJobTrigger, Any]:
+    operator, context = workplace.operator(runtime=ON_RAY), workplace.context(max_tries=1)
+    operator.execution_timeout = limit
     with pytest.raises(TaskDeferred) as caught:
-        operator.execute(workplace.context())
-    assert caught.value.timeout == timedelta(hours=3)
+        operator.execute(context)
+    assert caught.value.timeout is None, "Airflow's own limit would leave the job running"
+    assert isinstance(caught.value.trigger, RayJobTrigger)
+    return caught.value.trigger, context["ti"]
+
+
+def test_the_time_limit_counts_from_the_attempts_start(workplace: Workplace, ray: RayApi) -> None:
+    trigger, ti = defer_with_limit(workplace, timedelta(hours=3))
+    assert trigger.deadline == (ti.start_date + timedelta(hours=3)).timestamp()
+    assert RayJobTrigger(**trigger.serialize()[1]).deadline == trigger.deadline
+
+
+TIME_IS_OVER = "the task's execution_timeout is over: its job on Ray "
+
+
+@pytest.mark.parametrize(
+    ("refuses", "error"), [(False, "was stopped$"), (True, "stops when it looks into its record; .*gone")]
+)
+def test_a_job_whose_time_is_over_is_stopped_and_followed_by_nobody(
+    workplace: Workplace, ray: RayApi, refuses: bool, error: str
+) -> None:
+    trigger, _ = defer_with_limit(workplace, timedelta(0))
+    answer = ray.answer
+
+    def answer_some(method: str, path: str, content: bytes) -> tuple[int, Any]:
+        is_gone = refuses and path.endswith("/stop")
+        return (500, "gone") if is_gone else answer(method, path, content)
+
+    ray.answer = answer_some  # type: ignore[method-assign]
+    trigger.poll_interval = 0.01
+    event = asyncio.run(first_event(trigger)).payload
+    assert ray.stopped == ([] if refuses else [job_of(1)])
+    with pytest.raises(AirflowException, match=f"{TIME_IS_OVER}{error}") as caught:
+        go_on(workplace, event=event, max_tries=1)
+    assert not isinstance(caught.value, AirflowFailException)
+    tags = workplace.tracking.runs["run-1"].tags
+    assert tags["post_training.error"].startswith(TIME_IS_OVER)
+    assert tags[FOLLOWED] == "", "by which a trainer that could not be stopped sees that nobody wants it"
+    assert defer(workplace, attempt=2, max_tries=1).submission_id == job_of(2)
+
+
+def test_a_job_that_was_done_when_its_time_was_over_counts(workplace: Workplace, ray: RayApi) -> None:
+    defer(workplace)
+    end(ray, 1, COMPLETED)
+    event = {"status": None, "error": "the time is over", "left": True}
+    assert go_on(workplace, event=event)["mlflow_run_id"] == "run-1"
+    assert workplace.tracking.runs["run-1"].status == "FINISHED"
 
 
 def test_a_retry_follows_the_job_of_a_lost_worker(workplace: Workplace, ray: RayApi) -> None:
@@ -166,12 +213,65 @@ def test_a_cluster_that_does_not_answer_fails_the_attempt(
 ) -> None:
     address = f"http://127.0.0.1:{free_ports(1)[0]}"
     monkeypatch.setenv("AIRFLOW__POST_TRAINING__RAY_ADDRESS", address)
+    monkeypatch.setenv("AIRFLOW__POST_TRAINING__RAY_PATIENCE", "1")
     with pytest.raises(AirflowException, match=f"ray_address must lead to .* got '{address}'") as caught:
         workplace.operator(runtime=ON_RAY).execute(workplace.context())
     assert not isinstance(caught.value, AirflowFailException)
     run = workplace.tracking.runs["run-1"]
     assert (run.status, address in run.tags["post_training.error"]) == ("FAILED", True)
     assert run.tags["post_training.followed_attempt"] == ""  # what may have begun there stops
+
+
+def test_a_cluster_that_is_away_for_a_moment_is_asked_again(
+    workplace: Workplace, ray: RayApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("post_training.operators.patience.PAUSE_SECONDS", 0.01)
+    answer, tries = ray.answer, []
+
+    def answer_later(method: str, path: str, content: bytes) -> tuple[int, Any]:
+        tries.append(path)
+        return (503, "busy") if len(tries) % 2 else answer(method, path, content)
+
+    ray.answer = answer_later  # type: ignore[method-assign]
+    defer(workplace)
+    end(ray, 1, COMPLETED)
+    assert go_on(workplace)["mlflow_run_id"] == "run-1"
+
+
+def test_a_cluster_that_the_trigger_has_waited_for_is_asked_once(workplace: Workplace, ray: RayApi) -> None:
+    defer(workplace)
+    tries = []
+
+    def answer(*call: Any) -> tuple[int, Any]:
+        tries.append(call)
+        return 503, "busy"
+
+    ray.answer = answer  # type: ignore[method-assign]
+    with pytest.raises(AirflowException, match="busy"):
+        go_on(workplace, event={"status": None, "error": "no answer for 300 s"})
+    assert len(tries) == 1
+
+
+def test_a_wrong_token_is_told_at_once(
+    workplace: Workplace, ray: RayApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("post_training.operators.patience.PAUSE_SECONDS", 0.01)
+    answers = iter([(401, "Unauthorized")])
+    ray.answer = lambda *call: next(answers, (400, "asked again"))  # type: ignore[method-assign]
+    with pytest.raises(AirflowException, match="ray_token must be the token"):
+        workplace.operator(runtime=ON_RAY).execute(workplace.context())
+
+
+def test_a_deployment_that_keeps_no_states_refuses_the_job(
+    workplace: Workplace, ray: RayApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW__POST_TRAINING__KEEP_STATE_IN_MLFLOW", "False")
+    with pytest.raises(
+        AirflowFailException, match=r"runtime\.launcher: must be local: .*keep_state_in_mlflow"
+    ):
+        workplace.operator(runtime=ON_RAY).execute(workplace.context())
+    assert ray.jobs == {}
+    assert workplace.tracking.runs["run-1"].status == "FAILED"
 
 
 def test_a_deployment_without_a_cluster_refuses_the_job(workplace: Workplace) -> None:
@@ -255,9 +355,19 @@ def test_a_trigger_is_made_again_from_what_it_serializes_and_stops_its_job(
 
 
 @pytest.mark.parametrize(
-    ("state", "stopped"), [("deferred", []), ("failed", [job_of(1)]), (None, [job_of(1)])]
+    ("state", "stopped"),
+    [
+        ("deferred", []),
+        ("scheduled", []),
+        ("queued", []),
+        ("running", []),
+        ("up_for_retry", []),
+        ("failed", [job_of(1)]),
+        ("success", [job_of(1)]),
+        (None, [job_of(1)]),
+    ],
 )
-def test_a_job_goes_on_while_its_task_waits_in_another_triggerer(
+def test_a_job_goes_on_while_its_task_waits_in_another_triggerer_or_has_gone_on(
     workplace: Workplace, ray: RayApi, monkeypatch: pytest.MonkeyPatch, state: str | None, stopped: list[str]
 ) -> None:
     trigger = defer(workplace)

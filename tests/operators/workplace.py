@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -103,6 +104,7 @@ class Workplace:
             id=attempt_id(attempt),
             try_number=attempt,
             max_tries=max_tries,
+            start_date=datetime.now(UTC),
             log_url="http://airflow/run",
             xcom_push=lambda key, value: self.links.update({key: value}),
         )

@@ -10,19 +10,27 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
 from post_training.certificates import certificates
-from post_training.errors import ClusterUnavailableError, TrainerError
+from post_training.errors import ClusterRefusesError, ClusterUnavailableError, TrainerError
 from post_training.launch.local import TUNING
 from post_training.schemas.trainer import RESULT_LINE, SPEC_FILE, TrainerResult
 
 ENTRYPOINT = f"python -m lightning_modules.on_ray {SPEC_FILE}"
 TIMEOUT_SECONDS = 60.0
 """For one call. A cluster that has just started takes its time for the first job."""
+
+STOP_SECONDS = 5.0
+"""For the call that stops a job: Airflow leaves a trigger that is cancelled 30 s for all of its tries."""
+
+PASSING = frozenset({httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS})
+"""Refusals of a client that may be none a moment later."""
 
 _ENVIRONMENT = {
     **TUNING,
@@ -109,7 +117,7 @@ class RayJobs:
 
         :raises ClusterUnavailableError: if the cluster does not answer.
         """
-        answer = self._call("POST", f"/api/jobs/{submission_id}/stop")
+        answer = self._call("POST", f"/api/jobs/{submission_id}/stop", timeout=STOP_SECONDS)
         if not answer.is_success and answer.status_code != httpx.codes.NOT_FOUND:
             raise self._refused(answer)
 
@@ -126,20 +134,24 @@ class RayJobs:
                 raise self._refused(answer)
         return f"gcs://{name}"
 
-    def _call(self, method: str, path: str, **content: Any) -> httpx.Response:
+    def _call(
+        self, method: str, path: str, *, timeout: float = TIMEOUT_SECONDS, **content: Any
+    ) -> httpx.Response:
         try:
             answer = httpx.request(
                 method,
                 f"{self._address}{path}",
                 headers=self._headers,
-                timeout=TIMEOUT_SECONDS,
+                timeout=timeout,
                 verify=certificates(),
                 **content,
             )
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise self._unavailable(f"{type(error).__name__}: {error}") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise ClusterRefusesError(self._sentence(f"{type(error).__name__}: {error}")) from None
+        except httpx.HTTPError as error:
+            raise ClusterUnavailableError(self._sentence(f"{type(error).__name__}: {error}")) from None
         if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            raise ClusterUnavailableError(
+            raise ClusterRefusesError(
                 f"[post_training] ray_token must be the token of the Ray cluster at {self._address}, which"
                 f" answers {answer.status_code}; its value is not shown"
             )
@@ -155,25 +167,27 @@ class RayJobs:
         return found
 
     def _refused(self, answer: httpx.Response) -> ClusterUnavailableError:
+        final = answer.is_client_error and answer.status_code not in PASSING
         lines = answer.text.strip().splitlines()  # of a traceback the last says what is wrong
-        return self._unavailable(f"{answer.status_code} {lines[-1][:200] if lines else answer.reason_phrase}")
+        why = f"{answer.status_code} {lines[-1][:200] if lines else answer.reason_phrase}"
+        return (ClusterRefusesError if final else ClusterUnavailableError)(self._sentence(why))
 
-    def _unavailable(self, why: str) -> ClusterUnavailableError:
-        return ClusterUnavailableError(
+    def _sentence(self, why: str) -> str:
+        return (
             f"[post_training] ray_address must lead to a Ray cluster's Jobs API, got {self._address!r}: {why}"
         )
 
 
 def result_in(log: str, job: RayJob, attempt_id: str) -> TrainerResult:
-    """Return the result that a job has printed.
+    """Return the result that a job has printed; others' output may stand before it in its line.
 
     :param attempt_id: of the attempt that submitted it.
     :raises TrainerError: if it has printed none: it was stopped, or its driver was lost.
     """
     for line in reversed(log.splitlines()):
-        if line.startswith(RESULT_LINE):
-            result = TrainerResult.model_validate_json(line.removeprefix(RESULT_LINE))
-            if result.attempt_id == attempt_id:
+        _, found, text = line.partition(RESULT_LINE)
+        with suppress(ValidationError):  # a line of the training's own that says so too
+            if found and (result := TrainerResult.model_validate_json(text)).attempt_id == attempt_id:
                 return result
     why = " ".join(job.message.split())
     raise TrainerError(
@@ -182,5 +196,5 @@ def result_in(log: str, job: RayJob, attempt_id: str) -> TrainerResult:
 
 
 def without_result(line: str) -> bool:
-    """Whether a line of a job's output is for people: the result is for the operator."""
-    return not line.startswith(RESULT_LINE)
+    """Whether a line of a job's output says something to people: the result is for the operator."""
+    return bool(line.strip()) and RESULT_LINE not in line

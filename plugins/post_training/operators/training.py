@@ -16,7 +16,7 @@ from post_training.launch.local import trainer_of
 from post_training.launch.results import read_result
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.links import CheckpointLink, JobLink, MLflowRunLink
-from post_training.operators.on_ray import Ended, OnRay, ray_jobs
+from post_training.operators.on_ray import Ended, OnRay, check_states_are_kept, ray_jobs
 from post_training.operators.request import build_request, was_there, with_runtime_defaults
 from post_training.operators.search_outcome import SearchOutcome
 from post_training.operators.search_task import search_that_ran
@@ -119,6 +119,7 @@ class TrainingOperator(WorkerOperator):
         self.runtime = runtime
         self.post_training_conn_id = post_training_conn_id
         self.parent_run_id = parent_run_id
+        self._event: Mapping[str, Any] = {}  # of the trigger that has waited for a job on Ray
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Train, and return the job's id, its MLflow run, its checkpoints and last metrics.
@@ -162,12 +163,14 @@ class TrainingOperator(WorkerOperator):
     def execute_complete(self, context: Context, event: Mapping[str, Any]) -> dict[str, Any]:
         """Go on when the trainer's job on a Ray cluster has ended: ``execute`` finds it again.
 
-        :param event: of the trigger, whose error says why it waits no longer.
+        :param event: of the trigger; its ``error`` says why it waits no longer, ``left`` that it has stopped
+            the job.
         :raises AirflowFailException: if another attempt would fail the same way.
         :raises AirflowException: if it may succeed.
         """
         if event["error"] is not None:
             self.log.warning("%s", event["error"])
+        self._event = event
         return self.execute(context)
 
     def _run_job(self, key: TaskKey, record: TaskRecord) -> dict[str, Any]:
@@ -300,16 +303,23 @@ class TrainingOperator(WorkerOperator):
         :raises TaskDeferred: while it runs.
         :raises TrainerError: if it was stopped, or ended without a result.
         :raises ClusterUnavailableError: if the cluster does not answer.
+        :raises InvalidRequestError: if the deployment has no cluster, or keeps no states.
         """
-        on_ray = OnRay(ray_jobs(), self.tracking, record, run)
+        # What the trigger has waited for in vain is not waited for once more.
+        patience = 0.0 if self._event.get("error") else load_settings().ray_patience
+        on_ray = OnRay(ray_jobs(), self.tracking, record, run, patience)
+        log_file = work_dir / f"train-{record.ti.try_number}.log"
+
+        def keep(file: Path) -> None:
+            record.add_file(file, names.ARTIFACT_LOGS)
+
+        if self._event.get("left"):
+            return on_ray.leave(self._event["error"], log_file, keep)
         found = on_ray.find()
         if isinstance(found, Ended):
-            return on_ray.read(
-                found,
-                work_dir / f"train-{record.ti.try_number}.log",
-                lambda file: record.add_file(file, names.ARTIFACT_LOGS),
-            )
+            return on_ray.read(found, log_file, keep)
         if found is None:
+            check_states_are_kept()
             found = on_ray.submit(
                 record.persist(lambda: write_spec(request, run, work_dir, record.ti, self.tracking))
             )
@@ -317,10 +327,17 @@ class TrainingOperator(WorkerOperator):
             on_ray.jobs.stop(found)
             raise TrainerError("The job was stopped.")
         self.defer(
-            trigger=RayJobTrigger(found, RAY_POLL_SECONDS),
+            trigger=RayJobTrigger(found, RAY_POLL_SECONDS, self._deadline(record.ti)),
             method_name="execute_complete",
-            timeout=self.execution_timeout,  # which Airflow itself does not apply to a task that waits
         )
+
+    def _deadline(self, ti: Any) -> float | None:
+        """Return when the time limit of an attempt ends, in seconds since the epoch.
+
+        Airflow does not apply it to a task that waits, and the limit of a trigger would not stop the job.
+        """
+        limit = self.execution_timeout
+        return None if limit is None else (ti.start_date + limit).timestamp()
 
     def _train(self, spec: TrainerSpec, record: TaskRecord, lock: int) -> TrainerResult:
         """Run the trainer to its end, its output in the task's log.

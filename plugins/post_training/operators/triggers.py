@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from time import monotonic
+from math import inf
+from time import monotonic, time
 from typing import Any
 
 from airflow.sdk import TaskInstanceState
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from post_training.errors import ClusterUnavailableError, InvalidRequestError, RecordUnavailableError
-from post_training.launch.ray_jobs import without_result
+from post_training.launch.ray_jobs import RayJobs, without_result
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.on_ray import ray_jobs
 from post_training.schemas.jobs import PostTrainingJobStatusResponse
@@ -20,7 +21,22 @@ from post_training.settings import load_settings
 LONGEST_PAUSE = 60.0
 """Seconds between two looks at a job on Ray whose output takes long to read."""
 
-STOP_TRIES = 5
+STOP_TRIES, STOP_PAUSE = 4, 2.0
+"""Calls that stop a job, and seconds between two of them: all end within Airflow's 30 s for ``on_kill``."""
+
+TIME_IS_OVER = "the task's execution_timeout is over"
+
+NOBODY_FOLLOWS = frozenset(
+    {
+        None,  # cleared
+        TaskInstanceState.SUCCESS,
+        TaskInstanceState.FAILED,
+        TaskInstanceState.SKIPPED,
+        TaskInstanceState.UPSTREAM_FAILED,
+        TaskInstanceState.REMOVED,
+    }
+)
+"""States of a task that does not look at its job again; in all others it does, or its next try does."""
 
 
 class PostTrainingJobTrigger(BaseTrigger):
@@ -75,22 +91,28 @@ class RayJobTrigger(BaseTrigger):
 
     :param submission_id: the job's id on the cluster.
     :param poll_interval: seconds between two looks; where they take long, ten times as long as one took.
+    :param deadline: when the job is stopped, in seconds since the epoch; None is never.
     """
 
-    def __init__(self, submission_id: str, poll_interval: float) -> None:
+    def __init__(self, submission_id: str, poll_interval: float, deadline: float | None = None) -> None:
         super().__init__()
         self.submission_id = submission_id
         self.poll_interval = poll_interval
+        self.deadline = deadline
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the class's path and its arguments."""
         return (
             f"{type(self).__module__}.{type(self).__qualname__}",
-            {"submission_id": self.submission_id, "poll_interval": self.poll_interval},
+            {
+                "submission_id": self.submission_id,
+                "poll_interval": self.poll_interval,
+                "deadline": self.deadline,
+            },
         )
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Look until the job has ended, or the cluster has not answered for too long."""
+        """Look until the job has ended, its time is over, or the cluster has not answered for too long."""
         try:
             jobs, patience = ray_jobs(), load_settings().ray_patience
         except InvalidRequestError as error:  # this triggerer has other settings than the worker
@@ -115,18 +137,40 @@ class RayJobTrigger(BaseTrigger):
                     yield TriggerEvent({"status": job and job.status, "error": None})
                     return
                 pause = max(self.poll_interval, min(LONGEST_PAUSE, 10 * (answered - asked)))
-            await asyncio.sleep(pause)
+            left = self._seconds_left()
+            if left <= 0:
+                yield await self._end(jobs)
+                return
+            await asyncio.sleep(min(pause, left))
+
+    def _seconds_left(self) -> float:
+        return inf if self.deadline is None else self.deadline - time()
+
+    async def _end(self, jobs: RayJobs) -> TriggerEvent:
+        """Stop a job whose time is over; Airflow's own limit would leave it running."""
+        error = f"{TIME_IS_OVER}: its job on Ray was stopped"
+        try:
+            await self._stop(jobs)
+        except ClusterUnavailableError as unavailable:
+            error = f"{TIME_IS_OVER}: its job on Ray stops when it looks into its record; {unavailable}"
+        return TriggerEvent({"status": None, "error": error, "left": True})
 
     async def on_kill(self) -> None:
         """Stop the job: somebody has ended the task, or clears it. A triggerer that stops leaves it alone.
 
         Airflow calls this too in a triggerer that was away for so long that another has taken over what
-        waits: the task still waits then, and its job goes on.
+        waits: the task still waits then, or goes on since the other's trigger has fired; it follows its job.
         """
-        if await asyncio.to_thread(self._waits):
-            self.log.info("another triggerer follows the job on Ray by now")
+        if await asyncio.to_thread(self._is_followed):
+            self.log.info("the task still follows the job on Ray")
             return
-        jobs = ray_jobs()
+        await self._stop(ray_jobs())
+
+    async def _stop(self, jobs: RayJobs) -> None:
+        """Stop the job.
+
+        :raises ClusterUnavailableError: if the cluster does not answer.
+        """
         for left in reversed(range(STOP_TRIES)):
             try:
                 await asyncio.to_thread(jobs.stop, self.submission_id)
@@ -135,10 +179,10 @@ class RayJobTrigger(BaseTrigger):
                 if not left:
                     raise
                 self.log.warning("%s", error)
-                await asyncio.sleep(self.poll_interval)
+                await asyncio.sleep(min(self.poll_interval, STOP_PAUSE))
 
-    def _waits(self) -> bool:
-        """Whether Airflow still says that the task is deferred."""
+    def _is_followed(self) -> bool:
+        """Whether Airflow says that the task, or its next try, will look at the job."""
         # DAGs are parsed without it: that would take half as long again.
         from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance  # noqa: PLC0415
 
@@ -148,7 +192,7 @@ class RayJobTrigger(BaseTrigger):
         found = RuntimeTaskInstance.get_task_states(
             task.dag_id, map_index=task.map_index, task_ids=[task.task_id], run_ids=[task.run_id]
         )
-        return TaskInstanceState.DEFERRED in {state for run in found.values() for state in run.values()}
+        return not NOBODY_FOLLOWS.issuperset(state for run in found.values() for state in run.values())
 
     def _show(self, log: str, shown: int) -> int:
         """Log the whole lines behind what was shown; return how much is."""

@@ -177,6 +177,19 @@ def test_without_mlflow_nothing_is_triggered(
     assert runs.triggered == []
 
 
+def test_what_the_deployments_defaults_make_a_job_is_submitted(
+    runs: FakeRuns, tracking: FakeTracking, resolver: Accepting
+) -> None:
+    defaults: dict[str, Any] = {"launcher": "ray"}
+    service = JobService(runs, lambda: tracking, resolver, lambda: defaults)  # type: ignore[arg-type, return-value]
+    wanted = request(runtime={"num_nodes": 2})
+    service.submit(wanted, FakeAccess())
+    assert runs.tasks["job-1"].conf == {**flatten(wanted), "mlflow_run_id": "run-1"}, "as it was asked for"
+    defaults.clear()
+    with pytest.raises(InvalidRequestError, match=r"runtime\.num_nodes: must be 1 with .*launcher local"):
+        service.submit(request(job_uuid="job-2", runtime={"num_nodes": 2}), FakeAccess())
+
+
 def test_a_request_that_cannot_be_trained_makes_nothing(
     service: JobService, runs: FakeRuns, tracking: FakeTracking, resolver: Accepting
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from post_training.errors import (
 from post_training.job_ids import TaskKey, candidate_keys, request_dag
 from post_training.keyed_locks import KeyedLocks
 from post_training.mending import Mender, Tasks, failure, is_unused
+from post_training.operators.request import with_checked_defaults
 from post_training.reconcile import Evidence
 from post_training.record import new_run
 from post_training.schemas import record as names
@@ -33,7 +34,6 @@ from post_training.schemas.jobs import (
     ReconcileJobsResponse,
 )
 from post_training.schemas.requests import AnyTrainingRequest
-from post_training.schemas.rules import unsupported
 from post_training.tracking import JobRun, Tracking, run_of_task
 
 logger = logging.getLogger(__name__)
@@ -83,10 +83,19 @@ class JobService:
     :param tracking: makes the access to the jobs' runs in MLflow; called anew for each use, so that a
         connection that was corrected takes effect.
     :param resolver: checks the names of data sets and models.
+    :param runtime_defaults: what the deployment sets where a request's runtime block does not; called anew
+        for each use, too.
     """
 
-    def __init__(self, runs: Runs, tracking: Callable[[], Tracking], resolver: Resolver) -> None:
+    def __init__(
+        self,
+        runs: Runs,
+        tracking: Callable[[], Tracking],
+        resolver: Resolver,
+        runtime_defaults: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
         self._runs = runs
+        self._runtime_defaults = runtime_defaults
         self._tracking = tracking
         self._resolver = resolver
         self._mender = Mender(runs, tracking)
@@ -112,9 +121,7 @@ class JobService:
         if self._is_known(request.job_uuid, dag_id, conf, access):
             return
         self._refuse_taken_names(request.job_uuid, access)
-        problems = unsupported(request)
-        if problems:
-            raise InvalidRequestError(problems)
+        with_checked_defaults(request, self._runtime_defaults())
         self._resolver.check(request)
         key = TaskKey(dag_id, request.job_uuid, names.REQUEST_TASK_ID)
         run = self._tracking().create_run(**new_run(request, key, self._resolver.pins(request)))

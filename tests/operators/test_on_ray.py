@@ -287,8 +287,9 @@ def test_the_deployments_default_launcher_is_used(
 ) -> None:
     connect(monkeypatch, host="http://airflow/post-training", extra={"runtime": {"launcher": "ray"}})
     with pytest.raises(TaskDeferred):
-        workplace.operator().execute(workplace.context())
+        workplace.operator(runtime={"num_nodes": 2}).execute(workplace.context())
     assert list(ray.jobs) == [job_of(1)]
+    assert ray.spec_of(job_of(1))["request"]["runtime"]["launcher"] == "ray"
 
 
 def test_a_trainer_of_the_workers_own_is_followed_instead(

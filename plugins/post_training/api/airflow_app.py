@@ -15,7 +15,7 @@ from post_training.errors import RecordUnavailableError
 from post_training.job_views import JobViews
 from post_training.jobs import JobService
 from post_training.logs import LogService
-from post_training.operators.hooks import MLflowHook
+from post_training.operators.hooks import MLflowHook, PostTrainingHook
 from post_training.settings import load_settings
 from post_training.tracking import Tracking
 
@@ -38,7 +38,8 @@ def build_app() -> FastAPI:
     records = DatasetRecords(tracking)
     resolver = Resolver(settings, registered=records.uri)
     runs = AirflowRuns()
-    service = JobService(runs, tracking, resolver)
+    hook = PostTrainingHook(settings.post_training_conn_id)
+    service = JobService(runs, tracking, resolver, hook.runtime_defaults)
     datasets = DatasetService(records, resolver, runs.update_asset)
     logs = LogService(runs, service)
     views = JobViews(runs, tracking, service)

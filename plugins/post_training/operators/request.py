@@ -38,13 +38,9 @@ def build_request(
         )
     # Templates render to strings unless the DAG renders native objects, so numbers may come as text.
     try:
-        request = read_request(method, body, strict=False)
+        return read_request(method, body, strict=False)
     except ValidationError as error:
         raise InvalidRequestError(error_details(error.errors())) from None
-    problems = unsupported(request)
-    if problems:
-        raise InvalidRequestError(problems)
-    return request
 
 
 def with_runtime_defaults(request: AnyTrainingRequest, defaults: Mapping[str, Any]) -> AnyTrainingRequest:
@@ -67,6 +63,19 @@ def with_runtime_defaults(request: AnyTrainingRequest, defaults: Mapping[str, An
             raise InvalidRequestError(error_details(error.errors())) from None
         logger.info("Defaults of the connection that mean nothing for this job: %s", ", ".join(sorted(unfit)))
         return with_runtime_defaults(request, {k: v for k, v in defaults.items() if k not in unfit})
+
+
+def with_checked_defaults(request: AnyTrainingRequest, defaults: Mapping[str, Any]) -> AnyTrainingRequest:
+    """Return the request with a deployment's defaults, if that is a job that a deployment can run.
+
+    What means nothing by itself, as several nodes do, may mean something with them.
+
+    :raises InvalidRequestError: naming each field, rule and value.
+    """
+    merged = with_runtime_defaults(request, defaults)
+    if problems := unsupported(merged):
+        raise InvalidRequestError(problems)
+    return merged
 
 
 def _given(

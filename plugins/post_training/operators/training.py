@@ -17,7 +17,7 @@ from post_training.launch.results import read_result
 from post_training.operators.hooks import PostTrainingHook
 from post_training.operators.links import CheckpointLink, JobLink, MLflowRunLink
 from post_training.operators.on_ray import Ended, OnRay, check_states_are_kept, ray_jobs
-from post_training.operators.request import build_request, was_there, with_runtime_defaults
+from post_training.operators.request import build_request, was_there, with_checked_defaults
 from post_training.operators.search_outcome import SearchOutcome
 from post_training.operators.search_task import search_that_ran
 from post_training.operators.spec import run_of, write_spec
@@ -34,7 +34,6 @@ from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint
 from post_training.schemas.requests import AnyTrainingRequest
 from post_training.schemas.rlhf import PostTrainingRLHFRequest
-from post_training.schemas.rules import unsupported
 from post_training.schemas.trainer import BASE_FOLDER, SPEC_FILE, UPLOADED, TrainerResult, TrainerSpec
 from post_training.search import NoSearchError, Search
 from post_training.search_parts import SearchUnavailableError
@@ -290,10 +289,7 @@ class TrainingOperator(WorkerOperator):
         :raises InvalidRequestError: if they do not go together.
         """
         conn_id = self.post_training_conn_id or load_settings().post_training_conn_id
-        request = with_runtime_defaults(request, PostTrainingHook(conn_id).runtime_defaults())
-        if problems := unsupported(request):
-            raise InvalidRequestError(problems)
-        return request
+        return with_checked_defaults(request, PostTrainingHook(conn_id).runtime_defaults())
 
     def _train_on_ray(
         self, request: AnyTrainingRequest, run: JobRun, work_dir: Path, record: TaskRecord

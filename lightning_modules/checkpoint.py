@@ -23,7 +23,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.means import perplexity
-from lightning_modules.module import NLL, STATE_KEY, PostTraining, StopRequestedError
+from lightning_modules.module import NLL, STATE_KEY, PostTraining
+from lightning_modules.process import StopRequestedError
 from lightning_modules.ranks import ALONE, Ranks
 from lightning_modules.sharded_state import is_sharded, read_rest, read_whole
 from lightning_modules.trained import rename_whole

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from lightning_modules.data.datamodule import FineTuningData
 from lightning_modules.exact_match import Question, answers_of
 from lightning_modules.figures import FIGURES, curves_figure, distributions_figure, save
-from lightning_modules.module import PostTraining, StopRequestedError
+from lightning_modules.module import PostTraining
+from lightning_modules.process import StopRequestedError
 from post_training.schemas import record as names
 
 if TYPE_CHECKING:

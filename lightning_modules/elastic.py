@@ -15,6 +15,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
@@ -97,7 +98,8 @@ class Launch:
         self._stop.wait()
         while True:
             for child in psutil.Process().children():
-                child.terminate()
+                with suppress(psutil.NoSuchProcess):  # it has ended since
+                    child.terminate()
             Event().wait(SIGTERM_SECONDS)
 
     def _round(self) -> str | None:

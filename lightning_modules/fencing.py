@@ -8,8 +8,10 @@ from time import monotonic
 
 from mlflow import MlflowClient
 
+from lightning_modules.record import limit_http
 from post_training.errors import SupersededError
 from post_training.schemas.record import TAG_ATTEMPT_ID, TAG_CANCELLED_ATTEMPT, TAG_FOLLOWED
+from post_training.schemas.trainer import TrainerSpec
 
 _log = logging.getLogger(__name__)
 
@@ -65,3 +67,25 @@ class RunFence:
                 self._client.set_tag(self._run_id, TAG_ATTEMPT_ID, self._attempt_id)
         if self.superseded:
             raise SupersededError("This attempt was cancelled, or a newer one runs.")
+
+
+def watch_of(spec: TrainerSpec) -> Callable[[], None]:
+    """Return what asks the run whether an attempt is still wanted, for a process that does not record.
+
+    It raises SupersededError where nobody wants it, and nothing else: MLflow's silence holds up nobody.
+    """
+    if spec.tracking is None:
+        return lambda: None
+    limit_http()
+    client = MlflowClient(tracking_uri=spec.tracking.tracking_uri)
+    fence = RunFence(client, spec.tracking.run_id, spec.attempt_id, on_ray=spec.request.on_ray)
+
+    def check() -> None:
+        try:
+            fence.check(now=True)
+        except SupersededError:
+            raise
+        except Exception as error:
+            _log.warning("MLflow does not say whether the job is still wanted: %s", error)
+
+    return check

@@ -23,6 +23,7 @@ from lightning_modules.objective import Objective, Outcome, language_model
 from lightning_modules.offloading import offloaded
 from lightning_modules.optimization import Schedule, make_optimizer
 from lightning_modules.preference import reference_log_probs
+from lightning_modules.process import StopRequestedError
 from lightning_modules.ranks import ALONE, Ranks
 from lightning_modules.sharding import whole
 from post_training.errors import DivergenceError
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 
 STATE_KEY = "post_training"
 NLL = "nll"
-
-
-class StopRequestedError(Exception):
-    """The process was asked to stop; the optimizer step under way was dropped."""
 
 
 class PostTraining(pl.LightningModule):

@@ -11,12 +11,11 @@ what no other attempt can mend, so each round here is a run of Ray Train's that 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -32,26 +31,43 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import distributed
 
 from lightning_modules.elastic import RESTARTS
-from lightning_modules.nodes import FailedWorkerError, Node, chosen, placed, too_few, why_ended
-from lightning_modules.process import EXIT_COMPLETED, EXIT_FAILED, describe, is_permanent, spec_file
-from lightning_modules.process_group import TIMEOUT
+from lightning_modules.fencing import watch_of
+from lightning_modules.nodes import (
+    FailedWorkerError,
+    Node,
+    Round,
+    home,
+    make_folder,
+    placed,
+    remove_folder,
+    remove_left,
+    train_in_rounds,
+    wait_for_nodes,
+    why_ended,
+)
+from lightning_modules.process import (
+    EXIT_COMPLETED,
+    EXIT_FAILED,
+    StopRequestedError,
+    describe,
+    is_permanent,
+    spec_file,
+)
+from lightning_modules.process_group import TIMEOUT, lost_another
 from lightning_modules.ranks import Ranks
 from lightning_modules.train import EXIT_STOPPED, Attempt, failure_of, take_part
-from post_training.errors import HardwareError, TrainerError
+from post_training.errors import SupersededError
 from post_training.schemas.trainer import RESULT_LINE, TrainerResult, TrainerSpec
-from post_training.schemas.training import RuntimeConfig
-
-HOME = "POST_TRAINING_HOME"
-"""Environment variable of a node: the folder for jobs' working files."""
 
 STARTS = 10
 """How often nodes are looked for in one round, if others take them before it begins."""
 
-LOOK_SECONDS = 2.0
-"""Between two looks for nodes."""
+CLEAR_SECONDS = 60.0
+"""For which a job waits, at its end, for its files on the nodes to be removed."""
 
 NODE_LABEL = "ray.io/node-id"
 
@@ -66,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec = TrainerSpec.model_validate_json(path.read_bytes())
         ray.init(address="auto", logging_level=logging.WARNING)
         result = train_on_nodes(spec)
+    except SupersededError:
+        result = None
     except Exception as error:
         result = TrainerResult(status="failed", error=describe(error), permanent=is_permanent(error))
     if result is None:
@@ -74,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result.error:
         print(f"failed: {result.error}", file=sys.stderr)
     signed = result.model_copy(update={"attempt_id": spec.attempt_id if spec is not None else ""})
-    print(f"{RESULT_LINE}{signed.model_dump_json()}", flush=True)
+    # In one piece, and in a line of its own: a thread of Ray's writes the processes' lines to the same file.
+    sys.stdout.write(f"\n{RESULT_LINE}{signed.model_dump_json()}\n")
+    sys.stdout.flush()
     return EXIT_COMPLETED if result.status == "completed" else EXIT_FAILED
 
 
@@ -83,29 +103,62 @@ def train_on_nodes(spec: TrainerSpec) -> TrainerResult | None:
 
     :raises HardwareError: if the cluster has not as many devices.
     :raises TrainerError: if it has them no more.
+    :raises SupersededError: if nobody wants the job any more.
     """
-    again = spec.model_copy(update={"begun": True})
-    result = _round_on_free_nodes(spec)
-    for left in reversed(range(RESTARTS)):
-        if result is None or result.status != "failed" or result.permanent:
-            break
-        print(f"{result.error}; begun again from the newest state, {left} restarts are left", flush=True)
-        result = _round_on_free_nodes(again)
-    return result
+    rounds = Rounds(watch_of(spec))
+    try:
+        return train_in_rounds(spec, rounds.train, rounds.check, RESTARTS)
+    finally:
+        rounds.clear(spec)
 
 
-def _round_on_free_nodes(spec: TrainerSpec) -> TrainerResult | None:
-    """Train a round on nodes that are free; others may take them before it has begun."""
-    reason = ""
-    for _ in range(STARTS):
-        try:
-            return _round(spec, nodes_for(spec))
-        except TrainingFailedError as error:
-            reason = str(error)
-            if not _was_late(error):
-                break
-            print("the nodes were taken, or lost, before it began", flush=True)
-    return why_ended({}, reason)
+class Rounds:
+    """The rounds of a job, each on nodes that are free when it begins.
+
+    :param check: raises SupersededError once nobody wants the job.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+        self._left: set[str] = set()
+
+    def train(self, spec: TrainerSpec) -> Round:
+        """Train a round; others may take the nodes before it has begun.
+
+        :raises HardwareError: if the cluster has not as many devices.
+        :raises TrainerError: if it has them no more.
+        :raises SupersededError: if nobody wants the job any more.
+        """
+        reason = ""
+        for _ in range(STARTS):
+            nodes = wait_for_nodes(spec, nodes_of_cluster, self.check)
+            self._left.update(nodes)
+            try:
+                ended = _round(spec, nodes)
+                if ended.result is None or ended.result.status == "completed":
+                    self._left.difference_update(nodes)  # each process has removed what was on its node
+                return ended
+            except TrainingFailedError as error:
+                reason = str(error)
+                if not _was_late(error):
+                    break
+                print("the nodes were taken, or lost, before it began", flush=True)
+        return why_ended({}, reason)
+
+    def clear(self, spec: TrainerSpec) -> None:
+        """Remove what rounds have left on nodes that are alive: other attempts go on from MLflow's state."""
+        if not self._left:
+            return
+        with suppress(Exception):  # only space is lost, and the job's end is known
+            alive = {node.node_id for node in nodes_of_cluster()[0]}
+            remove, job = ray.remote(num_cpus=0)(remove_left), spec.model_dump_json()
+            removals = [
+                remove.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                    job, node
+                )
+                for node in alive & self._left
+            ]
+            ray.wait(removals, num_returns=len(removals), timeout=CLEAR_SECONDS)
 
 
 def _was_late(error: TrainingFailedError) -> bool:
@@ -114,7 +167,7 @@ def _was_late(error: TrainingFailedError) -> bool:
     return isinstance(failure, WorkerGroupStartupTimeoutError | WorkerGroupStartupFailedError)
 
 
-def _round(spec: TrainerSpec, nodes: Sequence[str]) -> TrainerResult | None:
+def _round(spec: TrainerSpec, nodes: Sequence[str]) -> Round:
     """Train on these nodes until all processes have ended.
 
     :raises TrainingFailedError: if they did not begin.
@@ -131,51 +184,27 @@ def _round(spec: TrainerSpec, nodes: Sequence[str]) -> TrainerResult | None:
         "controller_failure_limit": 0,
         "max_preemption_failures": 0,
     }
-    trainer = TorchTrainer(
-        take_part_on_node,  # type: ignore[arg-type]  # it returns the run's value
-        train_loop_config={"spec": spec.model_dump_json()},
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if kind == "GPU" else "gloo", timeout_s=int(TIMEOUT.total_seconds())
-        ),
-        scaling_config=ScalingConfig(**scaling),
-        run_config=RunConfig(storage_path=str(home() / "ray-train"), failure_config=FailureConfig(**at_once)),
-    )
-    try:
-        finished: Any = trainer.fit()  # whose types are those of Ray Train's first version
-    except WorkerGroupError as error:
-        failures = {rank: _cause(failure) for rank, failure in error.worker_failures.items()}
-        return why_ended(failures, str(error))
+    backend = "cpu:gloo,cuda:nccl" if kind == "GPU" else "gloo"
+    with TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as storage:
+        trainer = TorchTrainer(
+            take_part_on_node,  # type: ignore[arg-type]  # it returns the run's value
+            train_loop_config={"spec": spec.model_dump_json()},
+            torch_config=TorchConfig(backend=backend, timeout_s=int(TIMEOUT.total_seconds())),
+            scaling_config=ScalingConfig(**scaling),
+            run_config=RunConfig(storage_path=storage, failure_config=FailureConfig(**at_once)),
+        )
+        try:
+            finished: Any = trainer.fit()  # whose types are those of Ray Train's first version
+        except WorkerGroupError as error:
+            failures = {rank: _cause(failure) for rank, failure in error.worker_failures.items()}
+            return why_ended(failures, str(error))
     found = finished.return_value
-    return TrainerResult.model_validate_json(found) if found is not None else None
+    return Round(TrainerResult.model_validate_json(found) if found is not None else None)
 
 
 def _cause(failure: BaseException) -> BaseException:
     """Return what a process has raised, below what Ray wraps it in."""
     return getattr(failure, "cause", None) or failure
-
-
-def nodes_for(spec: TrainerSpec) -> list[str]:
-    """Return the nodes that a job takes; wait while others use them, and a while for those that are missing.
-
-    :raises HardwareError: if they do not appear.
-    :raises TrainerError: the same for a training that has begun: it had them.
-    """
-    wanted = spec.request.runtime or RuntimeConfig()
-    complete = time.monotonic()
-    while True:
-        nodes, kind = nodes_of_cluster()
-        found = chosen(nodes, wanted, spec.request.job_uuid)
-        missing = too_few(nodes, kind, wanted)
-        if found is not None:
-            return found
-        if missing is None:
-            complete = time.monotonic()
-        elif time.monotonic() - complete > spec.node_patience:
-            missing = f"{missing}; more were waited for {spec.node_patience:g} s"
-            if spec.begun:
-                raise TrainerError(f"nodes were lost while it trained: {missing}")
-            raise HardwareError(missing)
-        time.sleep(LOOK_SECONDS)
 
 
 def nodes_of_cluster() -> tuple[list[Node], str]:
@@ -196,21 +225,24 @@ def take_part_on_node(config: dict[str, str]) -> str | None:
 
     :raises FailedWorkerError: if it failed.
     """
-    spec = placed(TrainerSpec.model_validate_json(config["spec"]), home())
-    place = place_among(ray.get_runtime_context().get_node_id())
+    node_id = ray.get_runtime_context().get_node_id()
+    spec = placed(TrainerSpec.model_validate_json(config["spec"]), home(), node_id)
+    place = place_among(node_id)
     attempt = Attempt(spec.work_dir, place, spec)
-    spec.work_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(spec, home())
+    result: TrainerResult | None = None
     try:
         result = take_part(spec, attempt)
+        stopped = attempt.should_stop()
     except Exception as error:
-        if attempt.should_stop():
-            return None
-        raise FailedWorkerError(failure_of(error).model_dump_json(), time.time()) from None
-    if attempt.should_stop():
-        return None
+        # Only the first process sees what the record says, and all of them stop.
+        stopped = isinstance(error, StopRequestedError) or attempt.should_stop()
+        if not stopped:
+            failed = failure_of(error).model_dump_json()
+            raise FailedWorkerError(failed, time.time(), lost_another(error)) from None
     if place.leader:  # what is worth keeping is in MLflow
-        shutil.rmtree(spec.work_dir, ignore_errors=True)
-    return result.model_dump_json() if result is not None else None
+        remove_folder(spec.work_dir)
+    return result.model_dump_json() if result is not None and not stopped else None
 
 
 def place_among(node_id: str) -> Ranks:
@@ -223,12 +255,6 @@ def place_among(node_id: str) -> Ranks:
     distributed.all_gather_object(nodes, node_id)
     here = [other for other, its_node in enumerate(nodes) if its_node == node_id]
     return Ranks(rank, world, here.index(rank), len(here))
-
-
-def home() -> Path:
-    """Return the folder of this node for jobs' working files."""
-    given = os.environ.get(HOME)
-    return Path(given) if given else Path.home() / ".cache" / "post_training"
 
 
 if __name__ == "__main__":

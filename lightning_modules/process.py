@@ -37,6 +37,10 @@ PERMANENT_ERRORS = (
 )
 
 
+class StopRequestedError(Exception):
+    """The process was asked to stop; the optimizer step under way was dropped."""
+
+
 def spec_file(module: str, argv: Sequence[str] | None) -> Path | None:
     """Return the one file that a process was given; None, and say how it is called, if it was not.
 

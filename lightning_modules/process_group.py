@@ -22,6 +22,19 @@ TIMEOUT = timedelta(hours=2)
 is for one that is slow: the first waits for MLflow, a leader downloads a model."""
 
 
+def lost_another(error: BaseException) -> bool:
+    """Whether an error says only that another process is heard no more, or one that it comes from does.
+
+    gloo's errors have no class of their own; they name its file.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, distributed.DistError) or (type(seen) is RuntimeError and "gloo" in str(seen)):
+            return True
+        seen = seen.__cause__
+    return False
+
+
 class Together(Ranks):
     """One of several processes. Values travel over gloo, on the host; gradients where they lie."""
 

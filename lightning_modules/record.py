@@ -248,12 +248,17 @@ def open_record(spec: TrainerSpec, *, close_timeout: float = CLOSE_TIMEOUT) -> J
     file = spec.work_dir / SPOOL_FILE
     if spec.tracking is None:
         return LocalRecord(Spool(file, run_id=None), spec.request.job_uuid)
-    for name, value in HTTP_LIMITS.items():
-        os.environ.setdefault(name, value)
+    limit_http()
     with importing():
         from lightning_modules.mlflow_record import open_mlflow_record  # noqa: PLC0415 - a second of imports
 
     return open_mlflow_record(spec, file, close_timeout=close_timeout)
+
+
+def limit_http() -> None:
+    """Let MLflow's client of this process raise soon where a server does not answer."""
+    for name, value in HTTP_LIMITS.items():
+        os.environ.setdefault(name, value)
 
 
 def flatten(params: Mapping[Any, object], prefix: str = "") -> dict[str, str]:

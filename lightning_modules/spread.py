@@ -70,6 +70,6 @@ def environment(setting: Setting) -> list[ClusterEnvironment]:
     """Return what tells Lightning its place among the processes; nothing where torchrun's variables do."""
     if not setting.on_ray:
         return []
-    from ray.train.lightning import RayLightningEnvironment  # noqa: PLC0415
+    from lightning_modules.ray_environment import PlacedEnvironment  # noqa: PLC0415 - as above
 
-    return [RayLightningEnvironment()]  # type: ignore[no-untyped-call]
+    return [PlacedEnvironment(setting.ranks)]

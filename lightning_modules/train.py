@@ -23,6 +23,7 @@ from lightning_modules.lean_imports import leave_out_unused
 from lightning_modules.process import (
     EXIT_COMPLETED,
     EXIT_FAILED,
+    StopRequestedError,
     describe,
     importing,
     is_permanent,
@@ -63,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         attempt.result_file.unlink(missing_ok=True)  # an earlier attempt's
         result = take_part(spec, attempt)
     except Exception as error:
-        if attempt.should_stop() and not isinstance(error, InputsChangedError):
+        # Only the first process sees what the record says, and all of them stop.
+        stopped = isinstance(error, StopRequestedError) or attempt.should_stop()
+        if stopped and not isinstance(error, InputsChangedError):
             return attempt.stopped()
         return attempt.leave(failure_of(error), EXIT_FAILED)
     if attempt.should_stop():

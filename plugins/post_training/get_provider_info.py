@@ -70,7 +70,7 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "boolean",
         "True",
         "Whether the state that a retry goes on from is kept in MLflow too, for a retry on another worker;"
-        " not needed where the workers share home.",
+        " not needed where the workers share home, but for jobs on a Ray cluster.",
     ),
     "max_body_bytes": ("integer", "12582912", "Largest request body in bytes."),
     "max_data_uri_bytes": ("integer", "10485760", "Largest data: URI in bytes."),

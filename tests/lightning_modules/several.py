@@ -15,8 +15,7 @@ from typing import cast
 import torch
 
 from lightning_modules.job import prepare_job
-from lightning_modules.module import StopRequestedError
-from lightning_modules.process import log_plainly, quieten_libraries
+from lightning_modules.process import StopRequestedError, log_plainly, quieten_libraries
 from lightning_modules.process_group import joined
 from lightning_modules.ranks import Ranks, place_in
 from lightning_modules.record import JobRecord, open_record

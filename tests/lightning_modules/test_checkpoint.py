@@ -30,7 +30,8 @@ from lightning_modules.checkpoint import (
     unmoved,
 )
 from lightning_modules.job import prepare_job
-from lightning_modules.module import PostTraining, StopRequestedError
+from lightning_modules.module import PostTraining
+from lightning_modules.process import StopRequestedError
 from lightning_modules.record import JobRecord, open_record
 from post_training.schemas.trainer import TrainerSpec
 from post_training.schemas.training import RuntimeConfig

@@ -19,7 +19,7 @@ from lightning_modules.checkpoint import RESUME_FILE
 from lightning_modules.closing import MAX_NEW_TOKENS
 from lightning_modules.generation import answers, prompt_ids
 from lightning_modules.job import prepare_job
-from lightning_modules.module import StopRequestedError
+from lightning_modules.process import StopRequestedError
 from lightning_modules.record import open_record
 from post_training.errors import DivergenceError
 from post_training.schemas.trainer import TrackingTarget, TrainerSpec

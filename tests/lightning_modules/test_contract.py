@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from lightning_modules.flavor import write_flavor
 from lightning_modules.job import prepare_job
-from lightning_modules.module import StopRequestedError
+from lightning_modules.process import StopRequestedError
 from lightning_modules.record import open_record
 from post_training.schemas.trainer import TrainerSpec
 from tests.lightning_modules.tiny import LORA

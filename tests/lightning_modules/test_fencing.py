@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from mlflow import MlflowClient
 
-from lightning_modules.fencing import CHECK_SECONDS, RunFence
+from lightning_modules.fencing import CHECK_SECONDS, RunFence, watch_of
 from lightning_modules.record import open_record
 from post_training.errors import RecordUnavailableError, SupersededError
 from post_training.schemas.record import TAG_ATTEMPT_ID, TAG_CANCELLED_ATTEMPT, TAG_FOLLOWED
 from post_training.schemas.trainer import TrainerSpec
+from post_training.standalone_layout import free_ports
 from tests.lightning_modules.recorded import (
     EPOCH_0,
     models,
@@ -58,6 +59,21 @@ def test_a_job_on_ray_goes_on_for_the_attempt_that_follows_it(
     client.set_tag(run_id, TAG_CANCELLED_ATTEMPT, NEWER)
     with pytest.raises(SupersededError, match="cancelled"):
         fence_of(OLDER).check(now=True)
+
+
+def test_who_waits_for_nodes_asks_whether_the_job_is_wanted(
+    client: MlflowClient, run_id: str, make_spec: Any, mlflow_server: MLflowServer
+) -> None:
+    tracking = {"tracking_uri": mlflow_server.uri, "run_id": run_id}
+    spec = make_spec(runtime={"launcher": "ray"}, attempt_id=OLDER, tracking=tracking)
+    client.set_tag(run_id, TAG_FOLLOWED, OLDER)
+    check = watch_of(spec)
+    check()
+    client.set_tag(run_id, TAG_FOLLOWED, "")
+    with pytest.raises(SupersededError):
+        check()
+    away = {"tracking_uri": f"http://127.0.0.1:{free_ports(1)[0]}", "run_id": run_id}
+    watch_of(make_spec(runtime={"launcher": "ray"}, attempt_id=OLDER, tracking=away))()
 
 
 def test_a_job_on_ray_ends_that_nobody_follows_any_more(

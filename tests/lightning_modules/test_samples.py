@@ -27,7 +27,7 @@ from transformers import (
 from lightning_modules.engine.attention import TREE
 from lightning_modules.engine.prepare import speed_up
 from lightning_modules.generation import prompt_ids
-from lightning_modules.module import StopRequestedError
+from lightning_modules.process import StopRequestedError
 from lightning_modules.record import LocalRecord
 from lightning_modules.samples import MAX_NEW_TOKENS, SamplePrompts, answer
 from lightning_modules.spool import Spool

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from lightning_modules.train import main
+from lightning_modules.process import StopRequestedError
+from lightning_modules.train import failure_file, main
 from lightning_modules.trained import TRAINED_FILE
 from post_training.job_lock import claim
 from post_training.schemas.record import TAG_WARNING
@@ -210,6 +211,23 @@ def test_an_attempt_that_another_has_superseded_leaves_no_result(
     assert main([str(write(spec))]) == code
     assert (spec.work_dir / RESULT_FILE).exists() is (code == 0)
     assert ("a newer attempt runs" in capfd.readouterr().err) is (code == 143)
+
+
+def test_a_process_that_is_told_to_stop_by_the_first_has_not_failed(
+    make_spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first alone sees what MLflow says."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**place, "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+
+    def told(*_: Any) -> None:
+        raise StopRequestedError
+
+    monkeypatch.setattr("lightning_modules.train.take_part", told)
+    spec = make_spec()
+    assert main([str(write(spec))]) == 0
+    assert not (spec.work_dir / failure_file(1)).exists()
 
 
 def test_a_superseded_attempt_s_failure_is_none(make_spec: Any) -> None:

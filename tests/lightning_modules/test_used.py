@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from lightning_modules.callbacks import Resources
 from lightning_modules.job import prepare_job
-from lightning_modules.module import StopRequestedError
+from lightning_modules.process import StopRequestedError
 from lightning_modules.record import open_record
 from lightning_modules.spool import Spool
 from lightning_modules.train import main

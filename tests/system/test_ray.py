@@ -146,9 +146,12 @@ class Place:
 
     def first_node(self) -> str:
         """The node of the process that records: it alone has the record's file."""
-        file = f"home/ray/{self.run.info.run_id}/{METRICS_FILE}"
-        (name,) = [name for name in self.cluster.nodes if (self.cluster.folder / name / file).exists()]
+        (name,) = [name for name in self.cluster.nodes if any(self.left(name).glob(f"*/*/{METRICS_FILE}"))]
         return name
+
+    def left(self, node: str) -> Path:
+        """The job's folder on a node, with a folder for each attempt."""
+        return self.cluster.home(node) / "ray" / self.run.info.run_id
 
     def status(self, trigger: RayJobTrigger) -> str:
         """What the cluster says of a job."""
@@ -220,6 +223,7 @@ def test_a_job_goes_on_on_other_nodes_and_in_another_job(
     thread.join(STARTS)
     assert "nodes were lost while it trained: runtime.num_nodes must be at most 1" in place.log(trigger)
     assert place.event == {"status": "FAILED", "error": None}
+    assert [name for name in place.cluster.nodes if any(place.left(name).glob("*/*"))] == [], "all is removed"
     left_at = place.step()
     place.cluster.add("late")
     own = place.begin(attempt=2)
@@ -233,4 +237,5 @@ def test_a_job_goes_on_on_other_nodes_and_in_another_job(
     assert sorted({point.step for point in history}) == list(range(1, STEPS + 1))
     (checkpoint,) = returned["checkpoints"]
     assert checkpoint["path"].startswith("models:/")
+    assert [name for name in place.cluster.nodes if any(place.left(name).glob("*/*"))] == []
     assert place.mlflow.get_logged_model(checkpoint["path"].removeprefix("models:/")).status.value == "READY"

@@ -21,7 +21,7 @@ from post_training.reconcile import Evidence, reconcile
 from post_training.record import task_key
 from post_training.run_reader import MAX_RUNS, RunReader
 from post_training.schemas import record as names
-from post_training.schemas.jobs import Checkpoint, JobStatus
+from post_training.schemas.jobs import Checkpoint, JobStatus, PostTrainingJobStatusResponse
 from post_training.schemas.requests import REQUESTS
 from post_training.schemas.views import Curves, JobCurves, JobRow, JobsPage, JobView, ShownCheckpoint
 from post_training.tracking import JobRun, Tracking, precedence
@@ -144,24 +144,15 @@ class JobViews:
         :raises RecordUnavailableError: if neither answers that knows it.
         """
         try:
-            return self._recorded(job_uuid, access)
+            status = self._jobs.status(job_uuid, access)
+            task, run = self._jobs.locate(job_uuid, access)
         except RecordUnavailableError:
-            task = self._runs.find(job_uuid)
+            task, run = self._runs.find(job_uuid), None
             if task is None or not access.may_read(task.key.dag_id):
                 raise
-            status = reconcile(self._mender.evidence(task, None)).status
-            row = _row(job_uuid, task.key, task, None, status)
-            return JobView(
-                **row,
-                params=_params(task, None),
-                retried=_retried(task),
-                blocked=task.blocked,
-                **_rights(access, task.key, task, status, row["method"]),
-            )
-
-    def _recorded(self, job_uuid: str, access: Access) -> JobView:
-        status = self._jobs.status(job_uuid, access)
-        task, run = self._jobs.locate(job_uuid, access)
+            known = reconcile(self._mender.evidence(task, None)).status
+            ended_at = task.ended_at if known.ended else None
+            status = PostTrainingJobStatusResponse(job_uuid=job_uuid, status=known, completed_at=ended_at)
         key = task.key if task is not None else task_key(run.tags if run is not None else {})
         if key is None:  # somebody has changed the tags of a run whose task is gone
             raise JobNotFoundError(job_uuid)

@@ -8,8 +8,8 @@ import random
 import re
 import socket
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 _NETWORKS_TRIED = 20
@@ -66,14 +66,15 @@ class Forwarder:
     def __init__(self, routes: Mapping[tuple[str, int], int]) -> None:
         self._routes = routes
         self._servers: list[asyncio.Server] = []
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="forwarder", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Listen.
 
         :raises OSError: if somebody else does.
         """
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="forwarder", daemon=True)
         self._thread.start()
         for (address, port), target in self._routes.items():
             listening = asyncio.start_server(partial(_serve, target=target), address, port)
@@ -81,18 +82,39 @@ class Forwarder:
 
     def stop(self) -> None:
         """Listen no more, and end all connections. May be repeated."""
-        if self._thread.is_alive():
-            for server in self._servers:
-                self._loop.call_soon_threadsafe(server.close)
+        if self._thread is not None and self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+            self._loop.close()
+
+    async def _end(self) -> None:
+        for server in self._servers:
+            server.close()
+        await asyncio.sleep(0)  # a connection of this very moment has its task then
+        connections = asyncio.all_tasks() - {asyncio.current_task()}
+        for connection in connections:
+            connection.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
 
 
 async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: int) -> None:
     with suppress(OSError):
-        onward = await asyncio.open_connection("127.0.0.1", target)
-        await asyncio.gather(_copy(reader, onward[1]), _copy(onward[0], writer))
-    writer.close()
+        async with _ended(writer):
+            answers, onward = await asyncio.open_connection("127.0.0.1", target)
+            async with _ended(onward):
+                await asyncio.gather(_copy(reader, onward), _copy(answers, writer))
+
+
+@asynccontextmanager
+async def _ended(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    """Close it when all is sent, and at once if the task is cancelled."""
+    try:
+        yield
+        writer.close()
+        await writer.wait_closed()
+    finally:
+        writer.transport.abort()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

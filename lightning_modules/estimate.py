@@ -15,7 +15,7 @@ from lightning_modules.checkpoint import RESUME_FILE, readable_step
 from lightning_modules.data.batches import PADDING
 from lightning_modules.data.datamodule import FineTuningData
 from lightning_modules.memory_limits import Limit, device_limit, host_limit
-from lightning_modules.memory_needs import Certain, activations, certain
+from lightning_modules.memory_needs import Certain, activations, certain, scores_on_cpu
 from lightning_modules.setting import Notices, Setting
 from lightning_modules.speeds import Clock, Speed, Speeds, Stopwatch
 from lightning_modules.workload import Workload, tokens_of
@@ -147,11 +147,11 @@ def estimate_of(
     """
     training = setting.spec.request.training_config
     padded = data.train_loader.arrangement in PADDING
-    memory = peak_of_training(
-        needs.certain,
-        activations(setting, outline, work.largest, padded=padded),
-        accumulating=training.gradient_accumulation_steps > 1,
-    )
+    activated = activations(setting, outline, work.largest, padded=padded)
+    if setting.device == "cpu" and not padded:
+        activated += scores_on_cpu(setting, outline, work.largest)
+    accumulating = training.gradient_accumulation_steps > 1
+    memory = peak_of_training(needs.certain, activated, accumulating=accumulating)
     if setting.device == "cpu":
         file = outline.num_parameters() * outline.dtype.itemsize  # mapped while it is read
         memory = needs.held + max(memory, needs.certain.loading + file)

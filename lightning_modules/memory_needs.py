@@ -2,9 +2,9 @@
 
 The formulas are those of what :mod:`lightning_modules.engine` keeps of a dense decoder for the backward
 pass. Transformers' own functions, which stay where it does not know an architecture, keep more. Of
-SmolLM2-135M on a CPU, with steps of 1 to 16 rows of GSM8K, the estimate was from 7 % below to 1 % above the
-peak that was measured: LoRA, with checkpointing too, QLoRA, DPO, full fine-tuning, QAT. None is measured on a
-GPU.
+SmolLM2-135M on a CPU, with steps of one sequence or pair of 512 and 2,048 tokens, the estimate was from 5 %
+below to 1 % above the peak that was measured: LoRA, QLoRA, DPO, full fine-tuning, QAT (docs/scaling.md). None
+is measured on a GPU.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from lightning_modules.adapters import adapted_layers, linear_layers
+from lightning_modules.engine.tiles import Layout, cut, group
 from lightning_modules.logprobs import chunk_rows
 from lightning_modules.models import DTYPES
 from lightning_modules.nf4 import BLOCK, SCALE_BLOCK, quantizable
 from lightning_modules.setting import Setting
 from lightning_modules.workload import Largest
 from post_training.schemas.algorithms import QATFinetuningConfig, Quantizer
+from post_training.schemas.requests import PreferenceOptimizeRequest
 from post_training.schemas.training import OptimizerType
 
 FP32 = 4
@@ -30,6 +32,9 @@ MOMENTS = {OptimizerType.adam: 2, OptimizerType.adamw: 2, OptimizerType.sgd: 0}
 """fp32 numbers that an optimizer keeps for each one that is trained."""
 
 OUTPUT_NAMES = {"o_proj", "output_proj"}
+
+SCORES = 4
+"""Tensors of a group's size that the backward pass of a CPU's attention has at once: ``_TileAttention``'s."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,19 @@ def activations(setting: Setting, outline: PreTrainedModel, batch: Largest, *, p
     ends = 2 * hidden * FP32  # what goes into the head, and its gradient
     logits = 2 * min(chunk_rows(config), batch.tokens) * int(config.vocab_size) * width
     return batch.tokens * (of_layers + ends) + logits + _copies_of_weights(setting, outline)
+
+
+def scores_on_cpu(setting: Setting, outline: PreTrainedModel, batch: Largest) -> int:
+    """Return the bytes of what a CPU's attention makes of queries and keys: masks, and a group's scores.
+
+    Of rows without padding, each a sequence, or two of one length. A GPU's attention keeps none of it.
+    """
+    config = outline.config.get_text_config()
+    sequences = 2 if isinstance(setting.spec.request, PreferenceOptimizeRequest) else 1
+    rows = Layout.of_rows(sequences * (batch.tokens // batch.width), max(1, batch.width // sequences))
+    sizes = [len(g.tiles) * g.height * g.width for g in group(cut(rows.segments, None), None)]
+    width = DTYPES[setting.dtype].itemsize
+    return int(config.num_attention_heads) * width * (sum(sizes) + SCORES * max(sizes))
 
 
 def kept_of_layer(setting: Setting, outline: PreTrainedModel) -> int:

@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_modules import sharded_state
 from lightning_modules.objective import RUN, SCORE, language_model, run_and_score, run_head
+from lightning_modules.process_group import keep_alive
 from lightning_modules.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -150,6 +151,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
         super().__init__(data_parallel_size=ranks.world, tensor_parallel_size=1, timeout=timeout)
         self._ranks = ranks
+
+    def setup_environment(self) -> None:
+        """Make the groups of processes, with connections of their own."""
+        super().setup_environment()
+        keep_alive()
 
     def model_to_device(self) -> None:
         """Do nothing: dividing has put everything where it belongs, offloaded weights on the host."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from post_training.standalone_layout import free_ports
 from tests.waiting import answers, wait_until
 
 
@@ -19,9 +19,7 @@ class MLflowServer:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from post_training.standalone_layout import free_ports
 from tests.ray_api import TOKEN
@@ -18,21 +22,42 @@ ROOT = Path(__file__).parents[1]
 STORE = 80 * 2**20
 """Bytes of each node's object store, the least that Ray takes."""
 
+STARTS = 5
+"""How often a head is started that ends by itself."""
+
 
 class RayCluster:
     """A cluster with token authentication, in a folder with a short name: it is part of sockets' paths."""
 
-    def __init__(self) -> None:
+    def __init__(self, dashboard: int) -> None:
+        """Lay out a cluster.
+
+        :param dashboard: port of the Jobs API.
+        """
         self.folder = Path(tempfile.mkdtemp(prefix="ray"))
-        self.port, self.dashboard = free_ports(2)
+        self.port, self._client_port = free_ports(2)
+        self.dashboard = dashboard
         self.address = f"http://127.0.0.1:{self.dashboard}"
         self._groups: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        """Start the head, and wait until it takes jobs."""
-        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}"]
-        self._start("head", ["--head", *ports, "--num-cpus=0"])
-        wait_until(self._answers)
+        """Start the head, and wait until all of it answers.
+
+        Its servers wait half a minute for each other, too short on a busy machine; then all of them end.
+        """
+        ports = {
+            "port": self.port,
+            "dashboard-port": self.dashboard,
+            "ray-client-server-port": self._client_port,
+        }
+        options = [f"--{name}={port}" for name, port in ports.items()]
+        for _ in range(STARTS):
+            self._start("head", ["--head", "--num-cpus=0", *options])
+            if wait_until(self._outcome) == "answers":
+                return
+            self.kill("head")
+            shutil.rmtree(self.folder / "head")
+        raise AssertionError((self.folder / "head.log").read_text())
 
     def add(self, name: str, devices: int = 1) -> None:
         """Start a node with so many devices."""
@@ -47,10 +72,20 @@ class RayCluster:
         """The nodes that run, the head among them."""
         return list(self._groups)
 
+    def commands(self) -> list[str]:
+        """The command of each process that runs on the nodes."""
+        found = []
+        for node in self._groups.values():
+            for process in psutil.Process(node.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    found.append(" ".join(process.cmdline()))
+        return found
+
     def kill(self, name: str) -> None:
         """Kill a node, with all that runs on it, at once."""
         process = self._groups.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def stop(self) -> None:
@@ -69,6 +104,7 @@ class RayCluster:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join(map(str, [ROOT / "plugins", ROOT])),
             "POST_TRAINING_HOME": str(self.home(name)),
+            "RAY_worker_niceness": "0",  # beside other tests, nice trainers would hardly run
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
         }
@@ -77,10 +113,13 @@ class RayCluster:
                 [*command, *options], stdout=log, stderr=log, start_new_session=True, env=environment
             )
 
-    def _answers(self) -> bool:
-        head = self._groups["head"]
-        assert head.poll() is None, (self.folder / "head.log").read_text()
-        return answers(f"{self.address}/api/version", headers=HEADERS)
+    def _outcome(self) -> str:
+        """Say what became of the head's start; empty is nothing yet."""
+        if self._groups["head"].poll() is not None:
+            return "ended"
+        with socket.socket() as probe:
+            listens = probe.connect_ex(("127.0.0.1", self._client_port)) == 0
+        return "answers" if listens and answers(f"{self.address}/api/version", headers=HEADERS) else ""
 
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}

@@ -17,8 +17,8 @@ import pytest
 from post_training.errors import InvalidRequestError, JobConflictError, RecordUnavailableError
 from post_training.job_ids import REQUEST_DAGS, TaskKey
 from post_training.schemas.flat import flatten
-from post_training.schemas.requests import SupervisedFineTuneRequest
-from tests.requests_of import sft_body
+from post_training.schemas.requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
+from tests.requests_of import LORA, dpo_body, sft_body
 from tests.waiting import wait_until
 
 DAGS = Path(__file__).resolve().parents[1] / "dags"
@@ -256,6 +256,39 @@ def test_a_text_is_found_in_id_and_conf(runs: Any, text: str) -> None:
         runs.trigger("supervised_fine_tune", "needle-1", conf, None)
         runs.trigger("supervised_fine_tune", "hay", {**CONF, "checkpoint_dir": 'a "quoted" 1000'}, None)
     assert page_of(runs, "supervised_fine_tune", text=text) == (["needle-1"], 1)
+
+
+def test_a_text_is_found_in_the_names_that_algorithms_have_on_the_page(runs: Any) -> None:
+    from post_training.airflow_runs import JobFilter
+
+    plain = {**CONF, "model": "named-algorithm"}
+    adapters = {
+        "named-lora": {},
+        "named-dora": {"use_dora": True},
+        "named-qlora": {"use_dora": False, "quantize_base": True},
+        "named-qdora": {"use_dora": True, "quantize_base": True},
+    }
+    for run_id, fields in adapters.items():
+        conf = plain | {f"algorithm_config.{name}": value for name, value in fields.items()}
+        runs.trigger("supervised_fine_tune", run_id, conf, None)
+    pairs = flatten(
+        PreferenceOptimizeRequest.model_validate(dpo_body(runtime={"adapter": LORA | {"use_dora": True}}))
+    )
+    runs.trigger("preference_optimize", "named-pairs", pairs, None)
+    whole = plain | {name: None for name in plain if name.startswith("algorithm_config.")}
+    runs.trigger("supervised_fine_tune", "named-whole", whole, None)
+    runs.trigger("supervised_fine_tune", "named-qat", whole | {"algorithm_config.type": "QAT"}, None)
+    named = {*adapters, "named-pairs", "named-whole", "named-qat"}
+
+    def found(text: str) -> set[str]:
+        tasks, _ = runs.page(JobFilter({"supervised_fine_tune", "preference_optimize"}, text=text), 0, 100)
+        return {task.job_uuid for task in tasks if task.job_uuid in named}
+
+    assert found("dpo") == {"named-pairs"}
+    assert found("DoRA") == {"named-dora", "named-qdora", "named-pairs"}
+    assert found("qdora") == {"named-qdora"}
+    assert found("QLoRA") == {"named-qlora"}
+    assert found("full fine") == {"named-whole"}
 
 
 @pytest.mark.parametrize("text", ["dataset_id", "fine_tune", "rank"])

@@ -79,7 +79,8 @@ def test_trials_have_values_of_the_space_until_none_are_left(url: str) -> None:
 def test_workers_in_many_processes_begin_no_more_trials_than_there_may_be(url: str, sampler: str) -> None:
     search(url, n_trials=12, max_parallel=4, sampler=sampler).begin("run-1")
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(4, mp_context=spawn) as pool:
+    begin = spawn.Barrier(4)  # else the first may have tried all before the others are there
+    with ProcessPoolExecutor(4, mp_context=spawn, initializer=begin.wait) as pool:
         found = list(pool.map(run_worker, [url] * 4, range(4), [sampler] * 4))
     assert sorted(number for numbers in found for number in numbers) == list(range(12))
     assert sum(bool(numbers) for numbers in found) > 1

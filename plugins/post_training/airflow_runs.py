@@ -45,6 +45,7 @@ from post_training.errors import (
 )
 from post_training.job_ids import (
     MAY_BE_AN_ID,
+    PREFERENCE_OPERATOR,
     REQUEST_DAGS,
     SEARCH_OPERATORS,
     SEARCH_SUFFIX,
@@ -53,10 +54,12 @@ from post_training.job_ids import (
     candidate_keys,
     job_uuid_of,
     plan_task_id,
+    request_dag,
     trials_task_id,
 )
 from post_training.reconcile import WAITING
 from post_training.schemas.jobs import JobStatus
+from post_training.schemas.views import ADAPTER_NAMES, FULL_FINE_TUNING
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ STOP_EVENT = "stop_training_job"
 they meant, and it has none of changes in bulk."""
 
 
+SUPERVISED_DAGS = [request_dag("supervised_fine_tune", search=search) for search in (False, True)]
 SEARCHED = (
     "model",
     "finetuned_model",
@@ -461,7 +465,28 @@ def _mentions(text: str) -> ColumnElement[bool]:
         else_=place,
     )
     values = (DagRun.conf[name].as_string() for name in SEARCHED)
-    return or_(*(value.icontains(text, autoescape=True) for value in (job_uuid, *values)))
+    held = (value.icontains(text, autoescape=True) for value in (job_uuid, *values))
+    return or_(*held, *(are for name, are in _shown_as() if text.lower() in name.lower()))
+
+
+def _shown_as() -> Iterator[tuple[str, ColumnElement[bool]]]:
+    """Yield names that the page gives to algorithms and no field holds, and the jobs that have each."""
+
+    def values(name: str) -> list[ColumnElement[str]]:
+        paths = (f"{group}.{name}" for group in ("algorithm_config", "runtime.adapter"))
+        return [func.coalesce(DagRun.conf[path].as_string(), "") for path in paths]
+
+    def is_set(name: str) -> ColumnElement[bool]:
+        # SQLite has 1 for JSON's true; a cast to a boolean fails on whatever else a DAG's conf holds.
+        return or_(*(value.in_(("true", "1")) for value in values(name)))
+
+    yield "DPO", TaskInstance.custom_operator_name == PREFERENCE_OPERATOR
+    whole = (kind.not_in(("LoRA", "QAT")) for kind in values("type"))
+    yield FULL_FINE_TUNING, and_(TaskInstance.dag_id.in_(SUPERVISED_DAGS), *whole)
+    flags = is_set("use_dora"), is_set("quantize_base")
+    for wanted, name in ADAPTER_NAMES.items():
+        if any(wanted):  # plain ones are found by their type
+            yield name, and_(*(flag if on else ~flag for flag, on in zip(flags, wanted, strict=True)))
 
 
 def _stop_entry(key: TaskKey, attempt_id: str, user_name: str) -> Log:

@@ -28,7 +28,8 @@ def request_dag(method: str, *, search: bool) -> str:
     return f"{method}{SEARCH_SUFFIX}" if search else method
 
 
-TRAINING_OPERATORS = ("SupervisedFineTuneOperator", "PreferenceOptimizeOperator")
+PREFERENCE_OPERATOR = "PreferenceOptimizeOperator"
+TRAINING_OPERATORS = ("SupervisedFineTuneOperator", PREFERENCE_OPERATOR)
 """Names by which the task-instance table knows the tasks that are jobs, also those of users' subclasses: its
 ``custom_operator_name``."""
 

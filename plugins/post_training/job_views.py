@@ -23,7 +23,16 @@ from post_training.run_reader import MAX_RUNS, RunReader
 from post_training.schemas import record as names
 from post_training.schemas.jobs import Checkpoint, JobStatus, PostTrainingJobStatusResponse
 from post_training.schemas.requests import REQUESTS
-from post_training.schemas.views import Curves, JobCurves, JobRow, JobsPage, JobView, ShownCheckpoint
+from post_training.schemas.views import (
+    ADAPTER_NAMES,
+    FULL_FINE_TUNING,
+    Curves,
+    JobCurves,
+    JobRow,
+    JobsPage,
+    JobView,
+    ShownCheckpoint,
+)
 from post_training.tracking import JobRun, Tracking, precedence
 
 MAX_PAGE_JOBS = MAX_RUNS
@@ -238,14 +247,14 @@ def algorithm_of(method: str | None, params: Mapping[str, Any]) -> str | None:
         return " · ".join(["DPO", *([] if loss == "sigmoid" else [loss]), *adapters])
     if params.get("algorithm_config.type") == "QAT":
         return " · ".join(["QAT", *_adapters("runtime.adapter", params)])
-    return adapters[0] if adapters else "full fine-tuning"
+    return adapters[0] if adapters else FULL_FINE_TUNING
 
 
 def _adapters(group: str, params: Mapping[str, Any]) -> list[str]:
     if params.get(f"{group}.type") != "LoRA":
         return []
     dora, quantized = (str(params.get(f"{group}.{name}")) == "True" for name in ("use_dora", "quantize_base"))
-    return ["QDoRA" if dora and quantized else "DoRA" if dora else "QLoRA" if quantized else "LoRA"]
+    return [ADAPTER_NAMES[dora, quantized]]
 
 
 def _by_task(runs: Collection[JobRun]) -> dict[TaskKey, JobRun]:

@@ -7,11 +7,14 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import SystemRandom
 
 LOOPBACK = "127.0.0.1"
+_PORTS = range(20_000, 32_768)
+"""Below those that Linux gives to connections: a server binds its port long after it was found free."""
 
 
 MIGRATE = "migrate"
@@ -78,12 +81,20 @@ def server_command(layout: Layout, name: str) -> list[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Find TCP ports on loopback that nothing listens on, all different."""
+    """Find TCP ports on loopback that nothing listens on, all different.
+
+    :raises RuntimeError: if there are not so many.
+    """
+    found: list[int] = []
     with ExitStack() as probes:
-        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind((LOOPBACK, 0))
-        return [int(probe.getsockname()[1]) for probe in sockets]
+        for port in SystemRandom().sample(_PORTS, len(_PORTS)):
+            if len(found) == count:
+                return found
+            probe = probes.enter_context(socket.socket())
+            with suppress(OSError):
+                probe.bind((LOOPBACK, port))
+                found.append(port)
+    raise RuntimeError(f"there are no {count} free ports from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
 def server_environment(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from post_training.api.capacity import Capacity
 from post_training.api.log_stream import Pace
 from post_training.job_ids import TaskKey
 from post_training.schemas.jobs import JobStatus
+from post_training.standalone_layout import free_ports
 from tests.api.conftest import LIMIT, PREFIXES, Deployment
 from tests.fakes import task
 from tests.sse import Event, events
@@ -64,9 +64,7 @@ class Server:
         root.mount("/post-training", app)
         root.add_middleware(BaseHTTPMiddleware, dispatch=_pass_on)
         root.add_middleware(GZipMiddleware, minimum_size=10)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         config = uvicorn.Config(root, host="127.0.0.1", port=self.port, log_level="warning")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)

@@ -36,10 +36,10 @@ class Client:
         return dict(self._ask("GET", path, params={"job_uuid": job_uuid}).raise_for_status().json())
 
     def cancel(self, job_uuid: str) -> bool:
-        """Cancel the job; False if it had ended."""
+        """Cancel the job; False if it had ended otherwise: an answer may be lost, and is asked for again."""
         answer = self._ask("POST", "/post-training/v1/post-training/job/cancel", json={"job_uuid": job_uuid})
         if answer.status_code == httpx.codes.CONFLICT:
-            return False
+            return "has ended: cancelled" in answer.text
         answer.raise_for_status()
         return True
 

@@ -154,7 +154,11 @@ def servers_of(home: Path, workload: Workload, options: Options) -> Iterator[Sta
         "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "3600",  # the DAGs stay as they are
     }
     servers = Standalone(
-        home, dags_folder=ROOT / "dags", allowed_roots=[workload.folder], extra_env=environment
+        home,
+        dags_folder=ROOT / "dags",
+        allowed_roots=[workload.folder],
+        extra_env=environment,
+        timeout=1200,
     )
     with servers:
         yield servers

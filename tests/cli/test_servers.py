@@ -16,6 +16,7 @@ import pytest
 from post_training.cli import servers
 from post_training.cli.servers import dags_folder
 from post_training.standalone import Standalone
+from post_training.standalone_layout import free_ports
 from tests.cli.conftest import Cli, write_home
 from tests.waiting import wait_until
 
@@ -58,10 +59,7 @@ def test_up_starts_both_and_says_where_they_are(
 def test_options_take_effect(
     cli: Cli, folder: Path, tmp_path: Path, started: list[tuple[str, Standalone]]
 ) -> None:
-    with socket.socket() as one, socket.socket() as two:
-        for probe in (one, two):
-            probe.bind(("127.0.0.1", 0))
-        airflow, mlflow = (probe.getsockname()[1] for probe in (one, two))
+    airflow, mlflow = free_ports(2)
     data = tmp_path / "data"
     data.mkdir()
     done = cli(

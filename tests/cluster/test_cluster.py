@@ -87,7 +87,7 @@ def test_another_process_ends_what_was_left(tmp_path: Path) -> None:
     [
         ("echo mlflow >>", "echo no disk; exit 3; echo", r"mlflow ended while starting:\nno disk"),
         ("echo first >", "echo no key; exit 1; echo", r"first ended while starting:\nno key"),
-        ("touch", "true", r"not well in 2 s: mlflow, api-server"),
+        ("touch", "true", r"not well in 6 s: mlflow, api-server"),
     ],
 )
 def test_what_does_not_come_up_is_said_and_all_is_stopped(
@@ -95,7 +95,7 @@ def test_what_does_not_come_up_is_said_and_all_is_stopped(
 ) -> None:
     services.write_text(COMPOSE.replace(before, after))
     with pytest.raises(RuntimeError, match=error):
-        Cluster(tmp_path / "home", timeout=2 if "not well" in error else 60).start()
+        Cluster(tmp_path / "home", timeout=6 if "not well" in error else 60).start()
     assert not (tmp_path / "home" / "servers.json").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -63,3 +64,21 @@ def test_connections_are_passed_on_both_ways_until_the_end() -> None:
     assert answered == b"A" * 100_000
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.9.9.9", front), timeout=30)
+
+
+def test_connections_that_are_open_end_with_it() -> None:
+    front, back = free_ports(2)
+    with socket.create_server(("127.0.0.1", back)) as server:
+        forwarder = Forwarder({("127.9.9.9", front): back})
+        forwarder.start()
+        with socket.create_connection(("127.9.9.9", front), timeout=30) as client:
+            client.sendall(b"asked")
+            connection, _ = server.accept()
+            with connection:
+                connection.settimeout(30)
+                assert connection.recv(5) == b"asked"
+                forwarder.stop()
+                for end in (client, connection):
+                    with suppress(ConnectionResetError):
+                        assert end.recv(1) == b""
+        forwarder.stop()

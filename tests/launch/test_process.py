@@ -64,7 +64,7 @@ def test_stop_lets_the_child_end_by_itself(tmp_path: Path) -> None:
         "print('ready')\n"
         "threading.Event().wait()\n"
     )
-    process = child(tmp_path, program)
+    process = child(tmp_path, program, grace_seconds=600)
     seen = []
     for line in process.lines():
         seen.append(line)

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from lightning_modules.adapters import add_adapters
 from lightning_modules.base_model import meta_model
+from lightning_modules.engine.tiles import Heads, Layout
 from lightning_modules.job import prepare_job
-from lightning_modules.memory_needs import NF4, activations, adapter_parameters, certain, kept_of_layer
+from lightning_modules.memory_needs import (
+    NF4,
+    activations,
+    adapter_parameters,
+    certain,
+    kept_of_layer,
+    scores_on_cpu,
+)
 from lightning_modules.record import open_record
 from lightning_modules.setting import Setting
 from lightning_modules.workload import Largest
@@ -144,6 +152,17 @@ def test_activations(
 ) -> None:
     setting = Setting.of(make_spec(**changes))
     assert activations(setting, outline, Largest(10, 5), padded=padded) == expected
+
+
+def test_a_cpu_s_attention_has_masks_and_a_group_s_scores(make_spec: Any, outline: Any) -> None:
+    """Tiles of at most 128 queries, which see 128, 256 and 300 keys: too unlike to be computed together."""
+    sizes = [128 * 128, 128 * 256, 44 * 300]
+    expected = 4 * 4 * (sum(sizes) + 4 * 128 * 256)  # heads, fp32
+    assert scores_on_cpu(Setting.of(make_spec()), outline, Largest(300, 300)) == expected
+    masks = Layout.of_rows(1, 300).plan(None, Heads(4, 2), torch.float32).masks
+    assert sum(mask.numel() for mask in masks) == 4 * sum(sizes)
+    pairs = Setting.of(make_spec(preference={}))
+    assert scores_on_cpu(pairs, outline, Largest(256, 256)) == 4 * 4 * 5 * (2 * 128 * 128)
 
 
 def test_logits_exist_for_a_chunk_only(make_spec: Any, outline: Any) -> None:

@@ -1,6 +1,6 @@
 """What runs on a Ray cluster, as far as that is known without one; importing Ray takes many seconds.
 
-The cluster itself is in ``tests/system/test_ray.py``, which waits for ``CLUSTER=1``.
+The cluster itself is in ``tests/system/test_ray.py``.
 """
 
 from __future__ import annotations

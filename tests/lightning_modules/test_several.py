@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from lightning_modules.ranks import ALONE
 from lightning_modules.samples import SAMPLES_TABLE
 from post_training.schemas import record as names
 from post_training.schemas.trainer import TrainerSpec
+from post_training.standalone_layout import free_ports
 from tests.lightning_modules.several import train
 from tests.lightning_modules.tiny import LORA, PAIRS, ROWS
 from tests.lightning_modules.trainers import ROOT, write
@@ -100,9 +99,7 @@ def start_together(arguments: Sequence[Sequence[str]]) -> None:
 
     :param arguments: of each one.
     """
-    with closing(socket.socket()) as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
+    (port,) = free_ports(1)
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT / 'plugins'}:{ROOT}",
         "OMP_NUM_THREADS": "1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -42,6 +43,21 @@ exec "$@"
 """
 
 
+WAIT_FOR_THE_OTHER = """
+import os, socket, torch
+from torch import distributed
+from lightning_modules import process_group
+from lightning_modules.ranks import place_in
+
+process_group.KEEP_ALIVE |= {socket.TCP_KEEPIDLE: 1, socket.TCP_KEEPINTVL: 1, socket.TCP_USER_TIMEOUT: 2000}
+with process_group.joined(place_in(os.environ)) as ranks:
+    ranks.wait()
+    print("joined", flush=True)
+    distributed.recv(torch.zeros(1), src=1 - ranks.rank)
+"""
+"""Each of two processes waits for a word from the other."""
+
+
 @dataclass(frozen=True)
 class Node:
     """A network namespace, with its end of the cable.
@@ -59,13 +75,17 @@ class Node:
         for pid in _ip("netns", "pids", self.name).split():
             os.kill(int(pid), signal.SIGKILL)
 
-    def start(self, command: Sequence[str]) -> subprocess.Popen[str]:
+    def vanish(self) -> None:
+        """Pull the cable: nothing that runs there ends, and nobody hears of it again."""
+        _ip("-n", self.name, "link", "set", self.name, "down")
+
+    def start(self, command: Sequence[str], **variables: str) -> subprocess.Popen[str]:
         """Start a command there."""
-        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'plugins'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+        ours = {"PYTHONPATH": f"{ROOT / 'plugins'}:{ROOT}", "OMP_NUM_THREADS": "1"}
         alone = ["ip", "netns", "exec", self.name, "unshare", "--uts", "--mount"]
         return subprocess.Popen(
             [*alone, "sh", "-euc", AS_A_MACHINE, self.name, str(self.hosts), *command],
-            env=environment,
+            env=os.environ | ours | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -136,3 +156,18 @@ def test_two_nodes_and_then_one_train_what_one_process_trains(
     for metric in (names.METRIC_TRAIN_LOSS, names.METRIC_VALIDATION_LOSS, names.METRIC_GRADIENT_NORM):
         assert found[metric] == pytest.approx(expected[metric], rel=1e-4), metric
     assert not (lost.work_dir / "checkpoints").exists()
+
+
+def test_a_node_that_vanishes_is_missed_by_one_that_only_waits_for_it(nodes: list[Node]) -> None:
+    variables = {"TORCHELASTIC_RUN_ID": "job", "MASTER_ADDR": nodes[0].name, "MASTER_PORT": "29400"}
+    variables |= {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    program = [sys.executable, "-c", WAIT_FOR_THE_OTHER]
+    running = [node.start(program, RANK=str(rank), **variables) for rank, node in enumerate(nodes)]
+    for process in running:
+        assert process.stdout is not None
+        assert "joined\n" in process.stdout
+    nodes[1].vanish()
+    for process in running:
+        output = process.communicate()[0]
+        assert process.returncode == 1
+        assert re.search("gloo.*(timed out|No route to host|unreachable)", output), output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from post_training.dataset_registry import DatasetService
 from post_training.job_views import JobViews
 from post_training.jobs import JobService
 from post_training.logs import LogService
+from post_training.standalone_layout import free_ports
 from tests.fakes import FakeAccess, FakeDatasetRecords, FakeRuns, FakeTracking
 from tests.test_jobs import Accepting
 from tests.waiting import wait_until
@@ -55,9 +55,7 @@ class ApiServer:
         views = JobViews(self.runs, lambda: self.tracking, self.service)  # type: ignore[arg-type, return-value]
         app = create_app(self.service, datasets, logs, views, current_access, max_body_bytes=10_000)
         root.mount("/post-training", app)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self._server = uvicorn.Server(
             uvicorn.Config(root, host="127.0.0.1", port=self.port, log_level="warning")
         )

@@ -226,6 +226,7 @@ def test_a_cluster_that_is_away_for_a_moment_is_asked_again(
     workplace: Workplace, ray: RayApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("post_training.operators.patience.PAUSE_SECONDS", 0.01)
+    monkeypatch.setenv("AIRFLOW__POST_TRAINING__RAY_PATIENCE", "600")
     answer, tries = ray.answer, []
 
     def answer_later(method: str, path: str, content: bytes) -> tuple[int, Any]:
@@ -387,6 +388,29 @@ def test_a_job_goes_on_while_its_task_waits_in_another_triggerer_or_has_gone_on(
     assert question == GetTaskStates(
         dag_id=KEY.dag_id, run_ids=[KEY.run_id], task_ids=[KEY.task_id], map_index=KEY.map_index
     )
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_trigger_asks_airflow_before_it_must(
+    workplace: Workplace, ray: RayApi, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """The first question of a triggerer takes more seconds than a job that is to be stopped may have."""
+    trigger = defer(workplace)
+    trigger.task_instance = workplace.context()["ti"]
+    ray.jobs[job_of(1)].status = "SUCCEEDED"
+    asked = []
+
+    class Supervisor:
+        def send(self, message: GetTaskStates) -> TaskStatesResult:
+            asked.append(message)
+            if not answers:
+                raise RuntimeError("database is locked")
+            return TaskStatesResult(task_states={message.run_ids[0]: {message.task_ids[0]: "deferred"}})
+
+    monkeypatch.setattr(task_runner, "SUPERVISOR_COMMS", Supervisor(), raising=False)
+    event = asyncio.run(first_event(trigger))
+    assert event.payload == {"status": "SUCCEEDED", "error": None}
+    assert len(asked) == 1
 
 
 def test_a_job_is_stopped_though_the_cluster_refuses_at_first(workplace: Workplace, ray: RayApi) -> None:

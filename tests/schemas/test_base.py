@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from time import process_time
 from typing import Any
 
 import pytest
@@ -18,21 +17,11 @@ def with_last_name_twice(size: int) -> str:
     return f"{{{', '.join([*names, names[-1]])}}}"
 
 
-def seconds_to_refuse(size: int) -> float:
-    """Return the least processor time of some attempts."""
-    text, took = with_last_name_twice(size), []
-    for _ in range(5):
-        began = process_time()
-        with pytest.raises(ValueError, match=f"the name 'n{size // 16 - 1:09}' twice"):
-            load_json(text)
-        took.append(process_time() - began)
-    return min(took)
-
-
-def test_a_name_twice_is_found_in_linear_time() -> None:
-    """Four times the size takes 4 times the time, or 16 times where each name is compared with each."""
-    assert seconds_to_refuse(4 * 65_536) < 10 * seconds_to_refuse(65_536)
-    seconds_to_refuse(5 * 2**20)
+def test_a_name_twice_is_found_among_very_many() -> None:
+    """To compare each with each takes longer than a test may."""
+    size = 10 * 2**20
+    with pytest.raises(ValueError, match=f"the name 'n{size // 16 - 1:09}' twice"):
+        load_json(with_last_name_twice(size))
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "b": {"a": 2}}', '[{"a": 1}, {"a": 1}]', "{}"])
@@ -53,10 +42,7 @@ def test_nul_is_refused_whatever_stands_before_it(text: str, wrap: Any) -> None:
         check_text(wrap(text))
 
 
-def test_many_backslashes_are_searched_in_linear_time() -> None:
-    def seconds(count: int) -> float:
-        began = process_time()
-        check_text("\\" * count)
-        return process_time() - began
-
-    assert min(seconds(400_000) for _ in range(3)) < 10 * min(seconds(100_000) for _ in range(3))
+def test_very_many_backslashes_are_searched() -> None:
+    """In quadratic time it would take longer than a test may."""
+    text = "\\" * (5 * 2**20)
+    assert check_text(text) == text

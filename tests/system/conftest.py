@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from post_training.certificates import certificates
+from post_training.schemas.record import TAG_RESUME_STATE
+from post_training.schemas.trainer import StoredState
 from post_training.standalone import DAG_IDS, Standalone
 from tests.requests_of import PLAIN_END
 from tests.tiny_model import write_tiny_model
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE, wait_until
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -43,11 +45,6 @@ mount -t tmpfs -o size=64m tmpfs "{folder}"
 cd "{folder}"
 exec "{program}" "$@"
 """
-TAKES_LONG = pytest.mark.skipif(
-    "CLUSTER" not in os.environ, reason="takes CI past its hour on a slow machine: CLUSTER=1 runs it"
-)
-"""A test of many servers: minutes of two cores."""
-
 CAN_MOUNT = not subprocess.run(
     ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"],
     capture_output=True,
@@ -89,6 +86,38 @@ class Deployment:
         experiments = [e.experiment_id for e in self.mlflow.search_experiments()]
         return list(self.mlflow.search_runs(experiments, f"tags.`post_training.job_uuid` = '{job_uuid}'"))
 
+    def stored_step(self, job_uuid: str) -> int:
+        """The step of the state that MLflow holds of a job; 0 where it holds none."""
+        (run,) = self.runs_of(job_uuid)
+        tag = run.data.tags.get(TAG_RESUME_STATE)
+        return StoredState.model_validate_json(tag).step if tag else 0
+
+    def task(
+        self, job_uuid: str, task_id: str = "train", dag_id: str = "supervised_fine_tune"
+    ) -> dict[str, Any]:
+        """What Airflow knows of a job's task."""
+        with self.http() as http:
+            answer = http.get(f"/api/v2/dags/{dag_id}/dagRuns/{job_uuid}/taskInstances/{task_id}")
+        return dict(answer.raise_for_status().json())
+
+    def log(self, job_uuid: str) -> list[str]:
+        """The lines of a job's log so far."""
+        params = {"job_uuid": job_uuid, "limit": 10_000}
+        with self.http() as http:
+            answer = http.get("/post-training/v1/post-training/job/logs", params=params)
+        return list(answer.raise_for_status().json()["log_lines"])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let no job of ``supervised_fine_tune`` start meanwhile."""
+        dag = "/api/v2/dags/supervised_fine_tune"
+        with self.http() as http:
+            http.patch(dag, json={"is_paused": True}).raise_for_status()
+            try:
+                yield
+            finally:
+                http.patch(dag, json={"is_paused": False}).raise_for_status()
+
     def body(self, job_uuid: str, **training: Any) -> dict[str, Any]:
         """A small LoRA request; ``training`` replaces fields of training_config."""
         config = {
@@ -120,7 +149,7 @@ class Deployment:
             "logger_config": dict(PLAIN_END),
         }
 
-    def wait(self, job_uuid: str, *statuses: str, seconds: float = 300.0) -> Any:
+    def wait(self, job_uuid: str, *statuses: str, seconds: float = PATIENCE) -> Any:
         """Return the job's status once it is one of these, by default any that ends; ``wait_until`` waits."""
         client = self.client()
 
@@ -182,6 +211,7 @@ def deploy(home: Path, extra_env: Mapping[str, str] | None = None) -> Deployment
             "OMP_NUM_THREADS": "1",  # more threads only wait for each other on a model of this size
             **(extra_env or {}),
         },
+        timeout=1200,
     )
     return Deployment(servers, model, data)
 

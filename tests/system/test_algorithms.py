@@ -11,6 +11,7 @@ from typing import Any
 import mlflow.artifacts
 import pytest
 
+from post_training.schemas.record import METRIC_TRAIN_LOSS
 from tests.system.conftest import Deployment
 
 pytestmark = pytest.mark.system
@@ -47,7 +48,7 @@ def started(deployment: Deployment) -> None:
     client.post_training.supervised_fine_tune(**deployment.body("sft-1") | samples)
     algorithm = {"type": "QAT", "quantizer_name": "8da4w-qat", "group_size": 32}
     body = deployment.body("qat-1", n_epochs=1) | {"algorithm_config": algorithm}
-    client.post_training.supervised_fine_tune(**body)
+    client.post_training.supervised_fine_tune(**body, extra_body={"runtime": {"devices": 2}})
     with deployment.http() as http:
         for _ in range(2):  # a client's retry
             answer = http.post(
@@ -132,11 +133,15 @@ def test_the_long_form_starts_the_same_kind_of_job(deployment: Deployment, start
     assert run.data.params["trainable_parameters"] == run.data.params["total_parameters"]
 
 
-def test_a_qat_job_leaves_a_quantized_model_that_answers(
+def test_a_qat_job_of_two_devices_leaves_a_quantized_model_that_answers(
     deployment: Deployment, started: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status = deployment.wait("qat-1")
     assert status.status == "completed", status
+    (run,) = deployment.runs_of("qat-1")
+    steps = deployment.mlflow.get_metric_history(run.info.run_id, METRIC_TRAIN_LOSS)
+    assert [point.step for point in steps] == [1, 2, 3]  # of 4 rows each
+    assert run.data.params["runtime.devices"] == "2"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", deployment.servers.mlflow_url)
     kind, length = answer(mlflow.artifacts.download_artifacts(status.checkpoints[-1]["path"]))
     assert kind.startswith("Intx")

@@ -12,7 +12,6 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.system
 
 DAG = "/api/v2/dags/supervised_fine_tune"
-GONE_SECONDS = 10.0
 """After a cancel a job's processes are gone by then: the promise; about two on an idle machine."""
 
 
@@ -59,7 +58,7 @@ def test_a_running_job_is_cancelled_for_good_and_keeps_its_checkpoints(deploymen
     wait_until(lambda: client.post_training.job.artifacts(job_uuid="cancelled").checkpoints)
     client.post_training.job.cancel(job_uuid="cancelled")
     assert client.post_training.job.status(job_uuid="cancelled").status == "cancelled"
-    wait_until(lambda: all(map(is_gone, processes)), GONE_SECONDS)
+    wait_until(lambda: all(map(is_gone, processes)))
     assert_cancelled(deployment, "cancelled")
     kept = client.post_training.job.artifacts(job_uuid="cancelled").checkpoints
     assert [checkpoint["epoch"] for checkpoint in kept][:1] == [0]
@@ -70,8 +69,8 @@ def test_a_running_job_is_cancelled_by_marking_its_run_in_airflow(deployment: De
     with deployment.http() as http:
         http.patch(f"{DAG}/dagRuns/marked", json={"state": "failed"}).raise_for_status()
     # Nobody has asked for its status: Airflow's listener wrote it.
-    wait_until(lambda: status_in_mlflow(deployment, "marked") == "KILLED", GONE_SECONDS)
-    wait_until(lambda: all(map(is_gone, processes)), GONE_SECONDS)
+    wait_until(lambda: status_in_mlflow(deployment, "marked") == "KILLED")
+    wait_until(lambda: all(map(is_gone, processes)))
     assert_cancelled(deployment, "marked")
 
 
@@ -81,7 +80,7 @@ def test_a_task_that_is_marked_as_success_before_its_end_is_no_completed_job(dep
         http.patch(
             f"{DAG}/dagRuns/marked-success/taskInstances/train", json={"new_state": "success"}
         ).raise_for_status()
-    wait_until(lambda: all(map(is_gone, processes)), GONE_SECONDS)
+    wait_until(lambda: all(map(is_gone, processes)))
     assert_cancelled(deployment, "marked-success")
 
 
@@ -89,8 +88,7 @@ def test_a_task_that_is_marked_as_success_before_its_end_is_no_completed_job(dep
 def test_a_job_that_waits_is_cancelled_and_never_starts(deployment: Deployment, how: str) -> None:
     job_uuid = f"waiting-{how}"
     with deployment.http() as http:
-        http.patch(DAG, json={"is_paused": True}).raise_for_status()
-        try:
+        with deployment.paused():
             client = deployment.client()
             client.post_training.supervised_fine_tune(**deployment.body(job_uuid))
             if how == "http":
@@ -98,8 +96,6 @@ def test_a_job_that_waits_is_cancelled_and_never_starts(deployment: Deployment, 
             else:
                 http.patch(f"{DAG}/dagRuns/{job_uuid}", json={"state": "failed"}).raise_for_status()
             assert_cancelled(deployment, job_uuid)
-        finally:
-            http.patch(DAG, json={"is_paused": False}).raise_for_status()
         task = http.get(f"{DAG}/dagRuns/{job_uuid}/taskInstances/train").json()
     assert task["state"] in ("failed", "skipped")
     assert trainers_of(job_uuid) == []
@@ -108,11 +104,10 @@ def test_a_job_that_waits_is_cancelled_and_never_starts(deployment: Deployment, 
 def test_a_cancelled_job_that_is_cleared_goes_on_in_the_same_run(deployment: Deployment) -> None:
     body = deployment.body("resumed", n_epochs=1, max_validation_steps=0)
     client = deployment.client()
-    with deployment.http() as http:
-        http.patch(DAG, json={"is_paused": True}).raise_for_status()
+    with deployment.paused():
         client.post_training.supervised_fine_tune(**body)
         client.post_training.job.cancel(job_uuid="resumed")
-        http.patch(DAG, json={"is_paused": False}).raise_for_status()
+    with deployment.http() as http:
         clear = {"dry_run": False, "dag_run_id": "resumed", "only_failed": False}
         http.post(f"{DAG}/clearTaskInstances", json=clear).raise_for_status()
     assert client.post_training.job.status(job_uuid="resumed").status in ("scheduled", "in_progress")
@@ -124,9 +119,9 @@ def test_a_job_whose_data_changed_meanwhile_is_trained_anew_in_a_run_of_its_own(
     deployment: Deployment,
 ) -> None:
     data = deployment.data / "changing.jsonl"
-    rows = (deployment.data / "train.jsonl").read_text() * 30
+    rows = (deployment.data / "train.jsonl").read_text() * 12
     data.write_text(rows)
-    body = deployment.body("changed", max_steps_per_epoch=150, max_validation_steps=0)
+    body = deployment.body("changed", n_epochs=4, max_steps_per_epoch=60, max_validation_steps=0)
     body["training_config"]["data_config"]["dataset_id"] = str(data)
     client = deployment.client()
     client.post_training.supervised_fine_tune(**body)
@@ -143,7 +138,7 @@ def test_a_job_whose_data_changed_meanwhile_is_trained_anew_in_a_run_of_its_own(
     (run,) = deployment.runs_of("changed")
     assert run.data.tags["post_training.supersedes"] == before.info.run_id
     history = deployment.mlflow.get_metric_history(run.info.run_id, "train_loss")
-    assert [point.step for point in history] == list(range(1, 301))
+    assert [point.step for point in history] == list(range(1, 241))
     assert {each.dataset.digest for each in run.inputs.dataset_inputs} != {
         each.dataset.digest for each in before.inputs.dataset_inputs
     }

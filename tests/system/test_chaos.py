@@ -19,11 +19,11 @@ def test_jobs_outlive_the_death_of_everything_around_them(tmp_path: Path) -> Non
     options = Options(
         jobs=3,
         kills=len(STRIKES),
-        seed=8,
+        seed=9,
         parallel=2,
         every=6.0,
         cancelled=1 / 3,
-        steps=24,
+        steps=12,
         missed_after=30,
         only=STRIKES,
     )

@@ -44,7 +44,7 @@ class Terminal:
     def call(self, *arguments: str, code: int = 0) -> str:
         """Call it to its end; return what it printed, of a failure to standard error."""
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=1200)
         assert process.returncode == code, (out, err)
         return err if code else out
 
@@ -92,7 +92,7 @@ def test_a_job_is_cancelled_while_its_log_is_followed(
     lines = follower.stdout
     wait_until(lambda: "progress step" in lines.readline())
     assert terminal.call("cancel", "by-terminal-2").startswith("by-terminal-2 is cancelled")
-    out, _ = follower.communicate(timeout=300)
+    out, _ = follower.communicate(timeout=1200)
     assert follower.returncode == 1
     assert json.loads(out.splitlines()[-1])["status"] == "cancelled"
     assert terminal.json("status", "by-terminal-2")["status"] == "cancelled"

@@ -12,7 +12,7 @@ from tests.system.conftest import Deployment
 
 pytestmark = pytest.mark.system
 
-JOB_MS = 120_000
+JOB_MS = 900_000
 N_EPOCHS = "training_config.n_epochs"
 
 

@@ -83,10 +83,10 @@ def lora_job(deployment: Deployment) -> Any:
     """A LoRA job that has completed, and the statuses that it was seen in."""
     body = lora_body(deployment)
     client = deployment.client()
-    assert client.post_training.supervised_fine_tune(**body).job_uuid == "lora-1"
-    seen = [client.post_training.job.status(job_uuid="lora-1").status]
-    deployment.wait("lora-1", "in_progress", "completed")
-    seen.append(client.post_training.job.status(job_uuid="lora-1").status)
+    with deployment.paused():
+        assert client.post_training.supervised_fine_tune(**body).job_uuid == "lora-1"
+        seen = [client.post_training.job.status(job_uuid="lora-1").status]
+    seen.append(deployment.wait("lora-1", "in_progress", "completed").status)
     status = deployment.wait("lora-1")
     assert status.status == "completed", status
     return status, seen

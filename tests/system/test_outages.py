@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.system
 
 SUBMIT = "/post-training/v1/post-training/supervised-fine-tune"
-EPOCHS, STEPS = 3, 150
+EPOCHS, STEPS = 3, 80
 
 
 def disk_of_mlflow(deployment: Deployment) -> Path:

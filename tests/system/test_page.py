@@ -16,7 +16,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.system
 
-TRAINING_MS = 120_000
+TRAINING_MS = 900_000
 GRAVE = ("serious", "critical")
 
 
@@ -106,7 +106,7 @@ def two_jobs(deployment: Deployment) -> list[str]:
 
 
 def test_a_cancelled_job_is_retried(deployment: Deployment, visits: Visits) -> None:
-    body = deployment.body("retried", n_epochs=30)
+    body = deployment.body("retried", n_epochs=5)
     deployment.client().post_training.supervised_fine_tune(**body)
     deployment.wait("retried", "in_progress")
     deployment.client().post_training.job.cancel(job_uuid="retried")

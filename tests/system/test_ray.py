@@ -1,48 +1,63 @@
-"""Jobs on a real Ray cluster, whose nodes are processes without a common folder, over a real MLflow.
+"""Jobs on a real Ray cluster, whose nodes are processes without a common folder, as users have them.
 
-The operator is run as Airflow runs it: until it defers, its trigger, and what goes on then.
+Submitted over HTTP, started by Airflow's worker, followed by its triggerer, recorded in MLflow.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
+import re
+import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
-from mlflow import MlflowClient
+from mlflow.entities import Run
 
-from post_training.operators.on_ray import ray_jobs
-from post_training.operators.training import SupervisedFineTuneOperator
-from post_training.operators.triggers import RayJobTrigger
 from post_training.schemas import record as names
 from post_training.schemas.trainer import METRICS_FILE
-from post_training.tracking import Tracking, TrackingServer
-from tests.mlflow_server import MLflowServer
-from tests.operators.conftest import connect
-from tests.operators.workplace import Workplace
+from post_training.standalone_layout import LOOPBACK
 from tests.ray_api import TOKEN
-from tests.ray_cluster import RayCluster
-from tests.requests_of import LORA
-from tests.system.conftest import TAKES_LONG
-from tests.tiny_model import write_tiny_model
+from tests.ray_cluster import HEADERS, RayCluster
+from tests.system.conftest import Deployment, deploy, home_of
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1500), TAKES_LONG]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(2400)]
 
-NODES, BATCH, STEPS = 2, 2, 400
-STARTS = 600.0
-"""Seconds in which Ray has started whatever it starts, on a machine that does much else."""
+NODES, BATCH, STEPS = 2, 2, 600
+TRAINERS = ("RayTrainWorker", "lightning_modules.on_ray")
+"""In the command of a job's processes on the cluster: that of a device, and the one that starts these."""
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
-    """A head and two nodes with a device each."""
-    cluster = RayCluster()
+def place() -> Iterator[socket.socket]:
+    """Where the servers look for the cluster: who starts it closes this, which keeps others away."""
+    with socket.socket() as place:
+        place.bind((LOOPBACK, 0))
+        yield place
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory, place: socket.socket) -> Iterator[Deployment]:
+    """Servers of its own, some of which are killed."""
+    ray = {
+        "AIRFLOW__POST_TRAINING__RAY_ADDRESS": f"http://{LOOPBACK}:{place.getsockname()[1]}",
+        "AIRFLOW__POST_TRAINING__RAY_TOKEN": TOKEN,
+        "AIRFLOW__POST_TRAINING__RAY_PATIENCE": "60",  # the start of a node, on a machine that does much else
+    }
+    deployment = deploy(home_of(tmp_path_factory, "on-ray"), ray)
+    with deployment.servers:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def cluster(place: socket.socket) -> Iterator[RayCluster]:
+    """A head and two nodes with a device each, where the servers look for it."""
+    cluster = RayCluster(place.getsockname()[1])
+    place.close()
     try:
         cluster.start()
         for name in ("one", "two"):
@@ -52,190 +67,151 @@ def cluster() -> Iterator[RayCluster]:
         cluster.stop()
 
 
-class Place:
-    """A deployment with that cluster and a real MLflow, and its newest job."""
+@dataclass
+class RayTraining:
+    """A job, and where it is seen."""
 
-    def __init__(
-        self, workplace: Workplace, cluster: RayCluster, server: MLflowServer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.workplace, self.cluster = workplace, cluster
-        self.mlflow = MlflowClient(server.uri)
-        self.tracking = Tracking(TrackingServer(server.uri))
-        self.model = write_tiny_model(workplace.data.parent / "tiny")
+    deployment: Deployment
+    cluster: RayCluster
+    job_uuid: str
+
+    def submit(self, **runtime: Any) -> None:
+        """Ask for a training of ``STEPS`` steps."""
+        data = self.deployment.data / "ray.jsonl"
         rows = [
             {"question": f"How many are {i}?", "answer": f"There are {i}."}
             for i in range(NODES * BATCH * STEPS)
         ]
-        workplace.data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        connect(monkeypatch, host="http://airflow/post-training")
-        monkeypatch.setenv("AIRFLOW__POST_TRAINING__RAY_ADDRESS", cluster.address)
-        monkeypatch.setenv("AIRFLOW__POST_TRAINING__RAY_TOKEN", TOKEN)
-        self.event: Any = None
-
-    def operator(self, num_nodes: int = NODES) -> SupervisedFineTuneOperator:
-        data = {
-            "dataset_id": str(self.workplace.data),
-            "batch_size": BATCH,
-            "shuffle": True,
-            "data_format": "instruct",
-        }
-        operator = SupervisedFineTuneOperator(
-            task_id="train",
-            model=str(self.model),
-            algorithm_config=LORA,
-            training_config={
-                "n_epochs": 1,
-                "max_steps_per_epoch": 0,
-                "max_validation_steps": 0,
-                "dtype": "fp32",
-                "data_config": {**data, "shuffle": True},
-            },
-            logger_config={"sample_prompts": None},
-            runtime={
-                "launcher": "ray",
-                "num_nodes": num_nodes,
-                "max_seq_length": 64,
-                "save_every_n_steps": 10,
-            },
+        data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        body = self.deployment.body(self.job_uuid, n_epochs=1, max_steps_per_epoch=0, max_validation_steps=0)
+        body["training_config"]["data_config"] |= {"dataset_id": str(data), "batch_size": BATCH}
+        usual = {"launcher": "ray", "num_nodes": NODES, "max_seq_length": 64, "save_every_n_steps": 10}
+        self.deployment.client().post_training.supervised_fine_tune(
+            **body, extra_body={"runtime": usual | runtime}
         )
-        operator.tracking = self.tracking
-        return operator
-
-    def begin(self, attempt: int = 1, num_nodes: int = NODES) -> RayJobTrigger:
-        """Run an attempt until it waits for its job on the cluster."""
-        with pytest.raises(TaskDeferred) as deferred:
-            self.operator(num_nodes).execute(self.context(attempt))
-        trigger = deferred.value.trigger
-        assert isinstance(trigger, RayJobTrigger)
-        return trigger
-
-    def follow(self, trigger: RayJobTrigger) -> threading.Thread:
-        """Let a trigger wait, beside the test."""
-
-        async def first_event() -> Any:
-            return await anext(aiter(trigger.run()))
-
-        def wait() -> None:
-            self.event = asyncio.run(first_event()).payload
-
-        thread = threading.Thread(target=wait, daemon=True)
-        thread.start()
-        return thread
-
-    def go_on(self, thread: threading.Thread, attempt: int = 1, num_nodes: int = NODES) -> dict[str, Any]:
-        """Run what follows the trigger."""
-        thread.join(STARTS)
-        assert not thread.is_alive()
-        return self.operator(num_nodes).execute_complete(self.context(attempt), self.event)
-
-    def context(self, attempt: int) -> Any:
-        return self.workplace.context(attempt=attempt, max_tries=2)
 
     @property
-    def run(self) -> Any:
-        found = self.mlflow.search_runs(
-            [experiment.experiment_id for experiment in self.mlflow.search_experiments()],
-            "tags.`post_training.job_uuid` = 'job-1'",
-        )
-        return found[0]
+    def run(self) -> Run:
+        (run,) = self.deployment.runs_of(self.job_uuid)
+        return run
 
     def step(self) -> int:
         """The step of the state that MLflow holds; 0 where it holds none."""
-        text = self.run.data.tags.get(names.TAG_RESUME_STATE)
-        return int(json.loads(text)["step"]) if text else 0
+        return self.deployment.stored_step(self.job_uuid)
 
-    def first_node(self) -> str:
-        """The node of the process that records: it alone has the record's file."""
-        (name,) = [name for name in self.cluster.nodes if any(self.left(name).glob(f"*/*/{METRICS_FILE}"))]
-        return name
+    def task(self) -> dict[str, Any]:
+        """What Airflow knows of the job's task."""
+        return self.deployment.task(self.job_uuid)
 
-    def left(self, node: str) -> Path:
-        """The job's folder on a node, with a folder for each attempt."""
-        return self.cluster.home(node) / "ray" / self.run.info.run_id
+    def status(self) -> str:
+        return str(self.deployment.client().post_training.job.status(job_uuid=self.job_uuid).status)
 
-    def status(self, trigger: RayJobTrigger) -> str:
-        """What the cluster says of a job."""
-        job = ray_jobs().find(trigger.submission_id)
-        assert job is not None
-        return job.status
+    def log(self) -> str:
+        """The job's log so far."""
+        return "\n".join(self.deployment.log(self.job_uuid))
 
-    def log(self, trigger: RayJobTrigger) -> str:
-        """The output of a job."""
-        return ray_jobs().log(trigger.submission_id)
+    def on_ray(self) -> list[str]:
+        """What the cluster says of each job that was submitted for this one, oldest first."""
+        jobs = httpx.get(f"{self.cluster.address}/api/jobs/", headers=HEADERS, timeout=60)
+        ours = [
+            job
+            for job in jobs.raise_for_status().json()
+            if (job["submission_id"] or "").startswith(f"post-training-{self.run.info.run_id}-")
+        ]
+        return [job["status"] for job in sorted(ours, key=lambda job: job["start_time"])]
 
+    def trainers(self) -> set[str]:
+        """Which of ``TRAINERS`` run on the cluster."""
+        commands = self.cluster.commands()
+        return {name for name in TRAINERS if any(name in command for command in commands)}
 
-@pytest.fixture
-def place(
-    workplace: Workplace, cluster: RayCluster, mlflow_server: MLflowServer, monkeypatch: pytest.MonkeyPatch
-) -> Place:
-    monkeypatch.setenv("AIRFLOW__POST_TRAINING__RAY_PATIENCE", "60")
-    return Place(workplace, cluster, mlflow_server, monkeypatch)
+    def left(self, node: str) -> list[Path]:
+        """What a node holds of the job: a folder for each attempt, and in it one for each node."""
+        return [*self.cluster.home(node).glob(f"ray/{self.run.info.run_id}/*/*")]
 
+    def all_left(self) -> list[Path]:
+        """What the nodes that run hold of it."""
+        return [folder for node in self.cluster.nodes for folder in self.left(node)]
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
-    """Settings of a deployment."""
-    return Workplace(tmp_path, monkeypatch)
+    def kill_first_node(self) -> None:
+        """Kill the node of the process that records, which alone has the record's file."""
+        (name,) = [
+            name
+            for name in self.cluster.nodes
+            if any((folder / METRICS_FILE).exists() for folder in self.left(name))
+        ]
+        self.cluster.kill(name)
 
 
 def test_a_job_with_more_nodes_than_the_cluster_has_is_refused(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    deployment: Deployment, cluster: RayCluster
 ) -> None:
-    monkeypatch.setenv("AIRFLOW__POST_TRAINING__RAY_PATIENCE", "1")
-    thread = place.follow(place.begin(num_nodes=5))
-    sentence = r"runtime\.num_nodes must be at most 2, the Ray cluster's nodes with 1 CPU cores, got 5"
-    with pytest.raises(AirflowFailException, match=sentence):
-        place.go_on(thread, num_nodes=5)
-    assert place.run.info.status == "FAILED"
-    assert "got 5" in place.run.data.tags[names.TAG_ERROR]
+    job = RayTraining(deployment, cluster, "too-many-nodes")
+    job.submit(num_nodes=5)
+    status = deployment.wait(job.job_uuid)
+    nodes = len(cluster.nodes) - 1  # the head trains nothing
+    error = f"runtime.num_nodes must be at most {nodes}, the Ray cluster's nodes with 1 CPU cores, got 5"
+    assert status.status == "failed"
+    assert error in status.error
+    assert job.run.info.status == "FAILED"
+    assert error in job.run.data.tags[names.TAG_ERROR]
+    assert job.task()["try_number"] == 1
+    assert job.on_ray() == ["FAILED"]
 
 
-def test_a_job_is_stopped_on_the_cluster(place: Place) -> None:
-    trigger = place.begin(num_nodes=5)
-    thread = place.follow(trigger)
-    wait_until(lambda: place.status(trigger) == "RUNNING", STARTS)
-    asyncio.run(trigger.on_kill())
-    thread.join(STARTS)
-    assert place.event == {"status": "STOPPED", "error": None}
-    with pytest.raises(AirflowException, match="ended as STOPPED without a result"):
-        place.go_on(thread, num_nodes=5)
-
-
-def test_a_job_goes_on_on_other_nodes_and_in_another_job(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+def test_a_job_that_is_cancelled_is_stopped_on_the_cluster(
+    deployment: Deployment, cluster: RayCluster
 ) -> None:
-    """A node is killed while another stands by; then one while there is none: another job goes on later."""
-    place.cluster.add("spare")
-    monkeypatch.setenv("AIRFLOW__POST_TRAINING__RAY_PATIENCE", "10")
-    trigger = place.begin()
-    thread = place.follow(trigger)
-    wait_until(lambda: place.step() > 0, STARTS)
+    job = RayTraining(deployment, cluster, "cancelled-on-ray")
+    job.submit(strategy="fsdp")
+    wait_until(lambda: names.METRIC_TRAIN_LOSS in job.run.data.metrics)
+    assert job.trainers() == {*TRAINERS}
+    deployment.client().post_training.job.cancel(job_uuid=job.job_uuid)
+    assert job.status() == "cancelled"
+    wait_until(lambda: "the job on Ray was asked to end" in job.log())
+    wait_until(lambda: not job.trainers())
+    wait_until(lambda: job.on_ray() != ["RUNNING"])  # which Ray notices after they have gone
+    (ended,) = job.on_ray()
+    assert ended in ("STOPPED", "FAILED")  # by Airflow's triggerer, or by itself: it looks into MLflow, too
+    assert job.run.info.status == "KILLED"
+    assert (job.status(), job.task()["state"]) == ("cancelled", "failed")
 
-    place.cluster.kill(place.first_node())
-    killed_at = place.step()
-    wait_until(lambda: place.step() > killed_at + 10, STARTS)
-    assert place.begin(attempt=2).submission_id == trigger.submission_id, (
-        "the job of a lost worker is followed"
-    )
-    assert place.status(trigger) == "RUNNING"
 
-    place.cluster.kill(place.first_node())
-    thread.join(STARTS)
-    assert "nodes were lost while it trained: runtime.num_nodes must be at most 1" in place.log(trigger)
-    assert place.event == {"status": "FAILED", "error": None}
-    assert [name for name in place.cluster.nodes if any(place.left(name).glob("*/*"))] == [], "all is removed"
-    left_at = place.step()
-    place.cluster.add("late")
-    own = place.begin(attempt=2)
-    assert own.submission_id != trigger.submission_id
-    returned = place.go_on(place.follow(own), attempt=2)
+def test_a_job_outlives_servers_and_nodes(deployment: Deployment, cluster: RayCluster) -> None:
+    """Airflow's servers are killed, and a node while another stands by; then one while there is none."""
+    job, servers = RayTraining(deployment, cluster, "outlives"), deployment.servers
+    cluster.add("spare")
+    job.submit()
+    wait_until(lambda: re.search(rf"progress step \d+/{STEPS}", job.log()))
+    assert (job.task()["state"], job.status()) == ("deferred", "in_progress")
+    wait_until(lambda: job.step() > 0)
 
-    run = place.run
-    assert (returned["mlflow_run_id"], run.info.status) == (run.info.run_id, "FINISHED")
-    assert f"the state at step {left_at} comes from the record" in place.log(own)
-    history = place.mlflow.get_metric_history(run.info.run_id, names.METRIC_TRAIN_LOSS)
+    for name in ("triggerer", "scheduler"):
+        servers.kill_server(name, session=True)
+    job.kill_first_node()
+    for name in ("triggerer", "scheduler"):
+        servers.start_server(name)
+    # Not for a state of the second round: its upload may come as late as the training's end.
+    wait_until(lambda: "goes on from" in job.log())
+    assert job.on_ray() == ["RUNNING"]
+
+    job.kill_first_node()
+    wait_until(lambda: job.on_ray()[0] == "FAILED")
+    left_at = job.step()
+    assert job.all_left() == []
+    cluster.add("late")
+    assert deployment.wait(job.job_uuid).status == "completed"
+
+    assert job.on_ray() == ["FAILED", "SUCCEEDED"]
+    assert job.task()["try_number"] == 2
+    log = job.log()
+    assert "nodes were lost while it trained: runtime.num_nodes must be at most 1" in log
+    assert f"the state at step {left_at} comes from the record" in log
+    run = job.run
+    assert run.info.status == "FINISHED"
+    history = deployment.mlflow.get_metric_history(run.info.run_id, names.METRIC_TRAIN_LOSS)
     assert sorted({point.step for point in history}) == list(range(1, STEPS + 1))
-    (checkpoint,) = returned["checkpoints"]
-    assert checkpoint["path"].startswith("models:/")
-    assert [name for name in place.cluster.nodes if any(place.left(name).glob("*/*"))] == []
-    assert place.mlflow.get_logged_model(checkpoint["path"].removeprefix("models:/")).status.value == "READY"
+    (checkpoint,) = deployment.client().post_training.job.artifacts(job_uuid=job.job_uuid).checkpoints
+    model = deployment.mlflow.get_logged_model(checkpoint["path"].removeprefix("models:/"))
+    assert model.status.value == "READY"
+    assert job.all_left() == []

@@ -129,6 +129,7 @@ def test_the_best_of_three_trials_is_the_job(deployment: Deployment, started: in
     files = {file.path for file in deployment.mlflow.list_artifacts(job.info.run_id, "search")}
     assert {"search/trials.json", "search/optimization_history.png"} <= files
     with deployment.http() as http:
+        wait_until(lambda: tasks_of(http, "search-1")["train", -1]["state"] == "success")
         tasks = tasks_of(http, "search-1")
     assert {place: task["state"] for place, task in tasks.items()} == {
         ("plan", -1): "success",
@@ -181,7 +182,7 @@ def test_a_search_that_is_cancelled_ends_with_its_trials_and_goes_on_when_the_pa
     client = deployment.client()
     space = {LR: {"type": "categorical", "choices": RATES[:2]}}
     body = body_of(deployment, "search-stopped", space=space, n_trials=2)
-    body["training_config"]["n_epochs"] = 20
+    body["training_config"]["n_epochs"] = 6
     client.post_training.supervised_fine_tune(**body)
     wait_until(lambda: len(processes_of("search-stopped")) == 2)
     client.post_training.job.cancel(job_uuid="search-stopped")

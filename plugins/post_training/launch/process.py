@@ -16,6 +16,9 @@ import psutil  # type: ignore[import-untyped]
 from post_training.parent_death import die_with
 
 _POLL_SECONDS = 0.2
+_LAST_LINES_SECONDS = 2.0
+"""For which the output of a child that has ended is waited for: a process that it started may outlive it and
+hold the pipe open."""
 
 
 class WorkerProcess:
@@ -77,13 +80,15 @@ class WorkerProcess:
 
     def lines(self) -> Iterator[str]:
         """Yield the output until the child has ended, killing it when its grace is over."""
+        ended = None
         while True:
             try:
                 line = self._lines.get(timeout=_POLL_SECONDS)
             except queue.Empty:
-                # A process that the child started may outlive it and hold the pipe open.
                 if self._process.poll() is not None:
-                    break
+                    ended = ended or time.monotonic()
+                    if time.monotonic() - ended > _LAST_LINES_SECONDS:
+                        break
                 self._enforce_grace()
                 continue
             if line is None:

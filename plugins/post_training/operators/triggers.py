@@ -118,6 +118,7 @@ class RayJobTrigger(BaseTrigger):
         except InvalidRequestError as error:  # this triggerer has other settings than the worker
             yield TriggerEvent({"status": None, "error": str(error)})
             return
+        await self._prepare_to_ask()
         shown, answered, pause = 0, monotonic(), self.poll_interval
         while True:
             asked = monotonic()
@@ -165,6 +166,7 @@ class RayJobTrigger(BaseTrigger):
             self.log.info("the task still follows the job on Ray")
             return
         await self._stop(ray_jobs())
+        self.log.info("the job on Ray was asked to end: its task was stopped, or cleared")
 
     async def _stop(self, jobs: RayJobs) -> None:
         """Stop the job.
@@ -180,6 +182,16 @@ class RayJobTrigger(BaseTrigger):
                     raise
                 self.log.warning("%s", error)
                 await asyncio.sleep(min(self.poll_interval, STOP_PAUSE))
+
+    async def _prepare_to_ask(self) -> None:
+        """Ask Airflow once what ``on_kill`` asks: a triggerer's first question takes many seconds.
+
+        For that Airflow makes an API in the process, and ``on_kill`` has 30 s on a machine that may be busy.
+        """
+        try:
+            await asyncio.to_thread(self._is_followed)
+        except Exception as error:  # nothing hangs on it yet
+            self.log.warning("Airflow does not say how the task is: %s", error)
 
     def _is_followed(self) -> bool:
         """Whether Airflow says that the task, or its next try, will look at the job."""

@@ -10,6 +10,17 @@ from pydantic import Field
 from post_training.schemas.base import LenientModel, StrictModel
 from post_training.schemas.jobs import Checkpoint, FiniteOrNull, JobStatus
 
+ADAPTER_NAMES = {
+    (False, False): "LoRA",
+    (True, False): "DoRA",
+    (False, True): "QLoRA",
+    (True, True): "QDoRA",
+}
+"""What adapters are called, by ``use_dora`` and ``quantize_base``."""
+
+FULL_FINE_TUNING = "full fine-tuning"
+"""What supervised fine-tuning without adapters and quantization is called."""
+
 
 class JobRow(LenientModel):
     """One job of the list. What MLflow alone knows is null while it does not answer."""

@@ -104,7 +104,7 @@ class Cluster:
         """
         passwords = json.loads(self.secret("people", "passwords.json"))
         login = {"username": user, "password": passwords[user]}
-        answer = httpx.post(f"{self.airflow_url}/auth/token", json=login, timeout=30)
+        answer = httpx.post(f"{self.airflow_url}/auth/token", json=login, timeout=120)
         return str(answer.raise_for_status().json()["access_token"])
 
     def secret(self, reader: str, name: str) -> str:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,9 @@ with DAG("endless", schedule=None, is_paused_upon_creation=False):
 
 
 @pytest.mark.system
-def test_both_servers_start_run_a_dag_and_leave_nothing(tmp_path: Path) -> None:
+def test_both_servers_start_run_a_dag_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = installed_with_endless(tmp_path / "site")
     home = tmp_path / "home"
     places = program("up", "--detach", "--home", str(home))
@@ -228,6 +231,9 @@ def test_both_servers_start_run_a_dag_and_leave_nothing(tmp_path: Path) -> None:
     try:
         assert (servers.airflow_url, servers.mlflow_url) == (places["airflow"], places["mlflow"])
         assert httpx.get(f"{places['mlflow']}/health").is_success
+        with monkeypatch.context() as patch:
+            patch.setattr(httpx, "post", silent_once(httpx.post))
+            servers.wait_until_ready()
         with pytest.raises(RuntimeError, match="stop them first"):
             servers.start()
         runs = f"{places['airflow']}/api/v2/dags/endless/dagRuns"
@@ -280,6 +286,18 @@ def installed_with_endless(site: Path) -> Callable[..., Any]:
 def trigger(url: str, token: str) -> int:
     headers = {"Authorization": f"Bearer {token}"}
     return httpx.post(url, headers=headers, json={"logical_date": None}, timeout=120).status_code
+
+
+def silent_once(post: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
+    """Return what does as ``post`` does, after a first call that no server answers in time."""
+    calls = count()
+
+    def call(*arguments: Any, **named: Any) -> httpx.Response:
+        if next(calls) == 0:
+            raise httpx.ReadTimeout("timed out")
+        return post(*arguments, **named)
+
+    return call
 
 
 def reachable(url: str) -> bool:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic, sleep
+from typing import TypeVar
 
 import httpx
 
@@ -38,7 +39,11 @@ DAG_IDS = (
     "preference_optimize_search",
 )
 SERVERS_FILE = "servers.json"
+ANSWER_SECONDS = 120.0
+"""How long a server that is just up, on a busy machine, may take to answer."""
 _AIRFLOW_HEALTH = "/api/v2/monitor/health"
+
+T = TypeVar("T")
 
 
 class Standalone:
@@ -195,15 +200,19 @@ class Standalone:
         :raises httpx.HTTPError: if Airflow does not answer or refuses.
         """
         body = {"username": user, "password": self.password(user)}
-        answer = httpx.post(f"{self.airflow_url}/auth/token", json=body, timeout=30, verify=certificates())
+        url = f"{self.airflow_url}/auth/token"
+        answer = httpx.post(url, json=body, timeout=ANSWER_SECONDS, verify=certificates())
         return str(answer.raise_for_status().json()["access_token"])
 
     def _wait_until_ready(self, deadline: float) -> None:
         self._wait_for("mlflow", lambda: _healthy(f"{self.mlflow_url}/health"), deadline)
         self._wait_for("api-server", lambda: _healthy(f"{self.airflow_url}{_AIRFLOW_HEALTH}"), deadline)
-        headers = {"Authorization": f"Bearer {self.token()}"}
+        token = self._wait_for("api-server", self._signed_in, deadline)
+        headers = {"Authorization": f"Bearer {token}"}
         url = f"{self.airflow_url}/api/v2"
-        with httpx.Client(base_url=url, headers=headers, timeout=30, verify=certificates()) as api:
+        with httpx.Client(
+            base_url=url, headers=headers, timeout=ANSWER_SECONDS, verify=certificates()
+        ) as api:
             waiting = set(self._dag_ids)
 
             def all_on() -> bool:
@@ -212,8 +221,14 @@ class Standalone:
 
             self._wait_for("dag-processor", all_on, deadline)
 
-    def _wait_for(self, name: str, condition: Callable[[], bool], deadline: float) -> None:
-        while not condition():
+    def _signed_in(self) -> str | None:
+        try:
+            return self.token()
+        except httpx.TransportError:
+            return None
+
+    def _wait_for(self, name: str, condition: Callable[[], T | None], deadline: float) -> T:
+        while not (found := condition()):
             if died := self._servers.died(may_finish=MIGRATE):
                 raise RuntimeError(f"{died} ended while starting:\n{self._servers.log_tail(died)}")
             if monotonic() > deadline:
@@ -221,6 +236,7 @@ class Standalone:
                     f"{name} was not ready in {self._timeout:g} s:\n{self._servers.log_tail(name)}"
                 )
             sleep(0.25)
+        return found
 
     def _write_state(self) -> None:
         state: dict[str, object] = {

@@ -91,7 +91,7 @@ def main() -> None:
 def pause(servers: Standalone, *, paused: bool = True) -> None:
     """Keep the request DAGs from running what is submitted, or let them again."""
     headers = {"Authorization": f"Bearer {servers.token()}"}
-    with httpx.Client(base_url=servers.airflow_url, headers=headers, timeout=30) as http:
+    with httpx.Client(base_url=servers.airflow_url, headers=headers, timeout=120) as http:
         for dag_id in DAG_IDS:
             done(http, "PATCH", f"/api/v2/dags/{dag_id}", json={"is_paused": paused})
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from post_training.certificates import certificates
 from post_training.schemas.record import METRIC_TRAIN_LOSS, METRIC_VALIDATION_LOSS, TAG_JOB_UUID
-from post_training.standalone import Standalone
+from post_training.standalone import ANSWER_SECONDS, Standalone
 
 POLL_SECONDS = 1.0
 LORA: Any = {
@@ -49,14 +49,12 @@ class Job:
     @cached_property
     def run_id(self) -> str:
         """The id of its MLflow run."""
+        found = self._mlflow("POST", "experiments/search", json={"max_results": 100})["experiments"]
         body = {
-            "experiment_ids": [
-                e["experiment_id"]
-                for e in self._mlflow("experiments/search", {"max_results": 100})["experiments"]
-            ],
+            "experiment_ids": [experiment["experiment_id"] for experiment in found],
             "filter": f"tags.`{TAG_JOB_UUID}` = '{self.job_uuid}'",
         }
-        return str(self._mlflow("runs/search", body)["runs"][0]["info"]["run_id"])
+        return str(self._mlflow("POST", "runs/search", json=body)["runs"][0]["info"]["run_id"])
 
     def cancel(self) -> None:
         """Stop the job if it has not ended."""
@@ -65,24 +63,19 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         """Return its MLflow run as MLflow's REST API does."""
-        return dict(self._asked("runs/get", run_id=self.run_id)["run"])
+        return dict(self._mlflow("GET", "runs/get", params={"run_id": self.run_id})["run"])
 
     def history(self, metric: str) -> list[float]:
         """Return a metric's values in the order of their steps."""
-        found = self._asked("metrics/get-history", run_id=self.run_id, metric_key=metric)
+        wanted = {"run_id": self.run_id, "metric_key": metric}
+        found = self._mlflow("GET", "metrics/get-history", params=wanted)
         points = found.get("metrics", [])
         return [float(point["value"]) for point in sorted(points, key=lambda point: int(point["step"]))]
 
-    @property
-    def _api(self) -> str:
-        return f"{self.servers.mlflow_url}/api/2.0/mlflow"
-
-    def _asked(self, path: str, **params: str) -> dict[str, Any]:
-        answer = httpx.get(f"{self._api}/{path}", params=params, verify=certificates())
+    def _mlflow(self, method: str, path: str, **content: Any) -> dict[str, Any]:
+        url = f"{self.servers.mlflow_url}/api/2.0/mlflow/{path}"
+        answer = httpx.request(method, url, **content, timeout=ANSWER_SECONDS, verify=certificates())
         return dict(answer.raise_for_status().json())
-
-    def _mlflow(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return dict(httpx.post(f"{self._api}/{path}", json=body).raise_for_status().json())
 
 
 def submit(servers: Standalone, *, model: Path, train: Path, validation: Path, steps: int) -> Job:

@@ -230,7 +230,7 @@ def test_both_servers_start_run_a_dag_and_leave_nothing(
     servers = Standalone.attach(home)
     try:
         assert (servers.airflow_url, servers.mlflow_url) == (places["airflow"], places["mlflow"])
-        assert httpx.get(f"{places['mlflow']}/health").is_success
+        assert httpx.get(f"{places['mlflow']}/health", timeout=120).is_success
         with monkeypatch.context() as patch:
             patch.setattr(httpx, "post", silent_once(httpx.post))
             servers.wait_until_ready()

@@ -12,7 +12,7 @@ from time import monotonic, sleep
 import psutil  # type: ignore[import-untyped]
 
 _SAME_START_SECONDS = 2.0
-_KILL_PATIENCE = 10.0
+_KILL_PATIENCE = 60.0
 
 
 @dataclass(frozen=True)

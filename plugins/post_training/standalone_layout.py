@@ -125,6 +125,10 @@ def _airflow_settings(layout: Layout) -> dict[str, str]:
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
         # A file that has changed is parsed at once; by default all others are too, twice a minute.
         "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "120",
+        # On a busy machine a file takes longer than the defaults' 30 and 50 s; one that was given up is next
+        # tried after the interval above.
+        "AIRFLOW__CORE__DAGBAG_IMPORT_TIMEOUT": "120",
+        "AIRFLOW__DAG_PROCESSOR__DAG_FILE_PROCESSOR_TIMEOUT": "150",
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(layout.ports.worker_logs),
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(layout.ports.triggerer_logs),
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",

@@ -81,7 +81,7 @@ class Server:
 
     def http(self, caller: str = "admin") -> httpx.Client:
         headers = {"Authorization": f"Bearer {caller}"}
-        return httpx.Client(base_url=f"{self.url}/post-training", headers=headers, timeout=60)
+        return httpx.Client(base_url=f"{self.url}/post-training", headers=headers, timeout=120)
 
     @contextmanager
     def follow(self, query: str = "", **headers: str) -> Iterator[Iterator[Event]]:

@@ -124,7 +124,7 @@ def test_down_ends_what_runs(cli: Cli, folder: Path) -> None:
     write_home(home, 1, process.pid)
     done = cli("down")
     assert (done.exit_code, done.stdout) == (0, "The servers are stopped.\n")
-    assert process.wait(timeout=60) == -signal.SIGTERM
+    assert process.wait(timeout=300) == -signal.SIGTERM
     done = cli("down", "--json")
     assert done.exit_code == 5
     assert "no servers run here" in done.stderr
@@ -151,7 +151,7 @@ def test_sigterm_ends_them_as_ctrl_c_does(folder: Path) -> None:
     stderr = process.stderr
     wait_until(lambda: "until Ctrl-C" in stderr.readline())
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert out.splitlines()[-1] == "stopped"
 

@@ -95,7 +95,7 @@ def test_what_does_not_come_up_is_said_and_all_is_stopped(
 ) -> None:
     services.write_text(COMPOSE.replace(before, after))
     with pytest.raises(RuntimeError, match=error):
-        Cluster(tmp_path / "home", timeout=6 if "not well" in error else 60).start()
+        Cluster(tmp_path / "home", timeout=6 if "not well" in error else 600).start()
     assert not (tmp_path / "home" / "servers.json").exists()
 
 

@@ -39,7 +39,7 @@ LITTLE_DISK, NO_DISK = 10 * 2**30, 2**30
 """Bytes: below the first a checkpoint of a larger model may not fit, below the second hardly any does."""
 
 LITTLE_MEMORY = 2 * 2**30
-TIMEOUT_SECONDS = 10.0
+TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 PROBE_SECONDS = 120.0
 _PROBE = """
 import json, torch
@@ -285,7 +285,7 @@ def _airflow(url: str) -> Iterator[Check]:
     """Yield how each of Airflow's components is."""
     try:
         parts: dict[str, Any] = (
-            httpx.get(f"{url}/api/v2/monitor/health", timeout=TIMEOUT_SECONDS).raise_for_status().json()
+            httpx.get(f"{url}/api/v2/monitor/health", timeout=TIMEOUT).raise_for_status().json()
         )
     except (httpx.HTTPError, ValueError) as error:
         yield Check("Airflow", "failure", f"{url}: {error}", "start the api-server")
@@ -340,7 +340,7 @@ def mlflow(uri: str | None) -> Check:
     if not uri.startswith(("http://", "https://")):
         return Check("MLflow", "ok", f"{uri}: a store, no server")
     try:
-        answer = httpx.get(f"{uri.rstrip('/')}/health", timeout=TIMEOUT_SECONDS)
+        answer = httpx.get(f"{uri.rstrip('/')}/health", timeout=TIMEOUT)
     except httpx.HTTPError as error:
         return Check("MLflow", "failure", f"{uri}: {error}", "start it, or correct the tracking URI")
     if not answer.is_success:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from post_training.standalone import Standalone
-from tests.chaos.checks import Ended
+from tests.chaos.checks import OF_TASK_STATE, Ended
 from tests.chaos.client import ENDED, Client
 from tests.chaos.killer import Killer
 from tests.chaos.processes import of_home, running_jobs
@@ -129,12 +129,14 @@ def run(options: Options, home: Path, console: Console) -> Outcome:
     with servers_of(home, workload, options) as servers:
         client, records = Client(servers), Records(servers.mlflow_url)
         with console.status("Training each kind of job undisturbed"):
-            references = train_references(client, records, workload)
+            references = train_references(client, records, workload, options)
         rng = random.Random(f"strikes {options.seed}")
         choices = draw(rng, 2 * options.kills, every=options.every, names=options.only)
         killer = Killer(servers, choices, options.kills, options.strikes_allowed, console)
         ends = disturb(client, killer, workload, options)
         servers.wait_until_ready()
+        for job, _ in ends:
+            wait_for_task(client, job, monotonic() + options.job_timeout)
         sleep(SETTLE_SECONDS)
         jobs = [look_at(client, records, home, job, end, references) for job, end in ends]
         unfinished = sum(run.info.status in ("SCHEDULED", "RUNNING") for run in records.runs())
@@ -164,14 +166,16 @@ def servers_of(home: Path, workload: Workload, options: Options) -> Iterator[Sta
         yield servers
 
 
-def train_references(client: Client, records: Records, workload: Workload) -> dict[str, Trained]:
+def train_references(
+    client: Client, records: Records, workload: Workload, options: Options
+) -> dict[str, Trained]:
     """Train each kind once while nothing is struck."""
     for kind in KINDS:
         client.submit(kind, workload.body(kind, f"reference-{kind}"))
     found = {}
     for kind in KINDS:
         job_uuid = f"reference-{kind}"
-        status = wait_for_end(client, job_uuid, monotonic() + 600)
+        status = wait_for_end(client, job_uuid, monotonic() + options.job_timeout)
         assert status["status"] == "completed", status
         (run,) = [run for run in records.runs() if run.info.run_name == job_uuid]
         found[kind] = records.trained(run, status["checkpoints"][-1]["path"])
@@ -202,7 +206,7 @@ def disturb(client: Client, killer: Killer, workload: Workload, options: Options
         ends = list(zip(jobs, pool.map(follow, range(len(jobs)), jobs), strict=True))
     killer.halt()
     striking.join()
-    killer.wait_for_recoveries(60)
+    killer.wait_for_recoveries(options.job_timeout)
     return ends
 
 
@@ -218,6 +222,12 @@ def wait_for_end(client: Client, job_uuid: str, deadline: float) -> dict[str, An
         status = client.status(job_uuid)
         if status["status"] in ENDED or monotonic() > deadline:
             return status
+        sleep(1.0)
+
+
+def wait_for_task(client: Client, job: Job, deadline: float) -> None:
+    """Wait until a job's task has ended, which it may do after its record, or until time is up."""
+    while client.task(job.kind, job.job_uuid)["state"] not in OF_TASK_STATE and monotonic() < deadline:
         sleep(1.0)
 
 

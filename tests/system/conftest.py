@@ -246,7 +246,8 @@ def running(pytestconfig: pytest.Config) -> Iterator[ExitStack]:
 @pytest.fixture(scope="session")
 def deployment(tmp_path_factory: pytest.TempPathFactory, running: ExitStack) -> Deployment:
     """Airflow and MLflow, running; beside our DAGs those of the docs, as a user would copy them."""
-    deployment = deploy(home_of(tmp_path_factory, "servers"))
+    patient = {"AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "300"}  # nobody dies here
+    deployment = deploy(home_of(tmp_path_factory, "servers"), patient)
     shutil.copytree(ROOT / "docs" / "examples", deployment.servers.layout.dags_folder / "examples")
     running.enter_context(deployment.servers)
     return deployment

@@ -36,9 +36,6 @@ DAG_ID = "supervised_fine_tune"
 WORKERS = ("worker-cpu-1", "worker-cpu-2")
 EPOCHS, STEPS = 3, 120
 RATES = [1e-5, 1e-3, 1e-2]
-PATIENCE = (
-    900.0  # a dozen servers on two cores, jobs that wait for each other, and Airflow's retries after 30 s
-)
 
 
 @dataclass
@@ -51,9 +48,6 @@ class Clustered(Deployment):
     def mlflow(self) -> MlflowClient:
         login = f"admin:{self.servers.secret('mlflow', 'admin_password')}@"
         return MlflowClient(self.servers.mlflow_url.replace("//", f"//{login}"))
-
-    def wait(self, job_uuid: str, *statuses: str, seconds: float = PATIENCE) -> Any:
-        return super().wait(job_uuid, *statuses, seconds=seconds)
 
     def worker_of(self, job_uuid: str) -> str:
         """The worker that has the newest attempt at a job."""
@@ -82,7 +76,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clustered]:
         "AIRFLOW_USERS": "admin:admin,viewer:viewer",
         "API_WORKERS": "2",
         "CPU_WORKERS": "2",
-        "HEARTBEAT_TIMEOUT": "60",
+        "HEARTBEAT_TIMEOUT": "120",
         "MLFLOW_WORKERS": "1",
     }
     with pytest.MonkeyPatch.context() as environment:
@@ -99,12 +93,12 @@ def test_a_job_whose_worker_is_lost_goes_on_on_the_other_from_mlflows_state(depl
     client = deployment.client()
     for job_uuid in ("lost", "kept"):
         client.post_training.supervised_fine_tune(**deployment.long_body(job_uuid))
-    running = wait_until(lambda: _both_run(deployment, "lost", "kept"), PATIENCE)
+    running = wait_until(lambda: _both_run(deployment, "lost", "kept"))
     for job_uuid in ("waiting", "unwanted"):
         client.post_training.supervised_fine_tune(**deployment.body(job_uuid))
     assert {*running.values()} == {*WORKERS}
     survivor = running["kept"]
-    stored = wait_until(lambda: deployment.stored_step("lost"), PATIENCE)
+    stored = wait_until(lambda: deployment.stored_step("lost"))
     folder = Path("jobs", DAG_ID, "lost")
     assert (deployment.home(running["lost"]) / folder).exists()
     assert not (deployment.home(survivor) / folder).exists()

@@ -46,7 +46,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, place: socket.socket) -
     ray = {
         "AIRFLOW__POST_TRAINING__RAY_ADDRESS": f"http://{LOOPBACK}:{place.getsockname()[1]}",
         "AIRFLOW__POST_TRAINING__RAY_TOKEN": TOKEN,
-        "AIRFLOW__POST_TRAINING__RAY_PATIENCE": "60",  # the start of a node, on a machine that does much else
+        "AIRFLOW__POST_TRAINING__RAY_PATIENCE": "120",  # the start of a node, on a busy machine
     }
     deployment = deploy(home_of(tmp_path_factory, "on-ray"), ray)
     with deployment.servers:
@@ -173,8 +173,8 @@ def test_a_job_that_is_cancelled_is_stopped_on_the_cluster(
     wait_until(lambda: job.on_ray() != ["RUNNING"])  # which Ray notices after they have gone
     (ended,) = job.on_ray()
     assert ended in ("STOPPED", "FAILED")  # by Airflow's triggerer, or by itself: it looks into MLflow, too
-    assert job.run.info.status == "KILLED"
-    assert (job.status(), job.task()["state"]) == ("cancelled", "failed")
+    assert (job.status(), job.run.info.status) == ("cancelled", "KILLED")
+    wait_until(lambda: job.task()["state"] == "failed")
 
 
 def test_a_job_outlives_servers_and_nodes(deployment: Deployment, cluster: RayCluster) -> None:

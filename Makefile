@@ -4,8 +4,10 @@ DATA ?= ../shared/data
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
-# pip would compile with one core. Some packages hold files for other Pythons, which do not compile.
-COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+# pip would compile with one core, and all: a third is tests, and files of which a program imports one in a hundred.
+# Some packages hold files for other Pythons, which do not compile.
+SELDOM := /(tests|kubernetes|kubernetes_asyncio|transformers/models)/
+COMPILE := $(BIN)/python -m compileall -q -j 0 -x '$(SELDOM)' $(VENV)/lib >/dev/null || true
 # Where it is set, each of the many processes would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 

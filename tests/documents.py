@@ -119,7 +119,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     ),
     "pip install '.[train]'": (".ci/run::make test",),  # which installs '.[dev]', of which it is a part
     "pip install '.[search]'": (".ci/run::make test",),
-    "sudo apt-get install libtcmalloc-minimal4": (".ci/run::apt-get install --yes libtcmalloc-minimal4",),
+    "sudo apt-get install libtcmalloc-minimal4": (".ci/run::install libtcmalloc-minimal4",),
     "mlflow models serve --model-uri models:/m-… --env-manager local --port 8008": (
         "tests/system/test_jobs.py::test_mlflow_serves_a_checkpoint",
     ),

@@ -146,6 +146,23 @@ def test_a_job_that_was_done_when_its_time_was_over_counts(workplace: Workplace,
     assert workplace.tracking.runs["run-1"].status == "FINISHED"
 
 
+def test_a_job_that_its_cluster_has_lost_is_submitted_again(
+    workplace: Workplace, ray: RayApi, caplog: pytest.LogCaptureFixture
+) -> None:
+    defer(workplace)
+    ray.jobs.clear()
+    ray.packages.clear()
+    caplog.clear()
+    with pytest.raises(TaskDeferred) as deferred:
+        go_on(workplace)
+    assert isinstance(deferred.value.trigger, RayJobTrigger)
+    assert deferred.value.trigger.submission_id == job_of(1)
+    assert [*ray.jobs] == [job_of(1)]
+    assert ray.spec_of(job_of(1))["attempt_id"] == attempt_id(1)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"does not know job {job_of(1)} any more" in said
+
+
 def test_a_retry_follows_the_job_of_a_lost_worker(workplace: Workplace, ray: RayApi) -> None:
     defer(workplace, max_tries=1)
     assert defer(workplace, attempt=2, max_tries=1).submission_id == job_of(1)

@@ -112,8 +112,14 @@ class OnRay:
         :raises ClusterUnavailableError: if the cluster does not answer, or refuses it.
         :raises RecordUnavailableError: if MLflow does not answer in time.
         """
-        self.record.persist(self._begin)
         submission_id = submission_of(self.run.run_id, self.record.attempt_id)
+        if self.run.tags.get(TAG_FOLLOWED) == self.record.attempt_id:
+            logger.warning(
+                "the cluster does not know job %s any more, as where its head was lost:"
+                " it is submitted again, and its log until now is gone",
+                submission_id,
+            )
+        self.record.persist(self._begin)
         body, credentials = spec.model_dump_json(), self.tracking.server.environment()
         self._ask(lambda: self.jobs.submit(submission_id, body, credentials))
         logger.info("job on Ray: %s", submission_id)

@@ -223,6 +223,13 @@ def home_of(factory: pytest.TempPathFactory, name: str) -> Path:
     return factory.mktemp(name)
 
 
+NOBODY_DIES = {
+    "AIRFLOW__DAG_PROCESSOR__HEALTH_CHECK_THRESHOLD": "300",
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "300",
+    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "300",
+}
+"""For servers that no test kills: a busy machine's pause is not their death, after which tasks begin anew."""
+
 RUNNING = pytest.StashKey[ExitStack]()
 """The servers of the tests in this folder."""
 
@@ -246,8 +253,8 @@ def running(pytestconfig: pytest.Config) -> Iterator[ExitStack]:
 @pytest.fixture(scope="session")
 def deployment(tmp_path_factory: pytest.TempPathFactory, running: ExitStack) -> Deployment:
     """Airflow and MLflow, running; beside our DAGs those of the docs, as a user would copy them."""
-    patient = {"AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "300"}  # nobody dies here
-    deployment = deploy(home_of(tmp_path_factory, "servers"), patient)
+    heartbeats = {"AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "300"}  # nor does a task
+    deployment = deploy(home_of(tmp_path_factory, "servers"), NOBODY_DIES | heartbeats)
     shutil.copytree(ROOT / "docs" / "examples", deployment.servers.layout.dags_folder / "examples")
     running.enter_context(deployment.servers)
     return deployment
@@ -266,6 +273,6 @@ def frail(tmp_path_factory: pytest.TempPathFactory, running: ExitStack) -> Deplo
     program.write_text(ON_A_SMALL_DISK.format(folder=home / "mlflow", program=beside / "mlflow"))
     program.chmod(0o700)
     path = os.pathsep.join(map(str, (program.parent, beside, os.environ.get("PATH", os.defpath))))
-    deployment = deploy(home, {"PATH": path} if CAN_MOUNT else None)
+    deployment = deploy(home, NOBODY_DIES | ({"PATH": path} if CAN_MOUNT else {}))
     running.enter_context(deployment.servers)
     return deployment

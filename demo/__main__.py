@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import socket
 import sys
 import threading
 from contextlib import suppress
@@ -20,6 +19,7 @@ from rich.console import Console
 from demo.session import Job, JobFailedError, follow, report, submit
 from demo.stdlib_questions import write_questions
 from post_training.standalone import Standalone
+from post_training.standalone_layout import is_free
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".demo"
@@ -92,12 +92,6 @@ def stop_what_is_left() -> None:
     """End servers of which not both answer."""
     with suppress(FileNotFoundError):
         Standalone.attach(HOME).stop()
-
-
-def is_free(port: int) -> bool:
-    """Whether nothing listens on this loopback port."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def wait_for_interrupt(console: Console) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from post_training.standalone_layout import free_ports
+from post_training.standalone_layout import free_ports, is_free
 from tests.ray_api import TOKEN
 from tests.waiting import answers, wait_until
 
@@ -117,8 +116,7 @@ class RayCluster:
         """Say what became of the head's start; empty is nothing yet."""
         if self._groups["head"].poll() is not None:
             return "ended"
-        with socket.socket() as probe:
-            listens = probe.connect_ex(("127.0.0.1", self._client_port)) == 0
+        listens = not is_free(self._client_port)
         return "answers" if listens and answers(f"{self.address}/api/version", headers=HEADERS) else ""
 
 

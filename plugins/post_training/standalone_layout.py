@@ -97,6 +97,12 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError(f"there are no {count} free ports from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
+def is_free(port: int) -> bool:
+    """Whether nothing listens on this loopback port."""
+    with socket.socket() as probe:
+        return probe.connect_ex((LOOPBACK, port)) != 0
+
+
 def server_environment(
     layout: Layout, passwords: Mapping[str, str], inherited: Mapping[str, str], extra: Mapping[str, str]
 ) -> dict[str, str]:

@@ -12,7 +12,6 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.system
 
 DAG = "/api/v2/dags/supervised_fine_tune"
-"""After a cancel a job's processes are gone by then: the promise; about two on an idle machine."""
 
 
 def start_endless(deployment: Deployment, job_uuid: str) -> list[psutil.Process]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from post_training.cli.deployment import find_servers
 from post_training.cli.output import console, print_fields, print_json
 from post_training.errors import InvalidRequestError, JobConflictError, RecordUnavailableError
 from post_training.standalone import Standalone
-from post_training.standalone_layout import LOOPBACK
+from post_training.standalone_layout import is_free
 
 AIRFLOW_PORT, MLFLOW_PORT = 8080, 5000
 """Taken where they are free, if no others are asked for."""
@@ -114,11 +113,6 @@ def _port(option: str, asked: int | None, usual: int) -> int | None:
 
     :raises JobConflictError: if the one that is asked for is taken.
     """
-    if asked is not None and not _is_free(asked):
+    if asked is not None and not is_free(asked):
         raise JobConflictError(f"{option}: port {asked} is taken")
-    return asked or (usual if _is_free(usual) else None)
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((LOOPBACK, port)) != 0
+    return asked or (usual if is_free(usual) else None)
